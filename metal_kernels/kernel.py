@@ -72,6 +72,10 @@ def backend() -> Backend | None:
         return chosen[0]
     if os.environ.get(OFF) or mx.default_device() == mx.Device(mx.cpu):
         return None
+    if mx.cuda.is_available():
+        from mlx_kimi.metal_kernels.cuda import cuda  # here: it takes `Kernel` from this module
+
+        return cuda
     return _metal if mx.metal.is_available() else None
 
 

@@ -15,12 +15,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.metal_kernels.kernel import Kernel
+from mlx_kimi.metal_kernels.msl import Input, MetalText, metal_text
 
 from . import findings
 from .arrays import as_array, contiguous, filled, from_bytes, memory, to_numpy
 from .compiler import kernel_library
 from .launch import FILLED_OUTPUT, OUTPUT, Buffer, Size, launch
-from .msl import Input, MetalText, metal_text
 from .report import raise_finding
 from .translate import Translation, translate
 

@@ -18,10 +18,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_kimi.metal_kernels.kernel import Kernel
+from mlx_kimi.metal_kernels.msl import Input, MetalText, metal_text
 
 from .arrays import as_array
 from .compiler import LANGUAGE, CompileError, run
-from .msl import Input, MetalText, metal_text
 from .report import place
 from .syntax_tree import refusals
 from .translate import translate

@@ -1,0 +1,460 @@
+"""The kernels at the 48B's full size on the GPU at hand: are they right, and how long do they take?
+
+    .venv/bin/python benchmarks/kernels.py check
+    .venv/bin/python benchmarks/kernels.py time
+
+`check` compares every operator with its naive twin and with float64, and a whole model with kernels
+on and off on forced tokens. `time` runs ours, mlx-lm's and, where they are installed, FLA's kernels
+in turns; a figure is the median over repeats, of a chain of calls that each need the last one's
+result, so that the time to submit a call hides behind the one that runs.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["MLX_ENABLE_TF32"] = "0"
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_kimi.bundled import pocket_folder
+from mlx_kimi.config import ModelConfig
+from mlx_kimi.load import load_model
+from mlx_kimi.metal_kernels.experts import Gated, expert_mlp, expert_select
+from mlx_kimi.metal_kernels.kda_chunk import kda_chunk_kernel
+from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode, naive_kda_decode
+from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
+from mlx_kimi.metal_kernels.kernel import use_backend
+from mlx_kimi.metal_kernels.matrix import Matrix
+from mlx_kimi.model import KimiLinear
+from mlx_kimi.moe import _select
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from assertions import largest_error, rms_error
+from full_size import CONFIG, our_model, peer_kernels, random_arrays
+from kda_cases import GATES, Inputs, case, recurrence
+from launches import launches
+
+H, D, HIDDEN, INNER, EXPERTS, TOP_K = 32, 128, 2304, 1024, 256, 8
+Tolerance = tuple[float, float]  # rms, largest
+FLOAT32: Tolerance = (5e-6, 2e-5)
+FLOAT16_STAGE: Tolerance = (4e-3, 8e-3)
+ONE_BFLOAT16: Tolerance = (2.5e-3, 4e-3)  # one rounding of the output
+TWO_BFLOAT16: Tolerance = (3.6e-3, 8e-3)  # and one of what lies between two kernels
+LOGITS = 4e-2  # of the largest: bfloat16 activations, rounded at other places in each layer
+SPLIT = 1e-4  # of the largest: the same numbers in float32, added in another order
+Rule = Callable[..., tuple[mx.array, mx.array]]
+
+
+# ------------------------------------------------------------------------------------- right?
+def check(tokens: int) -> int:
+    """How many comparisons failed."""
+    failed = 0
+    found = chain(_delta_rules(tokens), _decode(), _experts(), _models())
+    for name, errors, tolerance in found:
+        right = all(e <= t for e, t in zip(errors, tolerance, strict=True))
+        failed += not right
+        shown = ", ".join(f"{e:.1e} (of {t:.0e})" for e, t in zip(errors, tolerance, strict=True))
+        print(f"{'ok    ' if right else 'FAILED'} {name:<52} {shown}", flush=True)
+    return failed
+
+
+Comparisons = Iterator[tuple[str, tuple[float, ...], tuple[float, ...]]]
+
+
+def _delta_rules(T: int) -> Comparisons:
+    """Against float64, all cases of gates at once: each has a few of the heads."""
+    heads = [H // len(GATES) + (i < H % len(GATES)) for i in range(len(GATES))]
+    cases = [case(gate, T=T, H=h, Dk=D) for gate, h in zip(GATES, heads, strict=True)]
+    joined = Inputs(
+        *(np.concatenate(x, axis=2) for x in list(zip(*cases, strict=True))[:5]),
+        np.concatenate([x.state for x in cases], axis=1),
+    )
+    oracle = recurrence(joined)
+    owners = np.repeat(np.arange(len(GATES)), heads)
+    for form, rule, tolerance in (
+        ("kda_sequential", kda_sequential_kernel, FLOAT32),
+        ("kda_chunk", kda_chunk_kernel, FLOAT32),
+        ("kda_chunk, staged in float16", _staged, FLOAT16_STAGE),
+    ):
+        o, state = (np.array(x) for x in rule(*joined.arrays()))
+        for i, gate in enumerate(GATES):
+            own = owners == i
+            parts = ((o[:, :, own], oracle[0][:, :, own]), (state[:, own], oracle[1][:, own]))
+            yield (
+                f"{form}, T = {T}, {gate}",
+                (max(rms_error(*p) for p in parts), max(largest_error(*p) for p in parts)),
+                tolerance,
+            )
+    arrays = joined.arrays()
+    cut = T // 32 * 16
+    whole, end = kda_chunk_kernel(*arrays)
+    first, state = kda_chunk_kernel(*(x[:, :cut] for x in arrays[:5]), arrays[5])
+    second, state = kda_chunk_kernel(*(x[:, cut:] for x in arrays[:5]), state)
+    same = mx.array_equal(mx.concatenate([first, second], axis=1), whole) & mx.array_equal(
+        state, end
+    )
+    yield "kda_chunk, two calls are one, bit for bit", (float(not same.item()),), (0.0,)
+
+
+def _staged(*arrays: mx.array) -> tuple[mx.array, mx.array]:
+    return kda_chunk_kernel(*arrays, stage=mx.float16)
+
+
+def _decode() -> Comparisons:
+    for dtype, bits, tolerance in (
+        (mx.float32, 4, FLOAT32),
+        (mx.float32, 0, FLOAT32),
+        (mx.bfloat16, 4, ONE_BFLOAT16),
+    ):
+        x, weights, tail, state = _decode_inputs(dtype, bits)
+        ours = kda_decode(x, weights, tail, state)
+        exact = _in_float32(weights)
+        expected = naive_kda_decode(
+            *(y.astype(mx.float32) for y in (x,)), exact, tail.astype(mx.float32), state
+        )
+        errors = [
+            (rms_error(a, b), largest_error(a, b)) for a, b in zip(ours, expected, strict=True)
+        ]
+        worst = tuple(max(column) for column in zip(*errors, strict=True))
+        yield f"kda_decode, {_name(dtype)}, {bits or 16} bits", worst, tolerance
+
+
+def _in_float32(weights: DecodeWeights) -> DecodeWeights:
+    def plain(matrix: Matrix) -> Matrix:
+        return Matrix(_dequantized(matrix))
+
+    return DecodeWeights(
+        weights.taps.astype(mx.float32),
+        plain(weights.f_b),
+        plain(weights.g_b),
+        weights.A_log,
+        weights.dt_bias,
+        weights.norm.astype(mx.float32),
+        weights.eps,
+    )
+
+
+def _experts() -> Comparisons:
+    for dtype, bits, B, tolerance in (
+        (mx.float32, 4, 1, FLOAT32),
+        (mx.bfloat16, 4, 1, TWO_BFLOAT16),
+        (mx.bfloat16, 8, 8, TWO_BFLOAT16),
+        (mx.bfloat16, 0, 3, TWO_BFLOAT16),
+    ):
+        x, logits, bias, routed, shared = _expert_inputs(dtype, bits, B)
+        how = (TOP_K, 1, 1, True, 2.446)
+        experts, weights = expert_select(logits, bias, *how)
+        expected_experts, expected = _select(logits, bias, *how)
+        chosen = float(not mx.array_equal(experts, expected_experts).item())
+        yield (
+            f"expert_select, B = {B}",
+            (chosen, largest_error(weights, expected)),
+            (0.0, 1e-6),
+        )
+        y = expert_mlp(x, experts, weights, routed, shared)
+        expected = _plain_experts(x, experts, weights, routed, shared)
+        yield (
+            f"expert_gate_up, expert_down, {_name(dtype)}, {bits or 16} bits, B = {B}",
+            (rms_error(y, expected), largest_error(y, expected)),
+            tolerance,
+        )
+
+
+def _plain_experts(
+    x: mx.array, experts: mx.array, weights: mx.array, routed: Gated, shared: Gated
+) -> mx.array:
+    """In float32, one expert after another."""
+    x = x.astype(mx.float32)
+
+    def mlp(row: mx.array, expert: int | None, which: Gated) -> mx.array:
+        gate, up, down = (
+            _dequantized(m if expert is None else _expert(m, expert))
+            for m in (which.gate, which.up, which.down)
+        )
+        g = row @ gate.T
+        return (g * mx.sigmoid(g) * (row @ up.T)) @ down.T
+
+    rows = []
+    for row, chosen, share in zip(x, experts.tolist(), weights, strict=True):
+        parts = [w * mlp(row, e, routed) for e, w in zip(chosen, share, strict=True)]
+        rows.append(sum(parts) + mlp(row, None, shared))
+    return mx.stack(rows)
+
+
+def _expert(stack: Matrix, expert: int) -> Matrix:
+    return Matrix(*(None if part is None else part[expert] for part in stack[:3]), *stack[3:])
+
+
+def _dequantized(matrix: Matrix) -> mx.array:
+    if not matrix.bits:
+        return matrix.weight.astype(mx.float32)
+    w, scales, biases, group_size, bits = matrix
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(w, scales, biases, group_size, bits)
+
+
+def _models() -> Comparisons:
+    """64 forced tokens, after a prompt of 32."""
+    yield _forced("pocket model, bfloat16", load_model(pocket_folder()), LOGITS)
+    # Random routers choose between experts that are almost equally good, so that a rounding to 16
+    # bits can change an expert, and with it the whole answer. In float32 it cannot.
+    arrays = random_arrays(ModelConfig.from_json(CONFIG), mx.float32)
+    yield _forced("48B shape, random weights, float32", our_model(CONFIG, arrays), SPLIT)
+
+
+def _forced(
+    name: str, model: KimiLinear, largest: float
+) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
+    """Largest logit error, wrong tokens among those that are decided, share of the others."""
+    ids = mx.random.randint(0, model.config.vocab_size, (1, 96), key=mx.random.key(3))
+    with_kernels = _one_by_one(model, ids)
+    with use_backend(None):
+        without = _one_by_one(model, ids)
+    error = largest_error(with_kernels, without)
+    best = mx.sort(without, axis=-1)[..., -2:]
+    decided = best[..., 1] - best[..., 0] > 2 * error * mx.abs(without).max()
+    wrong = decided & (mx.argmax(with_kernels, axis=-1) != mx.argmax(without, axis=-1))
+    left_out = 1 - float(decided.astype(mx.float32).mean())
+    return f"{name}, 64 forced tokens", (error, float(wrong.sum()), left_out), (largest, 0.0, 0.1)
+
+
+def _one_by_one(model: KimiLinear, ids: mx.array, prompt: int = 32) -> mx.array:
+    cache = model.make_cache()
+    logits = [model(ids[:, :prompt], cache)[:, -1:]]
+    for t in range(prompt, ids.shape[1]):
+        logits.append(model(ids[:, t : t + 1], cache))
+        mx.eval(logits[-1])
+    return mx.concatenate(logits, axis=1).astype(mx.float32)
+
+
+# ------------------------------------------------------------------------------------- inputs
+def _matrix(shape: tuple[int, ...], bits: int, dtype: mx.Dtype) -> Matrix:
+    w = (mx.random.normal(shape) * shape[-1] ** -0.5).astype(dtype)
+    if not bits:
+        return Matrix(w)
+    return Matrix(*mx.quantize(w, group_size=64, bits=bits), 64, bits)
+
+
+def _decode_inputs(
+    dtype: mx.Dtype, bits: int
+) -> tuple[mx.array, DecodeWeights, mx.array, mx.array]:
+    mx.random.seed(5)
+    weights = DecodeWeights(
+        (mx.random.normal((4, 3 * H * D)) * 0.5).astype(dtype),
+        _matrix((H * D, D), bits, dtype),
+        _matrix((H * D, D), bits, dtype),
+        mx.log(mx.random.uniform(1, 16, (H,))),
+        mx.random.uniform(-7, -2, (H, D)),
+        mx.ones((D,), dtype),
+        1e-5,
+    )
+    x = mx.random.normal((1, 3 * H * D + 2 * D + H)).astype(dtype)
+    tail = mx.random.normal((1, 3, 3 * H * D)).astype(dtype)
+    state = mx.random.normal((1, H, D, D)) * 0.1
+    mx.eval(x, tail, state)
+    return x, weights, tail, state
+
+
+def _expert_inputs(
+    dtype: mx.Dtype, bits: int, B: int
+) -> tuple[mx.array, mx.array, mx.array, Gated, Gated]:
+    mx.random.seed(6)
+
+    def gated(*stack: int) -> Gated:
+        wide, narrow = (*stack, INNER, HIDDEN), (*stack, HIDDEN, INNER)
+        return Gated(*(_matrix(shape, bits, dtype) for shape in (wide, wide, narrow)))
+
+    x = mx.random.normal((B, HIDDEN)).astype(dtype)
+    logits, bias = mx.random.normal((B, EXPERTS)), mx.random.normal((EXPERTS,)) * 0.01
+    return x, logits, bias, gated(EXPERTS), gated()
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+# ------------------------------------------------------------------------------------- fast?
+def times(repeats: int) -> None:
+    for T in (128, 512, 2048, 4096, 8192, 32768):
+        _print(f"delta rule, T = {T}", in_turns(_delta_rule_runs(T), repeats), "mlx-lm")
+    runs, counts = _decode_runs()
+    _print("a KDA layer's step of one token", in_turns(runs, repeats), "ops")
+    print(f"  launches: {counts}")
+    _print("routed and shared experts of one token", in_turns(_expert_runs(), repeats), "ops")
+
+
+Chain = Callable[[int], None]  # runs so many calls, each after the last
+
+
+def _delta_rule_runs(T: int) -> dict[str, Chain]:
+    mx.random.seed(0)
+    q, k, v = (mx.random.normal((1, T, H, D)) for _ in range(3))
+    q, k = (x / mx.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    q, k, v = ((x * s).astype(mx.bfloat16) for x, s in ((q, D**-0.5), (k, 1), (v, 1)))
+    alpha, beta = mx.random.uniform(0.9, 1, (1, T, H, D)), mx.random.uniform(shape=(1, T, H))
+    state = mx.zeros((1, H, D, D))
+    mx.eval(q, k, v, alpha, beta, state)
+
+    def chained(rule: Rule) -> Chain:
+        def run(calls: int) -> None:
+            S = state
+            for _ in range(calls):
+                _, S = rule(q, k, v, alpha, beta, S)
+            mx.eval(S)
+
+        return run
+
+    runs = {
+        "kda_chunk": chained(kda_chunk_kernel),
+        "kda_sequential": chained(kda_sequential_kernel),
+    }
+    with peer_kernels():
+        from mlx_lm.models.gated_delta import gated_delta_kernel
+
+        peer = gated_delta_kernel
+    runs["mlx-lm"] = chained(lambda *a: peer(*a[:4], a[4].astype(mx.bfloat16), a[5]))
+    return runs | _fla_runs(q, k, v, alpha, beta)
+
+
+def _fla_runs(*inputs: mx.array) -> dict[str, Chain]:
+    """FLA's Triton kernel, where it and a GPU that it knows are."""
+    try:
+        import torch
+        from fla.ops.kda import chunk_kda
+    except ImportError:
+        return {}
+    if not torch.cuda.is_available():
+        return {}
+    q, k, v, alpha, beta = (torch.from_numpy(np.array(x.astype(mx.float32))).cuda() for x in inputs)
+    q, k, v, beta = (x.bfloat16() for x in (q * D**0.5, k, v, beta))
+    g = alpha.log()
+
+    @torch.no_grad()
+    def run(calls: int) -> None:
+        S = None
+        for _ in range(calls):
+            _, S = chunk_kda(q, k, v, g, beta, initial_state=S, output_final_state=True)
+        torch.cuda.synchronize()
+
+    return {"FLA chunk_kda": run}
+
+
+def _decode_runs() -> tuple[dict[str, Chain], str]:
+    x, weights, tail, state = _decode_inputs(mx.bfloat16, 4)
+
+    def chained(step: Callable[..., tuple[mx.array, ...]]) -> Chain:
+        def run(calls: int) -> None:
+            window, S = tail, state
+            for _ in range(calls):
+                _, window, S = step(x, weights, window, S)
+            mx.eval(window, S)
+
+        return run
+
+    def count(step: Callable[..., tuple[mx.array, ...]]) -> int:
+        return sum(launches(*step(x, weights, tail, state)).values())
+
+    return (
+        {"kda_decode": chained(kda_decode), "ops": chained(naive_kda_decode)},
+        f"kda_decode {count(kda_decode)}, ops {count(naive_kda_decode)}",
+    )
+
+
+def _expert_runs() -> dict[str, Chain]:
+    x, logits, bias, routed, shared = _expert_inputs(mx.bfloat16, 4, 1)
+    experts, weights = expert_select(logits, bias, TOP_K, 1, 1, True, 2.446)
+    mx.eval(experts, weights)
+
+    def ops(x: mx.array) -> mx.array:
+        def gather(x: mx.array, m: Matrix) -> mx.array:
+            return mx.gather_qmm(
+                x,
+                m.weight,
+                m.scales,
+                m.biases,
+                rhs_indices=experts,
+                transpose=True,
+                group_size=64,
+                bits=4,
+            )
+
+        def dense(x: mx.array, m: Matrix) -> mx.array:
+            return mx.quantized_matmul(x, m.weight, m.scales, m.biases, True, 64, 4)
+
+        rows = x[:, None, None]
+        g, u = gather(rows, routed.gate), gather(rows, routed.up)
+        y = gather(g * mx.sigmoid(g) * u, routed.down)[:, :, 0]
+        y = (y * weights[..., None]).sum(axis=1).astype(x.dtype)
+        g, u = dense(x, shared.gate), dense(x, shared.up)
+        return y + dense(g * mx.sigmoid(g) * u, shared.down)
+
+    def chained(step: Callable[[mx.array], mx.array]) -> Chain:
+        def run(calls: int) -> None:
+            y = x
+            for _ in range(calls):
+                y = step(y)
+            mx.eval(y)
+
+        return run
+
+    return {
+        "expert pair": chained(lambda x: expert_mlp(x, experts, weights, routed, shared)),
+        "ops": chained(ops),
+    }
+
+
+CALLS = 16  # of a chain
+
+
+def in_turns(runs: dict[str, Chain], repeats: int) -> dict[str, list[float]]:
+    """Seconds a call of each repeat, the runs taken in turns so that all meet the same machine."""
+    for run in runs.values():
+        run(2)
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run(CALLS)
+            found[name].append((time.perf_counter() - start) / CALLS)
+    return found
+
+
+def _print(what: str, found: dict[str, list[float]], baseline: str) -> None:
+    base = statistics.median(found[baseline])
+    print(what)
+    for name, seconds in found.items():
+        median = statistics.median(seconds)
+        spread = (max(seconds) - min(seconds)) / median
+        print(
+            f"  {name:<16} {median * 1e3:9.3f} ms   {base / median:6.2f} x {baseline}   "
+            f"(spread {spread:.0%})",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["check", "time"])
+    parser.add_argument("--tokens", type=int, default=4096, help="of the delta rule in check")
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    machine: Any = mx.device_info() if hasattr(mx, "device_info") else mx.default_device()
+    print(f"mlx {mx.__version__} on {machine}")
+    if options.what == "check":
+        sys.exit(check(options.tokens))
+    times(options.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+// Metal's language in CUDA's, as far as kernels here go: types, mathematics, simdgroups of 32 lanes,
+// threadgroup memory. A kernel's Metal text follows, between `namespace msl {` and `}`; in there the
+// names below hide CUDA's own.
+//
+// Simdgroups must be whole, and every thread of a threadgroup must exist. An 8 x 8 product is made of
+// shuffles, in Apple's layout and float32: exact, and slower than this GPU could.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define device
+#define constant
+#define thread
+#define threadgroup
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
+namespace msl {
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+typedef unsigned long long ulong;
+typedef signed char int8_t;
+typedef short int16_t;
+typedef int int32_t;
+typedef long long int64_t;
+typedef uchar uint8_t;
+typedef ushort uint16_t;
+typedef uint uint32_t;
+typedef ulong uint64_t;
+
+// 16 bits that compute as float: `half * float` is float, `half * half` rounds once.
+struct half {
+  __half bits;
+  half() = default;
+  half(float x) : bits(__float2half_rn(x)) {}
+  operator float() const { return __half2float(bits); }
+};
+struct bfloat {
+  __nv_bfloat16 bits;
+  bfloat() = default;
+  explicit bfloat(float x) : bits(__float2bfloat16_rn(x)) {}
+  operator float() const { return __bfloat162float(bits); }
+};
+typedef half float16_t;
+typedef bfloat bfloat16_t;
+
+template <typename T> struct is_narrow { static constexpr bool value = false; };
+template <> struct is_narrow<half> { static constexpr bool value = true; };
+template <> struct is_narrow<bfloat> { static constexpr bool value = true; };
+template <bool, typename T> struct only_if {};
+template <typename T> struct only_if<true, T> { typedef T type; };
+
+#define MSL_NARROW(OP)                                                \
+  template <typename T>                                               \
+  typename only_if<is_narrow<T>::value, T>::type operator OP(T x, T y) { \
+    return T(float(x) OP float(y));                                   \
+  }
+MSL_NARROW(+)
+MSL_NARROW(-)
+MSL_NARROW(*)
+MSL_NARROW(/)
+#undef MSL_NARROW
+
+template <typename T, int N> struct vec;
+template <typename T>
+struct alignas(2 * sizeof(T)) vec<T, 2> {
+  T x, y;
+  vec() = default;
+  explicit vec(T all) : x(all), y(all) {}
+  vec(T x, T y) : x(x), y(y) {}
+  T& operator[](int i) { return (&x)[i]; }
+  const T& operator[](int i) const { return (&x)[i]; }
+};
+template <typename T>
+struct alignas(4 * sizeof(T)) vec<T, 3> {
+  T x, y, z;
+  vec() = default;
+  explicit vec(T all) : x(all), y(all), z(all) {}
+  vec(T x, T y, T z) : x(x), y(y), z(z) {}
+  T& operator[](int i) { return (&x)[i]; }
+  const T& operator[](int i) const { return (&x)[i]; }
+};
+template <typename T>
+struct alignas(4 * sizeof(T)) vec<T, 4> {
+  T x, y, z, w;
+  vec() = default;
+  explicit vec(T all) : x(all), y(all), z(all), w(all) {}
+  vec(T x, T y, T z, T w) : x(x), y(y), z(z), w(w) {}
+  T& operator[](int i) { return (&x)[i]; }
+  const T& operator[](int i) const { return (&x)[i]; }
+};
+
+// The scalar of `vec * scalar` is converted, so that it takes no part in finding T.
+template <typename T> struct as_it_is { typedef T type; };
+#define MSL_OPERATOR(OP)                                                             \
+  template <typename T, int N>                                                       \
+  vec<T, N>& operator OP##=(vec<T, N>& x, vec<T, N> y) {                             \
+    for (int i = 0; i < N; ++i) x[i] = x[i] OP y[i];                                 \
+    return x;                                                                        \
+  }                                                                                  \
+  template <typename T, int N>                                                       \
+  vec<T, N>& operator OP##=(vec<T, N>& x, typename as_it_is<T>::type y) {            \
+    for (int i = 0; i < N; ++i) x[i] = x[i] OP y;                                    \
+    return x;                                                                        \
+  }                                                                                  \
+  template <typename T, int N>                                                       \
+  vec<T, N> operator OP(vec<T, N> x, vec<T, N> y) { return x OP##= y; }              \
+  template <typename T, int N>                                                       \
+  vec<T, N> operator OP(vec<T, N> x, typename as_it_is<T>::type y) { return x OP##= y; } \
+  template <typename T, int N>                                                       \
+  vec<T, N> operator OP(typename as_it_is<T>::type x, vec<T, N> y) {                 \
+    for (int i = 0; i < N; ++i) y[i] = x OP y[i];                                    \
+    return y;                                                                        \
+  }
+MSL_OPERATOR(+)
+MSL_OPERATOR(-)
+MSL_OPERATOR(*)
+MSL_OPERATOR(/)
+#undef MSL_OPERATOR
+
+#define MSL_VECTORS(T)     \
+  typedef vec<T, 2> T##2;  \
+  typedef vec<T, 3> T##3;  \
+  typedef vec<T, 4> T##4;
+MSL_VECTORS(uchar)
+MSL_VECTORS(short)
+MSL_VECTORS(ushort)
+MSL_VECTORS(int)
+MSL_VECTORS(uint)
+MSL_VECTORS(half)
+MSL_VECTORS(bfloat)
+MSL_VECTORS(float)
+#undef MSL_VECTORS
+
+namespace metal {
+inline float exp(float x) { return ::expf(x); }
+inline float exp2(float x) { return ::exp2f(x); }
+inline float log(float x) { return ::logf(x); }
+inline float log2(float x) { return ::log2f(x); }
+inline float sqrt(float x) { return ::sqrtf(x); }
+inline float rsqrt(float x) { return 1.0f / ::sqrtf(x); }
+inline float floor(float x) { return ::floorf(x); }
+inline float fabs(float x) { return ::fabsf(x); }
+inline float abs(float x) { return ::fabsf(x); }
+inline int abs(int x) { return x < 0 ? -x : x; }
+inline float fma(float x, float y, float z) { return ::fmaf(x, y, z); }
+inline bool isnan(float x) { return x != x; }
+
+// Overloads, not templates: max(float, int) is ambiguous, as in Metal.
+#define MSL_ORDER(T)                                    \
+  inline T min(T x, T y) { return y < x ? y : x; }      \
+  inline T max(T x, T y) { return x < y ? y : x; }      \
+  inline T clamp(T x, T low, T high) { return min(max(x, low), high); }
+MSL_ORDER(int)
+MSL_ORDER(uint)
+MSL_ORDER(float)
+#undef MSL_ORDER
+
+template <typename T, int N>
+T dot(vec<T, N> x, vec<T, N> y) {
+  T sum = x[0] * y[0];
+  for (int i = 1; i < N; ++i) sum += x[i] * y[i];
+  return sum;
+}
+template <typename T>
+T select(T no, T yes, bool choose) { return choose ? yes : no; }
+
+enum mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
+inline void threadgroup_barrier(mem_flags) { __syncthreads(); }
+inline void simdgroup_barrier(mem_flags) { __syncwarp(); }
+
+inline int lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
+
+template <typename T>
+T simd_shuffle(T x, ushort from) { return __shfl_sync(0xffffffffu, x, from); }
+template <typename T>
+T simd_broadcast(T x, ushort from) { return __shfl_sync(0xffffffffu, x, from); }
+template <typename T>
+T simd_shuffle_xor(T x, ushort mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+// Neighbours first, so that sums have the same order of additions in every lane and on every GPU.
+#define MSL_REDUCTION(NAME, F)                                           \
+  template <typename T>                                                  \
+  T NAME(T x) {                                                          \
+    for (int mask = 1; mask < 32; mask *= 2) {                           \
+      const T y = simd_shuffle_xor(x, mask);                             \
+      x = F;                                                             \
+    }                                                                    \
+    return x;                                                            \
+  }
+MSL_REDUCTION(simd_sum, x + y)
+MSL_REDUCTION(simd_min, min(x, y))
+MSL_REDUCTION(simd_max, max(x, y))
+#undef MSL_REDUCTION
+
+template <typename T, int Columns, int Rows>
+struct simdgroup_matrix {
+  static_assert(Columns == 8 && Rows == 8, "Metal has simdgroup matrices of 8 by 8 only");
+  vec<T, 2> elements;
+  vec<T, 2>& thread_elements() { return elements; }
+};
+typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
+
+// A lane holds elements (row, column) and (row, column + 1), with row = l / 16 * 4 + l / 2 % 4 and
+// column = l / 8 % 2 * 4 + l % 2 * 2. It needs all of its row of a, and two columns of b.
+template <typename T>
+void simdgroup_multiply_accumulate(
+    simdgroup_matrix<T, 8, 8>& d,
+    simdgroup_matrix<T, 8, 8> a,
+    simdgroup_matrix<T, 8, 8> b,
+    simdgroup_matrix<T, 8, 8> c) {
+  const int row = lane() & 22, column = lane() & 9;  // the bits of a lane that say where it stands
+  vec<T, 2> sum = c.elements;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const T left = simd_shuffle(a.elements[k % 2], row | (k / 4 * 8) | (k / 2 % 2));
+    const int below = (k / 4 * 16) | (k % 4 * 2) | column;
+    sum.x += left * simd_shuffle(b.elements.x, below);
+    sum.y += left * simd_shuffle(b.elements.y, below);
+  }
+  d.elements = sum;
+}
+
+// Where a thread is, by the names that a kernel's text asks for.
+namespace place {
+inline uint3 of(dim3 x) { return uint3(x.x, x.y, x.z); }
+inline uint3 threads_per_threadgroup() { return of(blockDim); }
+inline uint3 threadgroups_per_grid() { return of(gridDim); }
+inline uint3 threads_per_grid() {
+  return uint3(gridDim.x * blockDim.x, gridDim.y * blockDim.y, gridDim.z * blockDim.z);
+}
+inline uint3 thread_position_in_threadgroup() { return uint3(threadIdx.x, threadIdx.y, threadIdx.z); }
+inline uint3 threadgroup_position_in_grid() { return uint3(blockIdx.x, blockIdx.y, blockIdx.z); }
+inline uint3 thread_position_in_grid() {
+  return uint3(
+      blockIdx.x * blockDim.x + threadIdx.x,
+      blockIdx.y * blockDim.y + threadIdx.y,
+      blockIdx.z * blockDim.z + threadIdx.z);
+}
+inline uint thread_index_in_threadgroup() {
+  return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+}
+inline uint thread_index_in_simdgroup() { return lane(); }
+inline uint simdgroup_index_in_threadgroup() { return thread_index_in_threadgroup() / 32; }
+inline uint simdgroups_per_threadgroup() { return blockDim.x * blockDim.y * blockDim.z / 32; }
+inline uint threads_per_simdgroup() { return 32; }
+inline uint thread_execution_width() { return 32; }
+}  // namespace place
+}  // namespace metal
+using namespace metal;
+}  // namespace msl
