@@ -2,8 +2,8 @@
 // threadgroup memory. A kernel's Metal text follows, between `namespace msl {` and `}`; in there the
 // names below hide CUDA's own.
 //
-// Simdgroups must be whole, and every thread of a threadgroup must exist. An 8 x 8 product is made of
-// shuffles, in Apple's layout and float32: exact, and slower than this GPU could.
+// Simdgroups must be whole, and every thread of a threadgroup must exist. An 8 x 8 product takes and
+// gives Apple's layout, by shuffles, and is exact as in float32: slower than this GPU could.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -132,6 +132,7 @@ MSL_VECTORS(uint)
 MSL_VECTORS(half)
 MSL_VECTORS(bfloat)
 MSL_VECTORS(float)
+MSL_VECTORS(double)
 #undef MSL_VECTORS
 
 namespace metal {
@@ -204,23 +205,49 @@ struct simdgroup_matrix {
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 
 // A lane holds elements (row, column) and (row, column + 1), with row = l / 16 * 4 + l / 2 % 4 and
-// column = l / 8 % 2 * 4 + l % 2 * 2. It needs all of its row of a, and two columns of b.
-template <typename T>
-void simdgroup_multiply_accumulate(
-    simdgroup_matrix<T, 8, 8>& d,
-    simdgroup_matrix<T, 8, 8> a,
-    simdgroup_matrix<T, 8, 8> b,
-    simdgroup_matrix<T, 8, 8> c) {
+// column = l / 8 % 2 * 4 + l % 2 * 2.
+inline int lane_of(int row, int column) {
+  return row / 4 * 16 + column / 4 * 8 + row % 4 * 2 + column / 2 % 2;
+}
+
+#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+// These have matrix units for double, where a product of floats is exact. Lane 4 g + t brings
+// a(g, 2 t + e) and b(2 t + e, g) to the product over half of the k, e = 0 or 1, and gets the sums
+// (g, 2 t) and (g, 2 t + 1).
+inline float2 product(float2 a, float2 b) {
+  const int g = lane() / 4, t = lane() % 4;
+  double2 sum(0, 0);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const double left = simd_shuffle(a[e], lane_of(g, 2 * t));
+    const int below = lane_of(2 * t + e, g);
+    const float even = simd_shuffle(b.x, below), odd = simd_shuffle(b.y, below);
+    const double right = g % 2 ? odd : even;
+    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+d"(sum.x), "+d"(sum.y)
+        : "d"(left), "d"(right));
+  }
+  const int row = lane() / 16 * 4 + lane() / 2 % 4, pair = lane() / 8 % 2 * 2 + lane() % 2;
+  return float2(simd_shuffle(float(sum.x), 4 * row + pair), simd_shuffle(float(sum.y), 4 * row + pair));
+}
+#else
+// By shuffles: a lane needs all of its row of a, and two columns of b.
+inline float2 product(float2 a, float2 b) {
   const int row = lane() & 22, column = lane() & 9;  // the bits of a lane that say where it stands
-  vec<T, 2> sum = c.elements;
+  float2 sum(0, 0);
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
-    const T left = simd_shuffle(a.elements[k % 2], row | (k / 4 * 8) | (k / 2 % 2));
+    const float left = simd_shuffle(a[k % 2], row | (k / 4 * 8) | (k / 2 % 2));
     const int below = (k / 4 * 16) | (k % 4 * 2) | column;
-    sum.x += left * simd_shuffle(b.elements.x, below);
-    sum.y += left * simd_shuffle(b.elements.y, below);
+    sum += left * float2(simd_shuffle(b.x, below), simd_shuffle(b.y, below));
   }
-  d.elements = sum;
+  return sum;
+}
+#endif
+
+inline void simdgroup_multiply_accumulate(
+    simdgroup_float8x8& d, simdgroup_float8x8 a, simdgroup_float8x8 b, simdgroup_float8x8 c) {
+  d.elements = c.elements + product(a.elements, b.elements);
 }
 
 // Where a thread is, by the names that a kernel's text asks for.

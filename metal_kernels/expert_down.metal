@@ -10,44 +10,42 @@
 //   y                         [B, M] of h's type
 // Template: OutT; TopK, M, N, Bits, Group, SharedN, SharedBits, SharedGroup int. N and SharedN are
 // multiples of 8 and of their groups, M of 4; SharedN may be 0.
-// Grid (32, M / 4, B): a simdgroup owns 4 elements of y, over all experts.
+// Grid (32, Slots, B * M / 4), threadgroup (32, Slots, 1), Slots = TopK, and one more if SharedN is not
+// 0: a threadgroup owns 4 elements of y, each of its simdgroups the part of one expert.
 constexpr int Rows = 4;
+constexpr int Slots = TopK + (SharedN > 0 ? 1 : 0);
+
+threadgroup float parts[Slots * Rows];
 
 const int lane = thread_position_in_grid.x;
-const int first = thread_position_in_grid.y * Rows;
-const int token = thread_position_in_grid.z;
+const int slot = thread_position_in_grid.y;
+const int token = thread_position_in_grid.z / (M / Rows);
+const int first = thread_position_in_grid.z % (M / Rows) * Rows;
 
 float sums[Rows] = {0, 0, 0, 0};
-auto input = h + token * (TopK * N + SharedN);
-for (int slot = 0; slot < TopK; ++slot) {
-  const int choice = token * TopK + slot;
-  add_products<Bits, Group, Rows>(
-      input + slot * N,
-      down,
-      down_scales,
-      down_biases,
-      experts[choice] * M + first,
-      N,
-      lane,
-      weights[choice],
-      sums);
-}
-if (SharedN > 0) {
+auto input = h + token * (TopK * N + SharedN) + slot * N;
+if (slot < TopK) {
+  const int row = experts[token * TopK + slot] * M + first;
+  add_products<Bits, Group, Rows>(input, down, down_scales, down_biases, row, N, lane, sums);
+} else {
   add_products<SharedBits, SharedGroup, Rows>(
-      input + TopK * N,
-      shared_down,
-      shared_down_scales,
-      shared_down_biases,
-      first,
-      SharedN,
-      lane,
-      1.0f,
-      sums);
+      input, shared_down, shared_down_scales, shared_down_biases, first, SharedN, lane, sums);
 }
-
 for (int r = 0; r < Rows; ++r) {
   const float sum = simd_sum(sums[r]);
   if (lane == r) {
-    y[token * M + first + r] = OutT(sum);
+    parts[slot * Rows + r] = sum;
   }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+if (slot == 0 && lane < Rows) {
+  float total = 0;
+  for (int i = 0; i < TopK; ++i) {
+    total += weights[token * TopK + i] * parts[i * Rows + lane];
+  }
+  if (SharedN > 0) {
+    total += parts[TopK * Rows + lane];
+  }
+  y[token * M + first + lane] = OutT(total);
 }

@@ -23,15 +23,15 @@ auto input = x + token * K;
 if (first < Routed) {
   const int row = experts[token * TopK + first / N] * N + first % N;
   add_products<Bits, Group, Rows>(
-      input, gate, gate_scales, gate_biases, row, K, lane, 1.0f, gates);
+      input, gate, gate_scales, gate_biases, row, K, lane, gates);
   add_products<Bits, Group, Rows>(
-      input, up, up_scales, up_biases, row, K, lane, 1.0f, ups);
+      input, up, up_scales, up_biases, row, K, lane, ups);
 } else {
   const int row = first - Routed;
   add_products<SharedBits, SharedGroup, Rows>(
-      input, shared_gate, shared_gate_scales, shared_gate_biases, row, K, lane, 1.0f, gates);
+      input, shared_gate, shared_gate_scales, shared_gate_biases, row, K, lane, gates);
   add_products<SharedBits, SharedGroup, Rows>(
-      input, shared_up, shared_up_scales, shared_up_biases, row, K, lane, 1.0f, ups);
+      input, shared_up, shared_up_scales, shared_up_biases, row, K, lane, ups);
 }
 
 for (int r = 0; r < Rows; ++r) {

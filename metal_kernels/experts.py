@@ -15,6 +15,7 @@ from mlx_kimi.metal_kernels.matrix import Matrix
 
 LARGEST_BATCH = 8  # tokens; beyond it sorting by expert reads less
 BITS = (0, 4, 8)  # 0: plain
+MOST_EXPERTS = 15  # of a token: with the shared one 16 simdgroups of a threadgroup
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def expert_mlp(
         ("N", N),
         ("SharedN", shared_N),
     ]
-    rows = top_k * N + shared_N
+    rows, slots = top_k * N + shared_N, top_k + (shared is not None)
     (h,) = GATE_UP(
         inputs=[x, experts]
         + [a for m in (routed.gate, routed.up, beside.gate, beside.up) for a in m.buffers()],
@@ -108,16 +109,18 @@ def expert_mlp(
     (y,) = DOWN(
         inputs=[h, experts, weights] + [a for m in (routed.down, beside.down) for a in m.buffers()],
         template=[*sizes, ("M", K), *_storage(routed.down, beside.down)],
-        grid=(32, K // 4, B),
-        threadgroup=(32, _groups(K // 4), 1),
+        grid=(32, slots, B * K // 4),
+        threadgroup=(32, slots, 1),
         output_shapes=[(B, K)],
         output_dtypes=[x.dtype],
     )
     return y
 
 
-def refused(routed: Gated, shared: Gated | None) -> str | None:
+def refused(routed: Gated, shared: Gated | None, top_k: int) -> str | None:
     """Why `expert_mlp` does not take these matrices; None: it does, for LARGEST_BATCH tokens."""
+    if top_k > MOST_EXPERTS:
+        return f"{top_k} experts a token are more than {MOST_EXPERTS}"
     for mlp in (routed, shared) if shared else (routed,):
         for name, matrix in (("gate", mlp.gate), ("up", mlp.up), ("down", mlp.down)):
             if matrix.bits not in BITS:

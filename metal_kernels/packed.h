@@ -44,7 +44,40 @@ struct Stored<8> {
   }
 };
 
-// sums[r] += weight * (this lane's part of row `row + r` of a matrix [rows, K], times x [K]).
+// sums[r] += this lane's part, 8 columns from `column` on, of row `row + r` of a matrix [rows, K],
+// times x [K].
+template <int Bits, int Group, int Rows, typename X, typename W, typename S>
+inline void add_step(
+    const device X* x,
+    const device W* matrix,
+    const device S* scales,
+    const device S* biases,
+    int row,
+    int K,
+    int column,
+    thread float* sums) {
+  const int words = Stored<Bits>::quantized ? K * Bits / 32 : K;  // of one row
+  float part[Columns];
+  float total = 0;
+#pragma unroll
+  for (int i = 0; i < Columns; ++i) {
+    part[i] = float(x[column + i]);
+    total += part[i];
+  }
+#pragma unroll
+  for (int r = 0; r < Rows; ++r) {
+    const float products = Stored<Bits>::dot(matrix + (row + r) * words, column, part);
+    if (Stored<Bits>::quantized) {
+      const int group = (row + r) * (K / Group) + column / Group;
+      sums[r] += products * float(scales[group]) + total * float(biases[group]);
+    } else {
+      sums[r] += products;
+    }
+  }
+}
+
+// The same over all columns of this lane. The steps that every lane takes are unrolled, so that the
+// loads of one do not wait for the arithmetic of the one before.
 template <int Bits, int Group, int Rows, typename X, typename W, typename S>
 inline void add_products(
     const device X* x,
@@ -54,25 +87,13 @@ inline void add_products(
     int row,
     int K,
     int lane,
-    float weight,
     thread float* sums) {
-  const int words = Stored<Bits>::quantized ? K * Bits / 32 : K;  // of one row
-  for (int column = lane * Columns; column < K; column += Step) {
-    float part[Columns];
-    float total = 0;
-    for (int i = 0; i < Columns; ++i) {
-      part[i] = weight * float(x[column + i]);
-      total += part[i];
-    }
-    for (int r = 0; r < Rows; ++r) {
-      const float products =
-          Stored<Bits>::dot(matrix + (row + r) * words, column, part);
-      if (Stored<Bits>::quantized) {
-        const int group = (row + r) * (K / Group) + column / Group;
-        sums[r] += products * float(scales[group]) + total * float(biases[group]);
-      } else {
-        sums[r] += products;
-      }
-    }
+  int column = lane * Columns;
+#pragma unroll 4
+  for (int step = 0; step < K / Step; ++step, column += Step) {
+    add_step<Bits, Group, Rows>(x, matrix, scales, biases, row, K, column, sums);
+  }
+  if (column < K) {
+    add_step<Bits, Group, Rows>(x, matrix, scales, biases, row, K, column, sums);
   }
 }

@@ -120,14 +120,14 @@ class Experts(nn.Module):
 class FewTokens:
     """The experts of a few tokens in two kernels, where kernels run and the matrices suit them."""
 
-    def __init__(self, routed: Experts, shared: MLP | None) -> None:
+    def __init__(self, routed: Experts, shared: MLP | None, top_k: int) -> None:
         stacks = (routed.gate_proj, routed.up_proj, routed.down_proj)
         self.routed = Gated(*(linear.matrix for linear in stacks))
         self.shared = None
         if shared is not None:
             gate, up = shared.gate_up.members()
             self.shared = Gated(gate.matrix, up.matrix, shared.down_proj.matrix)
-        self._unsuited = refused(self.routed, self.shared)
+        self._unsuited = refused(self.routed, self.shared, top_k)
 
     def refused(self, tokens: int) -> str | None:
         """Why the ops form runs instead; None: it does not."""
@@ -152,7 +152,7 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = (
             MLP(weights.at("shared_experts")) if config.num_shared_experts else None
         )
-        self.kernels = FewTokens(self.switch_mlp, self.shared_experts)
+        self.kernels = FewTokens(self.switch_mlp, self.shared_experts, self.router.top_k)
 
     def forms(self) -> list[tuple[str, str, str]]:
         """For a step of few and many tokens: how many, what runs, and why."""

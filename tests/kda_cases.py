@@ -33,9 +33,9 @@ def recurrence(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     outputs = []
     for t in range(q.shape[1]):
         S = np.exp(log_alpha[:, t])[..., None] * S
-        correction = v[:, t] - np.einsum("bhkv,bhk->bhv", S, k[:, t])
-        S = S + beta[:, t, :, None, None] * k[:, t, :, :, None] * correction[:, :, None, :]
-        outputs.append(np.einsum("bhkv,bhk->bhv", S, q[:, t]))
+        correction = v[:, t] - (k[:, t, :, None] @ S)[:, :, 0]
+        S += (beta[:, t, :, None] * k[:, t])[..., None] * correction[:, :, None, :]
+        outputs.append((q[:, t, :, None] @ S)[:, :, 0])
     return np.stack(outputs, axis=1), S.swapaxes(-1, -2)
 
 

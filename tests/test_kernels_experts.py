@@ -94,7 +94,7 @@ def test_experts_equal_float64(B, K, N, shared_N, bits, shared_bits, group, dtyp
     x = mx.random.normal((B, K)).astype(dtype)
     experts = mx.argsort(mx.random.uniform(shape=(B, 5)), axis=-1)[:, :3].astype(mx.int32)
     weights = mx.random.uniform(shape=(B, 3))
-    assert refused(routed, shared) is None
+    assert refused(routed, shared, 3) is None
     y = expert_mlp(x, experts, weights, routed, shared)
     assert y.dtype == dtype
     expected = oracle(x, experts, weights, routed, shared)
@@ -150,9 +150,10 @@ def test_of_equal_scores_the_first_expert_is_chosen() -> None:
 def test_what_is_outside_the_domain_is_named() -> None:
     routed = gated((4,), 32, 64, 4, 32, mx.float32)
     other = gated((4,), 32, 64, 2, 32, mx.float32)
-    assert refused(other, None) == "gate has 2 bits, not 4, 8 or 16"
+    assert refused(other, None, 2) == "gate has 2 bits, not 4, 8 or 16"
     odd = Gated(matrix((4, 30, 64), 4, 32, mx.float32), routed.up, routed.down)
-    assert "multiple of 4 rows" in str(refused(odd, None))
+    assert "multiple of 4 rows" in str(refused(odd, None, 2))
     mixed = Gated(routed.gate, matrix((4, 32, 64), 8, 32, mx.float32), routed.down)
-    assert refused(mixed, None) == "gate and up are stored differently"
-    assert refused(routed, None) is None
+    assert refused(mixed, None, 2) == "gate and up are stored differently"
+    assert refused(routed, None, 16) == "16 experts a token are more than 15"
+    assert refused(routed, None, 15) is None
