@@ -261,7 +261,6 @@ def _bar(length: int) -> Iterator[OnProgress]:
         disable=not sys.stderr.isatty(),
         auto_refresh=False,
         transient=True,
-        redirect_stdout=False,
     ) as bar:
         task = bar.add_task("warming up", total=None, length=length)
 
