@@ -77,9 +77,11 @@ sampling_options = _together(
     click.option("--seed", type=int, show_default="random", help="Makes sampling reproducible."),
 )
 
+prefill_step_option = click.option(
+    "--prefill-step", type=int, default=PREFILL_STEP, help="Prompt tokens read at once."
+)
+
 length_options = _together(
     click.option("--max-tokens", type=int, default=MAX_TOKENS, help="Longest answer, in tokens."),
-    click.option(
-        "--prefill-step", type=int, default=PREFILL_STEP, help="Prompt tokens read at once."
-    ),
+    prefill_step_option,
 )

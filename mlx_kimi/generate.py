@@ -34,6 +34,7 @@ class Stats:
     generated_tokens: int
     time_to_first_token: float
     decode_time: float  # from the first token to the latest
+    host_time: float  # of this thread's processor, to submit the steps after the first token's
     peak_memory: int  # bytes
     seed: int
 
@@ -163,8 +164,11 @@ def stream_generate(
         following = None
         with context.whole_step():
             if not answer.is_last:  # the next step computes while this token's text is handled
+                # Processor time: MLX lets a thread that is far ahead of the device wait in here.
+                before = time.thread_time()
                 following = sampler(model.logits(context.read(token[:, None])[:, -1]))
                 mx.async_eval(following, *caches.arrays(context.entries))
+                answer.host_time += time.thread_time() - before
             number = int(token.item())  # type: ignore[arg-type]
             if following is not None:
                 context.ids.append(number)
@@ -238,7 +242,7 @@ class _Answer:
         self.limit, self.prompt_tokens, self.seed = limit, prompt_tokens, seed
         self.cached_tokens = self.count = 0
         self.started = time.perf_counter()
-        self.first = self.latest = 0.0
+        self.first = self.latest = self.host_time = 0.0
 
     @property
     def is_last(self) -> bool:
@@ -268,6 +272,7 @@ class _Answer:
             self.count,
             self.first - self.started,
             self.latest - self.first,
+            self.host_time,
             mx.get_peak_memory(),
             self.seed,
         )

@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -93,6 +95,29 @@ def test_progress_names_every_prefill_step(loaded) -> None:
     count = len(prompt_ids(*loaded, PROMPT))
     generate(*loaded, PROMPT, max_tokens=1, prefill_step=10, progress=lambda *now: seen.append(now))
     assert seen == [(done, count) for done in range(0, count, 10)]
+
+
+def test_host_time_is_work_before_a_step_is_submitted_and_no_waiting(loaded, monkeypatch) -> None:
+    logits = KimiLinear.logits
+    added = 0.02  # seconds
+
+    def host_time(delay: Callable[[], None]) -> float:
+        def delayed(model: KimiLinear, hidden: mx.array) -> mx.array:
+            delay()
+            return logits(model, hidden)
+
+        monkeypatch.setattr(KimiLinear, "logits", delayed)
+        *_, last = stream_generate(*loaded, PROMPT, max_tokens=11)
+        assert last.stats.decode_time > 9 * added
+        return last.stats.host_time
+
+    def work() -> None:
+        end = time.thread_time() + added
+        while time.thread_time() < end:
+            pass
+
+    assert host_time(work) >= 10 * added
+    assert host_time(lambda: time.sleep(added)) < 5 * added
 
 
 def test_a_prompt_may_be_text_messages_or_ids(loaded) -> None:

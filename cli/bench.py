@@ -1,0 +1,270 @@
+"""`mlx_kimi bench`: how fast a model is here, by context length, and what bounds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from mlx_kimi import __version__
+from mlx_kimi.bench import Bench, Row, check_fits, check_settings
+from mlx_kimi.bench import Progress as OnProgress
+from mlx_kimi.cli.options import model_or_pocket, prefill_step_option
+from mlx_kimi.config import ModelConfig
+from mlx_kimi.convert.convert import shown
+from mlx_kimi.errors import KimiError
+from mlx_kimi.hub import local_folder
+from mlx_kimi.load import load
+from mlx_kimi.metal_kernels.kernel import backend
+from mlx_kimi.model import KimiLinear
+from mlx_kimi.names import tensors
+
+DASH = Path("-")
+PLOTS = (".png", ".svg")
+FILE = click.Path(dir_okay=False, allow_dash=True, path_type=Path)
+COLUMNS = (  # two lines of title, width
+    ("", "context", 9),
+    ("prompt", "tok/s", 7),
+    ("first", "token s", 8),
+    ("answer", "tok/s", 7),
+    ("", "±", 6),
+    ("token", "ms", 8),
+    ("host", "ms", 7),
+    ("", "bound", 7),
+    ("context", "memory", 10),
+    ("peak", "memory", 10),
+)
+LEGEND = """\
+prompt       speed of the tokens after the row above, which go on from its state
+first token  time to it for the whole context: this row and those above
+answer       {tokens} tokens, the median of {repeats}; ± half the range
+host         work of Python and MLX to submit a token, while the device computes
+             the one before; bound says which of the two a token waits for
+memory       of the context, above the weights; peak, weights included
+"""
+
+
+@click.command("bench")
+@click.argument("model", required=False, metavar="[FOLDER|HUB-ID]")
+@click.option(
+    "--contexts", default="512,2048,8192", metavar="N,N,...", help="Context lengths in tokens."
+)
+@click.option("--tokens", type=int, default=128, help="Tokens of an answer.")
+@click.option("--repeats", type=int, default=3, help="Answers at each context.")
+@prefill_step_option
+@click.option("--json", "json_file", type=FILE, help="Write all there is as JSON; - is stdout.")
+@click.option("--plot", "plot_file", type=FILE, help="Draw speeds by context, as .png or .svg.")
+def command(
+    model: str | None,
+    contexts: str,
+    tokens: int,
+    repeats: int,
+    prefill_step: int,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    """Measure speeds and memory by context length.
+
+    A pseudo-random text is read up to each context length, and answered there. Without MODEL, the
+    pocket model is measured.
+    """
+    check_settings(tokens, repeats, prefill_step)
+    lengths = _lengths(contexts)
+    _check_files(json_file, plot_file)
+    folder = local_folder(model_or_pocket(model))
+    for length in lengths:  # before gigabytes are read
+        check_fits(length, tokens, ModelConfig.read(folder).model_max_length)
+    network, tokenizer = load(folder)
+    bench = Bench(network, tokenizer, tokens=tokens, repeats=repeats, prefill_step=prefill_step)
+    facts = _facts(model or "pocket", network, bench)
+    for line in (*_heading(facts), LEGEND.format(tokens=tokens, repeats=repeats), *_titles()):
+        click.echo(line, err=json_file == DASH)  # then stdout is for JSON alone
+    rows: list[Row] = []
+    try:
+        for length in lengths:
+            with _bar(length) as progress:
+                rows.append(bench.row(length, progress))
+            click.echo(_line(rows[-1]), err=json_file == DASH)
+    finally:  # what was measured before Ctrl-C is written, too
+        report = {**facts, "complete": len(rows) == len(lengths), "rows": list(map(_json, rows))}
+        if json_file:
+            _write(json_file, json.dumps(report, indent=2) + "\n")
+        if plot_file and rows:
+            _plot(plot_file, _heading(facts)[0], rows)
+
+
+def _lengths(contexts: str) -> list[int]:
+    try:
+        return sorted({int(length) for length in contexts.split(",")})
+    except ValueError:
+        raise KimiError(
+            f"--contexts must be numbers of tokens with commas between them but is {contexts!r}"
+        ) from None
+
+
+def _check_files(json_file: Path | None, plot_file: Path | None) -> None:
+    """What can be known before minutes of measuring."""
+    for option, file in (("--json", json_file), ("--plot", plot_file)):
+        if file in (None, DASH):
+            continue
+        if not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+            raise KimiError(f"{option} {file}: {file.parent} must be a folder that can be written")
+    if plot_file and plot_file.suffix.lower() not in PLOTS:
+        raise KimiError(f"--plot must end in {' or '.join(PLOTS)} but is {plot_file}")
+    if plot_file and not find_spec("matplotlib"):
+        raise KimiError("--plot needs matplotlib: pip install 'mlx_kimi[plot]'")
+
+
+def _facts(name: str, network: KimiLinear, bench: Bench) -> dict[str, Any]:
+    """The model, the machine, the versions and the settings, without which speeds mean nothing."""
+    config = network.config
+    q = config.quantization
+    return {
+        "model": {
+            "name": name,
+            "parameters": sum(prod(tensor.shape) for tensor in tensors(config)),
+            "quantization": asdict(q) if q else None,
+            "compute_dtype": str(network.norm.weight.dtype).removeprefix("mlx.core."),
+            "model_max_length": config.model_max_length,
+            "weights_memory": bench.weights_memory,
+        },
+        "machine": {
+            "system": platform.platform(),
+            "device": str(mx.default_device()),
+            "kernels": backend() is not None,
+            **mx.device_info(),
+        },
+        "versions": {
+            "mlx_kimi": __version__,
+            "mlx": version("mlx"),
+            "python": platform.python_version(),
+        },
+        "settings": {
+            "tokens": bench.tokens,
+            "repeats": bench.repeats,
+            "prefill_step": bench.prefill_step,
+        },
+    }
+
+
+def _heading(facts: dict[str, Any]) -> list[str]:
+    model, machine, versions = facts["model"], facts["machine"], facts["versions"]
+    q = model["quantization"]
+    stored = f"{q['bits']} bits" if q else model["compute_dtype"]
+    kernels = "with our kernels" if machine["kernels"] else "without our kernels"
+    return [
+        f"{model['name']}, {stored}, on {machine.get('device_name', '?')} ({machine['device']})",
+        f"{shown(model['weights_memory'])} of weights; mlx_kimi {versions['mlx_kimi']}, "
+        f"mlx {versions['mlx']} {kernels}",
+    ]
+
+
+def _titles() -> list[str]:
+    return [_aligned([column[line] for column in COLUMNS]) for line in (0, 1)]
+
+
+def _line(row: Row) -> str:
+    return _aligned(
+        [
+            f"{row.context:,}",
+            _speed(row.prompt_speed),
+            f"{row.time_to_first_token:.2f}",
+            _speed(row.generation_speed),
+            f"{row.spread:.1%}" if len(row.token_times) > 1 else "-",
+            f"{row.token_time * 1e3:.2f}",
+            f"{row.host_time * 1e3:.2f}",
+            row.bound_by,
+            shown(row.active_memory),
+            shown(row.peak_memory),
+        ]
+    )
+
+
+def _aligned(cells: list[Any]) -> str:
+    return "".join(
+        f"{cell:>{width}}" for cell, (*_, width) in zip(cells, COLUMNS, strict=True)
+    ).rstrip()
+
+
+def _speed(tokens: float) -> str:
+    return f"{tokens:.1f}" if tokens < 1000 else f"{tokens:.0f}"
+
+
+def _json(row: Row) -> dict[str, Any]:
+    return {
+        **asdict(row),
+        "prompt_tokens_per_second": row.prompt_speed,
+        "generation_tokens_per_second": row.generation_speed,
+        "token_time": row.token_time,
+        "host_time": row.host_time,
+        "spread": row.spread,
+        "bound_by": row.bound_by,
+    }
+
+
+def _write(file: Path, text: str) -> None:
+    if file == DASH:
+        click.echo(text, nl=False)
+    else:
+        file.write_text(text, encoding="utf-8")
+
+
+def _plot(file: Path, title: str, rows: Sequence[Row]) -> None:
+    """Tokens a second against context; of answers, with the range of the repeats."""
+    from matplotlib.figure import Figure  # here: it takes half a second, and few ask
+
+    contexts = [row.context for row in rows]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(title)
+    prompt, answer = figure.subplots(1, 2)
+    prompt.plot(contexts, [row.prompt_speed for row in rows], "o-")
+    speeds = [row.generation_speed for row in rows]
+    slower = [row.generation_speed - 1 / max(row.token_times) for row in rows]
+    faster = [1 / min(row.token_times) - row.generation_speed for row in rows]
+    answer.errorbar(contexts, speeds, (slower, faster), fmt="o-", capsize=3)
+    for axes, what in ((prompt, "prompt, from the context before"), (answer, "answer")):
+        axes.set_title(what)
+        axes.set_xlabel("context, tokens")
+        axes.set_ylabel("tokens a second")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=150)
+
+
+@contextmanager
+def _bar(length: int) -> Iterator[OnProgress]:
+    """A bar on a terminal. It is drawn between steps only: a drawing thread would be measured."""
+    columns = (
+        TextColumn("context {task.fields[length]:,}: {task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} tokens"),
+    )
+    with Progress(
+        *columns,
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        auto_refresh=False,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("warming up", total=None, length=length)
+
+        def update(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total, refresh=True)
+
+        yield update
