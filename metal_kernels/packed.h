@@ -45,9 +45,10 @@ struct Stored<8> {
 };
 
 // sums[r] += weight * (this lane's part of row `row + r` of a matrix [rows, K], times x [K]).
+// x may lie anywhere: X is a pointer.
 template <int Bits, int Group, int Rows, typename X, typename W, typename S>
 inline void add_products(
-    const device X* x,
+    X x,
     const device W* matrix,
     const device S* scales,
     const device S* biases,
