@@ -1,8 +1,8 @@
 """Latents in 8 bits: rows of words, of which `latents.h` says how they are laid out.
 
 A group of 64 channels is packed as `mx.quantize` packs it, and its scale and bias stand behind its
-codes in float32, so that codes are all that is rounded: a channel errs by at most half of 1/255 of
-its group's span. 576 channels take 648 bytes instead of 1152.
+codes in float32, so that codes are all that is rounded: a channel errs by half of 1/255 of its
+group's span, or of 255e-7 if that is more. 576 channels take 648 bytes instead of 1152.
 """
 
 from __future__ import annotations
