@@ -120,10 +120,7 @@ class LatentCache:
     bits: int | None = None  # None: latents stay as they come
 
     def __post_init__(self) -> None:
-        if self.bits not in (None, BITS):
-            raise KimiError(
-                f"latents are stored in {BITS} bits or as they come, not in {self.bits}"
-            )
+        check_latent_bits(self.bits)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -212,6 +209,12 @@ class LatentCache:
 
 
 CacheEntry = KDACache | LatentCache
+
+
+def check_latent_bits(bits: int | None) -> None:
+    """Refuse bits that latents cannot be stored in."""
+    if bits not in (None, BITS):
+        raise KimiError(f"latent_bits must be {BITS} where they are given but are {bits}")
 
 
 def snapshot(cache: Sequence[CacheEntry]) -> list[CacheEntry]:
