@@ -99,8 +99,8 @@ def test_decoding_with_kernels_goes_on_where_latents_freeze(
         logits = [tiny(x, ours) for x in mx.split(ids, 4, axis=1)]
         mx.eval(logits)
     expected = [tiny(x, plain) for x in mx.split(ids, 4, axis=1)]
-    # Two ways of rounding in float32, as in test_kernels_model. But the second token fills the tail,
-    # which the kernels read before it is packed: by 0.5 % other latents.
+    # Two ways of rounding in float32, as in test_kernels_model. But the second token fills the
+    # tail, which the kernels read before it is packed: latents that differ by 0.5 %.
     for number, (a, b) in enumerate(zip(logits, expected, strict=True)):
         assert_close(f"token {number}", a, b, 5e-3 if bits and number == 1 else 1e-4)
     (entry,) = (e for e in ours if isinstance(e, LatentCache))
