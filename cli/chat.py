@@ -34,7 +34,7 @@ def command(model: str | None, system: str | None, **options: Any) -> None:
     if isinstance(sys.stdin, TextIOWrapper):  # what is not UTF-8 is refused by the message
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     network, tokenizer = load(model_or_pocket(model))
-    context = Context(network)
+    context = Context(network, options["latent_bits"])
     messages = [] if system is None else [{"role": "system", "content": system}]
     while (text := _read_line()) is not None:
         if not text.strip():

@@ -11,10 +11,10 @@ import mlx.core as mx
 from mlx_kimi.cli.options import model_or_pocket
 from mlx_kimi.hub import local_folder
 from mlx_kimi.kda import KimiDeltaAttention
+from mlx_kimi.layers import MLP
 from mlx_kimi.load import load_model
 from mlx_kimi.metal_kernels.kernel import OFF, backend
 from mlx_kimi.model import KimiLinear
-from mlx_kimi.moe import MixtureOfExperts
 from mlx_kimi.names import tensors
 
 Row = tuple[str, str, str]  # how many tokens, what runs, why
@@ -65,8 +65,9 @@ def _forms(network: KimiLinear) -> dict[str, list[Row]]:
     """The choices of each kind of layer; layers that choose alike stand together."""
     alike: dict[tuple[str, tuple[Row, ...]], list[int]] = {}
     for number, layer in enumerate(network.layers, start=1):
-        for part, name in ((layer.self_attn, "KDA"), (layer.mlp, "experts")):
-            if isinstance(part, KimiDeltaAttention | MixtureOfExperts):
+        attention = "KDA" if isinstance(layer.self_attn, KimiDeltaAttention) else "MLA"
+        for part, name in ((layer.self_attn, attention), (layer.mlp, "experts")):
+            if not isinstance(part, MLP):
                 alike.setdefault((name, tuple(part.forms())), []).append(number)
     return {
         f"{name} of layers {', '.join(map(str, numbers))}": list(rows)

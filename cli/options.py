@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlx_kimi.bundled import pocket_folder
+from mlx_kimi.cache import check_latent_bits
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generate import MAX_TOKENS, PREFILL_STEP, check_lengths
 from mlx_kimi.sample import Sampling
@@ -46,9 +47,12 @@ def check_utf8(name: str, text: str) -> None:
         raise KimiError(f"{name} is not UTF-8 at character {error.start}") from None
 
 
-def check_options(max_tokens: int, prefill_step: int, **sampling: Any) -> None:
+def check_options(
+    max_tokens: int, prefill_step: int, latent_bits: int | None, **sampling: Any
+) -> None:
     """Refuse absurd values of the options below before a model is loaded."""
     check_lengths(max_tokens, prefill_step)
+    check_latent_bits(latent_bits)
     Sampling(**sampling)
 
 
@@ -84,4 +88,10 @@ prefill_step_option = click.option(
 length_options = _together(
     click.option("--max-tokens", type=int, default=MAX_TOKENS, help="Longest answer, in tokens."),
     prefill_step_option,
+    click.option(
+        "--latent-bits",
+        type=int,
+        show_default="those of the model's dtype",
+        help="8 halves the memory that a long context takes.",
+    ),
 )

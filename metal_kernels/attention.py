@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from itertools import accumulate
 from typing import NamedTuple
@@ -54,7 +54,8 @@ def attend(queries: mx.array, blocks: Iterable[Block], scale: float, first: int)
     """
     T = queries.shape[2]
     # Scores are made in float32: rounded to 16 bits before the softmax, large ones would be off by
-    # more than the whole rest of the model.
+    # more than the whole rest of the model. MLX has no product of 16-bit matrices that is not
+    # rounded so; keys are copied to float32, one block at a time.
     scaled = queries.astype(mx.float32) * scale
     rows = [
         _Rows(scaled[:, :, start : start + QUERY_BLOCK], first + start)
@@ -113,7 +114,7 @@ class _Rows:
 
     def _scores(self, block: Block, visible: mx.array | None) -> mx.array:
         """[B, H, T, S] float32; -inf where the query may not see the column."""
-        scores = times_transposed(self.queries, block.keys.astype(mx.float32))
+        scores = _product(self.queries, block.keys.astype(mx.float32), times_transposed)
         return scores if visible is None else mx.where(visible, scores, -mx.inf)
 
     def _visible(self, block: Block) -> mx.array | None:
@@ -154,6 +155,19 @@ def _weighed(shares: mx.array, values: list[mx.array]) -> mx.array:
     ends = list(accumulate(v.shape[2] for v in values))[:-1]
     parts = mx.split(shares, ends, axis=-1) if ends else [shares]
     output = [
-        (part.astype(v.dtype) @ v).astype(mx.float32) for part, v in zip(parts, values, strict=True)
+        _product(part.astype(v.dtype), v, mx.matmul).astype(mx.float32)
+        for part, v in zip(parts, values, strict=True)
     ]
     return reduce(mx.add, output)
+
+
+def _product(
+    x: mx.array, y: mx.array, multiply: Callable[[mx.array, mx.array], mx.array]
+) -> mx.array:
+    """x [B, H, T, n] times y [B, H or 1, ...]: the heads of one token are rows of one product.
+
+    On CPU that is five times as fast as a product for each head.
+    """
+    if x.shape[2] == 1 and y.shape[1] == 1:
+        return multiply(x.swapaxes(1, 2), y).swapaxes(1, 2)
+    return multiply(x, y)

@@ -37,7 +37,7 @@ class Matrix(NamedTuple):
     def times(self, x: mx.array) -> mx.array:
         """x [..., in] -> [..., out]."""
         if not self.bits:
-            return x @ self.weight.T
+            return x @ self.weight.swapaxes(-1, -2)
         return mx.quantized_matmul(
             x, self.weight, self.scales, self.biases, True, self.group_size, self.bits
         )

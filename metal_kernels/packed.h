@@ -45,10 +45,10 @@ struct Stored<8> {
 };
 
 // sums[r] += this lane's part, 8 columns from `column` on, of row `row + r` of a matrix [rows, K],
-// times x [K].
+// times x [K]. x may lie anywhere: X is a pointer.
 template <int Bits, int Group, int Rows, typename X, typename W, typename S>
 inline void add_step(
-    const device X* x,
+    X x,
     const device W* matrix,
     const device S* scales,
     const device S* biases,
@@ -80,7 +80,7 @@ inline void add_step(
 // loads of one do not wait for the arithmetic of the one before.
 template <int Bits, int Group, int Rows, typename X, typename W, typename S>
 inline void add_products(
-    const device X* x,
+    X x,
     const device W* matrix,
     const device S* scales,
     const device S* biases,

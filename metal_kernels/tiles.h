@@ -26,3 +26,15 @@ inline float2 multiply_add(float2 a, float2 b, float2 c) {
   simdgroup_multiply_accumulate(C, A, B, C);
   return float2(C.thread_elements()[0], C.thread_elements()[1]);
 }
+
+// Over the 8 lanes that hold a column of a tile.
+inline float max_over_rows(float x) {
+  x = max(x, simd_shuffle_xor(x, 2));
+  x = max(x, simd_shuffle_xor(x, 4));
+  return max(x, simd_shuffle_xor(x, 16));
+}
+inline float sum_over_rows(float x) {
+  x += simd_shuffle_xor(x, 2);
+  x += simd_shuffle_xor(x, 4);
+  return x + simd_shuffle_xor(x, 16);
+}

@@ -12,6 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_kimi.errors import KimiError
+from mlx_kimi.metal_kernels.latents import BITS, is_packed, pack, unpack
+
 TAIL = 256  # tokens of the latent that may be rebuilt at every step (0.3 MB)
 RADIX = 8  # neighbours of one size class that merge into one of the next
 
@@ -59,7 +62,7 @@ class KDACache:
 class Segment:
     """Latents of consecutive tokens. NoPE attention needs no positions, so gaps may be masked."""
 
-    latents: mx.array  # [B, S, latent | shared key]
+    latents: mx.array  # [B, S, latent | shared key], or packed: [B, S, words]
     real: mx.array | None = None  # [B, S] bool; None: every token is real
 
     @property
@@ -72,6 +75,16 @@ class Segment:
     def slice(self, start: int, stop: int) -> Segment:
         real = None if self.real is None else self.real[:, start:stop]
         return Segment(self.latents[:, start:stop], real)
+
+    def packed(self) -> Segment:
+        """The same tokens in 8 bits."""
+        return self if is_packed(self.latents) else Segment(pack(self.latents), self.real)
+
+    def plain(self, width: int, dtype: mx.Dtype) -> Segment:
+        """The same tokens as numbers, [B, S, width]."""
+        if not is_packed(self.latents):
+            return self
+        return Segment(unpack(self.latents, width, dtype), self.real)
 
     def copy(self) -> Segment:
         """The same tokens in arrays of their own: a slice keeps its whole parent alive."""
@@ -98,12 +111,16 @@ class LatentCache:
 
     Only the tail is rebuilt when a token comes. A full tail is frozen; eight neighbouring segments
     of one size class merge into one of the next, so that a frozen token is copied at most three
-    times and 2^20 tokens are at most 32 segments.
+    times and 2^20 tokens are at most 32 segments. `bits` 8: frozen latents are packed to 8 bits.
     """
 
     lengths: tuple[int, ...] = ()
     frozen: tuple[Segment, ...] = ()
     tail: Segment | None = None
+    bits: int | None = None  # None: latents stay as they come
+
+    def __post_init__(self) -> None:
+        check_latent_bits(self.bits)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -114,15 +131,26 @@ class LatentCache:
         """Tokens held for each row, padding between them included."""
         return sum(segment.size for segment in self.segments)
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether some columns may be padding."""
+        return any(segment.real is not None for segment in self.segments)
+
     def append(self, latents: mx.array, real: mx.array | None) -> None:
         """Add [B, T, width] latents; `real` [B, T] marks the tokens that are not padding."""
         new = Segment(latents, real)
-        recent = new if self.tail is None else Segment.concatenate([self.tail, new])
+        self._settle(new if self.tail is None else Segment.concatenate([self.tail, new]))
+
+    def grow_tail(self, latents: mx.array) -> None:
+        """Take [B, n + 1, width], the tail's latents and one more, in the tail's place."""
+        self._settle(Segment(latents))
+
+    def _settle(self, recent: Segment) -> None:
+        """Freeze what is full of the latest tokens; the rest is the tail."""
         full = recent.size // TAIL * TAIL
         if full:
-            self.frozen = _frozen(
-                self.frozen, recent if full == recent.size else recent.slice(0, full).copy()
-            )
+            new = recent if full == recent.size else recent.slice(0, full).copy()
+            self.frozen = _frozen(self.frozen, new.packed() if self.bits else new)
         if full == recent.size:
             self.tail = None
         else:
@@ -140,7 +168,7 @@ class LatentCache:
     def take(self, rows: Sequence[int]) -> LatentCache:
         """The entry of the batch that consists of these rows, in this order."""
         if not self.segments:
-            return LatentCache()
+            return LatentCache(bits=self.bits)
         index = mx.array(list(rows))
 
         def chosen(segment: Segment) -> Segment:
@@ -151,25 +179,42 @@ class LatentCache:
             tuple(self.lengths[row] for row in rows),
             tuple(chosen(segment) for segment in self.frozen),
             None if self.tail is None else chosen(self.tail),
+            self.bits,
         )
 
     @staticmethod
     def join(entries: Sequence[LatentCache]) -> LatentCache:
         """The entry of one batch made of the rows of several. Each must have read a token.
 
-        Rows of different lengths are filled up with masked columns.
+        Rows of different lengths are filled up with masked columns. All entries have the same
+        `bits`; what was packed is not packed a second time, but for fewer than TAIL tokens.
         """
         _all_filled([e.segments[0].latents if e.segments else None for e in entries])
-        columns = max(entry.columns for entry in entries)
-        wholes = [_filled(Segment.concatenate(entry.segments), columns) for entry in entries]
+        longest = max(entries, key=lambda entry: entry.columns)
+        parts = [
+            [s.packed() for s in entry.segments] if entry.bits else entry.segments
+            for entry in entries
+        ]
+        wholes = [_filled(Segment.concatenate(segments), longest.columns) for segments in parts]
         latents = mx.concatenate([whole.latents for whole in wholes])
-        real = mx.concatenate([_real(whole) for whole in wholes])
-        joined = LatentCache(tuple(n for entry in entries for n in entry.lengths))
-        joined.append(latents, real)
+        whole = Segment(latents, mx.concatenate([_real(whole) for whole in wholes]))
+        joined = LatentCache(
+            tuple(n for entry in entries for n in entry.lengths), bits=longest.bits
+        )
+        joined._settle(whole)
+        if joined.tail is not None and longest.tail is not None:
+            _, _, width = longest.tail.latents.shape
+            joined.tail = joined.tail.plain(width, longest.tail.latents.dtype)
         return joined
 
 
 CacheEntry = KDACache | LatentCache
+
+
+def check_latent_bits(bits: int | None) -> None:
+    """Refuse bits that latents cannot be stored in."""
+    if bits not in (None, BITS):
+        raise KimiError(f"latent_bits must be {BITS} where they are given but are {bits}")
 
 
 def snapshot(cache: Sequence[CacheEntry]) -> list[CacheEntry]:

@@ -68,12 +68,16 @@ class Context:
     """
 
     model: KimiLinear
+    latent_bits: int | None = None  # of `KimiLinear.make_cache`
     ids: list[int] = field(default_factory=list)
     entries: list[CacheEntry] = field(default_factory=list)
     kept: list[tuple[int, list[CacheEntry]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.entries = self.model.make_cache()
+        self.entries = self._empty()
+
+    def _empty(self) -> list[CacheEntry]:
+        return self.model.make_cache(self.latent_bits)
 
     def keep(self) -> None:
         """Remember the present state, and forget the oldest of too many."""
@@ -90,7 +94,7 @@ class Context:
         if shared < len(self.ids):
             while self.kept and self.kept[-1][0] > shared:
                 self.kept.pop()
-            length, entries = self.kept[-1] if self.kept else (0, self.model.make_cache())
+            length, entries = self.kept[-1] if self.kept else (0, self._empty())
             caches.restore(self.entries, entries)
             del self.ids[length:]
         return len(self.ids)
@@ -131,6 +135,7 @@ def stream_generate(
     stop: Sequence[str] = (),
     tools: Sequence[dict[str, Any]] | None = None,
     prefill_step: int = PREFILL_STEP,
+    latent_bits: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     context: Context | None = None,
 ) -> Generator[Chunk, None, None]:
@@ -143,6 +148,7 @@ def stream_generate(
         stop: strings that end the answer; they are not part of it.
         tools: JSON schemas of functions that the model may call, for the chat template.
         prefill_step: prompt tokens read at once. More is faster and takes more memory.
+        latent_bits: 8 keeps the latents of MLA layers in 8 bits; a `context` has bits of its own.
         progress: called with (tokens read, tokens of the prompt) after each prefill step.
         context: of an earlier call, whose tokens are not read again.
 
@@ -153,7 +159,7 @@ def stream_generate(
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     ids = prompt_ids(model, tokenizer, prompt, tools)
     room = model.config.model_max_length - len(ids)
-    context = context or Context(model)
+    context = context or Context(model, latent_bits)
     sampler = Sampler(sampling, ids, model.config.vocab_size)
     answer = _Answer(tokenizer, stop, min(max_tokens, room), len(ids), sampler.seed)
 

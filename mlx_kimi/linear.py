@@ -126,6 +126,7 @@ class FusedLinear(nn.Module):
         self.sizes = [len(group) for group in groups]
         widths = [sum(part.out_features for part in group) for group in groups]
         self.ends = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
+        self.width = sum(widths)
         self.parts = [_join(parts)] if _alike(parts) else parts
 
     def __call__(self, x: mx.array) -> list[mx.array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -13,6 +14,8 @@ from mlx_kimi.config import ModelConfig
 from mlx_kimi.layers import RMSNorm
 from mlx_kimi.linear import FusedLinear
 from mlx_kimi.metal_kernels.attention import QUERY_BLOCK, Block, attend
+from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
+from mlx_kimi.metal_kernels.mla_decode import LatentWeights, mla_decode, refused
 
 if TYPE_CHECKING:
     from mlx_kimi.weights import Weights
@@ -40,6 +43,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = weights.linear("o_proj")
         self.lora = config.kv_lora_rank
         self.nope = config.qk_nope_head_dim
+        self.width = config.latent_width
         self.scale = config.qk_head_dim**-0.5
 
     def __call__(self, x: mx.array, cache: LatentCache, real: mx.array | None) -> mx.array:
@@ -48,6 +52,8 @@ class MultiHeadLatentAttention(nn.Module):
         `real` [B, T] marks what is not padding; None: everything.
         """
         B, T, _ = x.shape
+        if T == 1 and real is None and self._decode_refused(cache) is None:
+            return self._decode(x, cache)
         heads = self.embed_q.weight.shape[0]
         q, kv = self.in_proj(x)
         q = q.reshape(B, T, heads, -1).transpose(0, 2, 1, 3)  # [B, H, T, nope + shared]
@@ -58,12 +64,47 @@ class MultiHeadLatentAttention(nn.Module):
         o = attention(q, cache, past)  # [B, H, T, v]
         return self.o_proj(o.transpose(0, 2, 1, 3).reshape(B, T, -1))
 
+    def forms(self) -> list[tuple[str, str, str]]:
+        """For a step of one, few and many tokens: how many, what runs, and why."""
+        refused = self._decode_refused(LatentCache())
+        return [
+            ("1 token", "ops form", refused)
+            if refused
+            else ("1 token", "mla_query, mla_attend, mla_output", "its domain"),
+            (f"2 to {EXPAND_FROM - 1} tokens", "ops form", "absorbed"),
+            (f"{EXPAND_FROM} tokens or more", "ops form", "latents expanded block by block"),
+        ]
+
+    def _decode(self, x: mx.array, cache: LatentCache) -> mx.array:
+        """One token [B, 1, hidden], with three kernels between two matrices."""
+        tail = None if cache.tail is None else cache.tail.latents
+        frozen = [segment.latents for segment in cache.frozen]
+        y, tail = mla_decode(self.in_proj.joined(x[:, 0]), self._for_decode, tail, frozen)
+        cache.grow_tail(tail)
+        return self.o_proj(y[:, None])
+
+    def _decode_refused(self, cache: LatentCache) -> str | None:
+        """Why one token takes the way of many; None: `mla_decode` takes it."""
+        if backend() is None:
+            return NO_BACKEND
+        return "some columns are padding" if cache.is_masked else self._unsuited
+
+    @cached_property
+    def _unsuited(self) -> str | None:
+        return refused(self._for_decode, self.in_proj.width)
+
+    @cached_property
+    def _for_decode(self) -> LatentWeights:
+        norm = self.kv_a_layernorm
+        matrices = (self.embed_q.matrix, self.unembed_out.matrix)
+        return LatentWeights(*matrices, norm.weight, norm.eps, self.scale)
+
     def _absorbed(self, q: mx.array, cache: LatentCache, past: int) -> mx.array:
         """Queries go through kv_b's key half into latent space, results through its value half."""
         q = mx.concatenate([self.embed_q(q[..., : self.nope]), q[..., self.nope :]], axis=-1)
 
         def latents(segment: Segment) -> tuple[mx.array, mx.array]:
-            keys = segment.latents[:, None]  # [B, 1, S, lora + shared]
+            keys = segment.plain(self.width, q.dtype).latents[:, None]  # [B, 1, S, lora + shared]
             return keys, keys[..., : self.lora]
 
         return self.unembed_out(attend(q, _blocks(q, cache, latents), self.scale, past))
@@ -72,9 +113,9 @@ class MultiHeadLatentAttention(nn.Module):
         """Each block of latents becomes the keys and values of every head."""
 
         def per_head(segment: Segment) -> tuple[mx.array, mx.array]:
-            latent = segment.latents[:, None, :, : self.lora]  # [B, 1, S, lora]
+            latents = segment.plain(self.width, q.dtype).latents[:, None]
+            latent, shared = mx.split(latents, [self.lora], axis=-1)  # [B, 1, S, ...]
             keys = self.embed_q.from_outputs(latent)  # [B, H, S, nope]
-            shared = segment.latents[:, None, :, self.lora :]
             shared = mx.broadcast_to(shared, (*keys.shape[:3], shared.shape[-1]))
             return mx.concatenate([keys, shared], axis=-1), self.unembed_out(latent)
 

@@ -129,9 +129,12 @@ class KimiLinear(nn.Module):
         """[..., hidden] of the last layer -> [..., vocab]."""
         return self.lm_head(self.norm(hidden))
 
-    def make_cache(self) -> list[CacheEntry]:
-        """An empty cache: one typed entry a layer, for a batch of any size."""
+    def make_cache(self, latent_bits: int | None = None) -> list[CacheEntry]:
+        """An empty cache: one typed entry a layer, for a batch of any size.
+
+        `latent_bits` 8 stores the latents of MLA layers, but for the latest, in 8 bits.
+        """
         return [
-            KDACache() if layer.attention == "kda" else LatentCache()
+            KDACache() if layer.attention == "kda" else LatentCache(bits=latent_bits)
             for layer in self.config.layers
         ]

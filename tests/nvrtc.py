@@ -58,10 +58,12 @@ def nvrtc(kernel: Kernel) -> Callable[..., list[mx.array]]:
         inputs: Sequence[Any],
         output_shapes: Sequence[Sequence[int]],
         output_dtypes: Sequence[mx.Dtype],
+        grid: tuple[int, int, int],
         threadgroup: tuple[int, int, int],
         template: Sequence[tuple[str, Any]] = (),
         **_: Any,
     ) -> list[mx.array]:
+        assert not any(g % t for g, t in zip(grid, threadgroup, strict=True)), kernel.name
         arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
         text = cuda(kernel).text(arrays, output_dtypes, template, prod(threadgroup))
         buffers = [

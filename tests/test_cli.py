@@ -68,6 +68,9 @@ def test_options_reach_the_model(talker: Path) -> None:
     assert tokens("--temp", "2", "--seed", "7", "--min-p", "1") == plain
     assert tokens("--repetition-penalty", "0.01") != plain
     assert tokens("--prefill-step", "2") == plain
+    assert tokens("--latent-bits", "8") == plain  # a short prompt is all tail, which stays as it is
+    done = run("generate", "--model", talker, "-p", PROMPT, "--latent-bits", "4")
+    assert done.returncode == 1 and b"latent_bits must be 8" in done.stderr
 
 
 def test_check_finds_a_random_model_whole(talker: Path) -> None:

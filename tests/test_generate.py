@@ -267,6 +267,7 @@ def test_a_stop_string_ends_the_answer_before_itself(loaded) -> None:
         ([10**9], {}, "the prompt has 1000000000"),
         ("hi", {"max_tokens": 0}, "max_tokens must be at least 1 but is 0"),
         ("hi", {"prefill_step": -5}, "prefill_step must be at least 1 but is -5"),
+        ("hi", {"latent_bits": 4}, "latent_bits must be 8 where they are given but are 4"),
         ("hi", {"temp": -0.1}, "temp must be 0, or from 0.001"),
         ("hi", {"temp": float("nan")}, "temp must be"),
         ("hi", {"temp": float("inf")}, "temp must be"),

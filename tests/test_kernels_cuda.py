@@ -7,6 +7,8 @@ from kda_cases import case
 from nvrtc import NvrtcError, compile_cuda, nvrtc
 from test_kernels_experts import gated
 from test_kernels_kda_decode import case as decode_case
+from test_kernels_mla import POCKET
+from test_kernels_mla import case as mla_case
 
 from mlx_kimi.metal_kernels import cuda
 from mlx_kimi.metal_kernels.experts import expert_mlp, expert_select
@@ -14,6 +16,7 @@ from mlx_kimi.metal_kernels.kda_chunk import kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_decode import kda_decode
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
+from mlx_kimi.metal_kernels.mla_decode import mla_decode
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 of_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,6 +53,14 @@ def test_the_experts_compile(dtype: mx.Dtype, bits: int) -> None:
 def test_the_choice_of_experts_compiles(groups: int) -> None:
     with use_backend(nvrtc):
         expert_select(mx.zeros((1, 16)), mx.zeros((16,)), 2, groups, 1, True, 1.0)
+
+
+@of_dtype
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_latent_step_compiles(dtype: mx.Dtype, bits: int, packed: bool) -> None:
+    with use_backend(nvrtc):
+        mla_decode(*mla_case(POCKET, bits=bits, dtype=dtype, packed=packed))
 
 
 # ------------------------------------------------------------------------------- the translation

@@ -11,7 +11,7 @@ from emulator import emulator
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cli import check, info
 from mlx_kimi.load import load_model
-from mlx_kimi.metal_kernels import kda_decode
+from mlx_kimi.metal_kernels import kda_decode, mla_decode
 from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.model import KimiLinear
 
@@ -38,12 +38,14 @@ def test_kernels_give_the_same_logits(
     assert_close("logits", logits, model(name)(ids), SPLIT)
 
 
-def test_a_quantized_model_decodes_in_one_launch_a_layer(quantized: Callable[..., Path]) -> None:
+def test_a_quantized_model_decodes_in_the_decode_kernels(quantized: Callable[..., Path]) -> None:
     model = load_model(quantized("tiny"))
-    emulator(kda_decode.KERNEL).counts = {}
+    kernels = (kda_decode.KERNEL, mla_decode.QUERY, mla_decode.ATTEND, mla_decode.OUTPUT)
+    for kernel in kernels:
+        emulator(kernel).counts = {}
     ids = mx.array([[3, 1, 4, 1, 5]])
     assert_close("logits", with_kernels(model, ids, 0), model(ids), SPLIT)
-    assert emulator(kda_decode.KERNEL).counts
+    assert all(emulator(kernel).counts for kernel in kernels)
 
 
 def test_unequal_rows_give_the_same_logits(model: Callable[[str], KimiLinear]) -> None:
@@ -72,6 +74,6 @@ def test_info_names_the_kernels_that_the_pocket_model_uses() -> None:
     pocket = load_model(pocket_folder(), lazy=True)
     with use_backend(emulator):
         text = "\n".join(info._kernels(pocket))
-    for name in ("kda_decode", "kda_sequential", "kda_chunk", "expert_gate_up"):
+    for name in ("kda_decode", "kda_sequential", "kda_chunk", "mla_attend", "expert_gate_up"):
         assert name in text
     assert "ops form: sorted by expert" in text

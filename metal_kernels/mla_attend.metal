@@ -1,0 +1,229 @@
+// One token's attention to a part of what came before it, for many heads at once: each latent is read
+// once for all heads of a threadgroup. With l a latent, s its shared key, and the query scaled:
+//
+//     score = query . (l | s)      output = sum of exp(score - highest) l      total = the same of 1
+//
+//   queries       [B, H, Lora + Shared] float, as mla_query makes them: scaled
+//   tail          [B, sizes[0], Lora + Shared] of any float type
+//   segment1 ...  [B, sizes[1], row] and so on: rows of StoredT, plain or packed as latents.h says; those
+//                 beyond the last are any array
+//   plan          [2 + 2 * (Segments + 1)] int: columns of a split, splits, then of the tail and of each
+//                 segment the first split, and last the sizes. A split lies in one segment, and has a
+//                 multiple of 8 columns unless it is the segment's last.
+//   outputs       [B, Splits, H, Lora] float
+//   sums          [B, Splits, H, 2] float: highest, total
+// Template: TailT; StoredT, the same or, where Packed (a bool), uint; H, Heads, Lora, Shared, Channels,
+// Segments int. Heads, of a threadgroup, and Shared are multiples of 8; Channels is 32 or 64 and divides
+// Lora.
+// Grid (32 * Lora / Channels, Splits, B * ceil(H / Heads)), threadgroup (32 * Lora / Channels, 1, 1): a
+// threadgroup owns the heads of one text in one split, a simdgroup Channels channels of the queries,
+// latents and outputs, and some of the shared keys' tiles of 8. It walks in blocks of 8 columns.
+constexpr int Block = 8;
+constexpr int Width = Lora + Shared;
+constexpr int Simdgroups = Lora / Channels;
+constexpr int Tiles = Channels / 8;
+constexpr int Eights = Channels / 32;                              // of a lane, in a row of the latents
+constexpr int Pairs = (Shared / 8 + Simdgroups - 1) / Simdgroups;  // in one of the shared keys, at most
+constexpr int HeadTiles = Heads / 8;
+constexpr int HeadGroups = (H + Heads - 1) / Heads;
+constexpr int Turns = (HeadTiles + Simdgroups - 1) / Simdgroups;
+
+typedef float2 Two;
+threadgroup Two partial[Simdgroups * HeadTiles * Tile / 2];
+threadgroup Two shares[Heads * Block / 2];
+threadgroup float fading[Heads];
+
+const int index = thread_position_in_threadgroup.x;
+const int lane = index % 32;
+const int part = index / 32;
+const int split = threadgroup_position_in_grid.y;
+const int b = threadgroup_position_in_grid.z / HeadGroups;
+const int first_head = threadgroup_position_in_grid.z % HeadGroups * Heads;
+const int row = tile_row(lane);
+const int column = tile_column(lane);
+
+// Where this split lies.
+int segment = 0;
+for (int i = 1; i <= Segments; ++i) {
+  segment += plan[2 + i] <= split;
+}
+const int size = plan[2 + Segments + 1 + segment];
+const int start = (split - plan[2 + segment]) * plan[0];
+const int end = min(start + plan[0], size);
+const device StoredT* chosen =
+    segment <= 1 ? segment1 : segment == 2 ? segment2 : segment == 3 ? segment3
+    : segment == 4 ? segment4 : segment == 5 ? segment5 : segment == 6 ? segment6
+    : segment == 7 ? segment7 : segment == 8 ? segment8 : segment == 9 ? segment9
+    : segment == 10 ? segment10 : segment == 11 ? segment11 : segment == 12 ? segment12
+    : segment == 13 ? segment13 : segment == 14 ? segment14 : segment == 15 ? segment15
+    : segment == 16 ? segment16 : segment == 17 ? segment17 : segment == 18 ? segment18
+    : segment == 19 ? segment19 : segment == 20 ? segment20 : segment == 21 ? segment21
+    : segment == 22 ? segment22 : segment == 23 ? segment23 : segment == 24 ? segment24
+    : segment == 25 ? segment25 : segment26;
+const bool in_tail = Packed && segment == 0;  // where its type is another
+const auto fresh_rows = tail + size_t(b) * size * Width;
+const auto rows =
+    (segment == 0 ? as_stored(tail, chosen) : chosen) + size_t(b) * size * row_size(chosen, Width);
+
+// Of 32 channels a lane takes 8 neighbours, of which 2 i and 2 i + 1 stand in tile i; the same fragment
+// is a key and a value. Queries and outputs follow that order of the channels.
+const int channel = Channels * part + 4 * column;
+float2 query[Tiles + Pairs][HeadTiles];
+#pragma unroll
+for (int i = 0; i < Tiles + Pairs; ++i) {
+  const int tile = part + (i - Tiles) * Simdgroups;  // of the shared keys
+  const int latent = Channels * part + i / 4 * 32 + row / 2 * 8 + i % 4 * 2 + row % 2;
+  const int at = i < Tiles ? latent : Lora + 8 * tile + row;
+#pragma unroll
+  for (int n = 0; n < HeadTiles; ++n) {
+    const int head = first_head + 8 * n + column;
+    const auto from = queries + (b * H + head) * Width + at;
+    query[i][n].x = at < Width && head < H ? from[0] : 0.0f;
+    query[i][n].y = at < Width && head + 1 < H ? from[Width] : 0.0f;
+  }
+}
+
+float2 output[HeadTiles][Tiles];
+#pragma unroll
+for (int n = 0; n < HeadTiles; ++n) {
+#pragma unroll
+  for (int i = 0; i < Tiles; ++i) {
+    output[n][i] = filled<2>(0);
+  }
+}
+float highest[Turns][2], total[Turns][2];
+#pragma unroll
+for (int turn = 0; turn < Turns; ++turn) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    highest[turn][i] = -INFINITY;
+    total[turn][i] = 0;
+  }
+}
+
+float2 key[Tiles + Pairs];
+Fetched<StoredT, Eights, Pairs> ahead;
+Fetched<TailT, Eights, Pairs> fresh;  // the same, in the tail of packed segments
+for (int at = start - Block; at < end; at += Block) {
+  // Ask for the next block before this one: nothing else is as far away. After the last row comes the
+  // last row again, which must be some number.
+  const int next = min(at + Block + row, end - 1);
+  if (at + Block < end) {
+    const auto fresh_row = fresh_rows + next * Width;
+    const auto stored_row = rows + next * row_size(rows, Width);
+#pragma unroll
+    for (int i = 0; i < Eights; ++i) {
+      if (in_tail) {
+        fetch_eight(fresh, i, fresh_row, channel + 32 * i);
+      } else {
+        fetch_eight(ahead, i, stored_row, channel + 32 * i);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Pairs; ++i) {
+      const int shared = 8 * (part + i * Simdgroups) + column;
+      if (shared < Shared && in_tail) {
+        fetch_pair(fresh, i, fresh_row, Lora + shared);
+      } else if (shared < Shared) {
+        fetch_pair(ahead, i, stored_row, Lora + shared);
+      }
+    }
+  }
+
+  if (at >= start) {
+    // What this simdgroup's channels add to the scores: [column, head].
+    float2 score[HeadTiles];
+#pragma unroll
+    for (int n = 0; n < HeadTiles; ++n) {
+      score[n] = filled<2>(0);
+    }
+#pragma unroll
+    for (int i = 0; i < Tiles + Pairs; ++i) {
+      if (i < Tiles || part + (i - Tiles) * Simdgroups < Shared / 8) {
+#pragma unroll
+        for (int n = 0; n < HeadTiles; ++n) {
+          score[n] = multiply_add(key[i], query[i][n], score[n]);
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < HeadTiles; ++n) {
+      partial[(part * HeadTiles + n) * 32 + lane] = score[n];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    // One simdgroup makes shares of the whole scores of 8 heads; a lane keeps the sums of its column.
+#pragma unroll
+    for (int turn = 0; turn < Turns; ++turn) {
+      const int n = part + turn * Simdgroups;
+      if (n < HeadTiles) {
+        float2 whole = filled<2>(0);
+#pragma unroll
+        for (int i = 0; i < Simdgroups; ++i) {
+          whole += partial[(i * HeadTiles + n) * 32 + lane];
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float seen = at + row < end ? whole[i] : -INFINITY;
+          const float before = highest[turn][i];
+          highest[turn][i] = max(before, max_over_rows(seen));
+          const float share = exp(seen - highest[turn][i]);
+          const float fade = exp(before - highest[turn][i]);
+          total[turn][i] = total[turn][i] * fade + share;
+          ((threadgroup float*)shares)[(8 * n + column + i) * Block + row] = share;
+          if (row == 0) {
+            fading[8 * n + column + i] = fade;
+          }
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+#pragma unroll
+    for (int n = 0; n < HeadTiles; ++n) {
+      const float fade = fading[8 * n + row];
+      const float2 share = shares[((8 * n + row) * Block + column) / 2];
+#pragma unroll
+      for (int i = 0; i < Tiles; ++i) {
+        output[n][i] = multiply_add(share, key[i], output[n][i] * fade);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < Tiles; ++i) {
+    key[i] = in_tail ? of_eights(fresh, i) : of_eights(ahead, i);
+  }
+#pragma unroll
+  for (int i = 0; i < Pairs; ++i) {
+    key[Tiles + i] = in_tail ? of_pairs(fresh, i) : of_pairs(ahead, i);
+  }
+}
+
+const int place = (b * plan[1] + split) * H + first_head;
+#pragma unroll
+for (int n = 0; n < HeadTiles; ++n) {
+  const int head = 8 * n + row;
+  if (first_head + head < H) {
+#pragma unroll
+    for (int i = 0; i < Tiles; i += 2) {
+      const auto to = outputs + (place + head) * Lora + channel + i / 4 * 32 + i % 4 * 2;
+      store<4>(to, float4(output[n][i].x, output[n][i].y, output[n][i + 1].x, output[n][i + 1].y));
+    }
+  }
+}
+#pragma unroll
+for (int turn = 0; turn < Turns; ++turn) {
+  const int n = part + turn * Simdgroups;
+  if (n < HeadTiles) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int head = 8 * n + column + i;
+      const float whole = sum_over_rows(total[turn][i]);
+      if (row == 0 && first_head + head < H) {
+        sums[2 * (place + head)] = highest[turn][i];
+        sums[2 * (place + head) + 1] = whole;
+      }
+    }
+  }
+}

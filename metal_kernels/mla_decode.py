@@ -1,0 +1,298 @@
+"""One token of an MLA layer, between its input projection and its output projection.
+
+Three launches: into the space of latents, attention in many splits, and back. What lies between
+them is float32; the kernels round the new latent and the output, each once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_kimi.metal_kernels.kernel import Kernel
+from mlx_kimi.metal_kernels.latents import is_packed, unpack
+from mlx_kimi.metal_kernels.matrix import Matrix
+
+SEGMENTS = 26  # that one launch takes: three more inputs and two outputs fill Metal's 31 buffers
+OUTPUT_THREADS = 512
+MOST_SPLITS = 1024  # of mla_output; `_columns_of_a_split` asks for at most about 550
+
+QUERY = Kernel(
+    "mla_query",
+    inputs=(
+        *("x", "embed", "embed_scales", "embed_biases", "norm", "tail"),
+        *("length", "scale", "eps"),
+    ),
+    outputs=("queries", "new_tail"),
+    headers=("vectors.h", "packed.h"),
+)
+ATTEND = Kernel(
+    "mla_attend",
+    inputs=("queries", "tail", *(f"segment{i + 1}" for i in range(SEGMENTS)), "plan"),
+    outputs=("outputs", "sums"),
+    headers=("vectors.h", "tiles.h", "latents.h"),
+)
+OUTPUT = Kernel(
+    "mla_output",
+    inputs=("outputs", "sums", "unembed", "unembed_scales", "unembed_biases", "splits"),
+    outputs=("y",),
+    headers=("packed.h",),
+)
+
+
+class Shape(NamedTuple):
+    """How mla_attend divides its work."""
+
+    heads: int  # of a threadgroup: each latent is read once for so many
+    channels: int  # of a simdgroup, 32 or 64
+
+    def fitted(self, H: int, lora: int) -> Shape:
+        """The same for a layer of these sizes."""
+        channels = 32 if lora % self.channels else self.channels
+        return Shape(min(self.heads, _multiple_of(8, H)), channels)
+
+
+# Queries and outputs of 32 heads of the 48B fill 136 KB of registers, 16 simdgroups of 32 lanes
+# with 68 each. A GPU that cannot give such lanes their 104 takes half of the heads at a time, and
+# has the latents from its cache for the other half.
+WIDE = Shape(32, 32)
+NARROW = Shape(16, 64)
+
+
+class LatentWeights(NamedTuple):
+    """What a layer brings to its decode step."""
+
+    embed_q: Matrix  # [H, lora, nope]
+    unembed_out: Matrix  # [H, v, lora]
+    norm: mx.array  # [lora]
+    eps: float
+    scale: float
+
+    @property
+    def heads(self) -> int:
+        return self.embed_q.weight.shape[0]
+
+    @property
+    def lora(self) -> int:
+        return self.embed_q.rows
+
+    @property
+    def nope(self) -> int:
+        return self.embed_q.columns
+
+    def shared(self, width: int) -> int:
+        """Channels of the shared key, where the input projection has `width` outputs."""
+        return (width - self.lora - self.heads * self.nope) // (self.heads + 1)
+
+
+def naive_mla_decode(
+    x: mx.array, weights: LatentWeights, tail: mx.array | None, segments: Sequence[mx.array]
+) -> tuple[mx.array, mx.array]:
+    """Apply a layer to one token of each of B texts.
+
+    Args:
+        x: [B, H * (nope + shared) + lora + shared], the input projection: q_nope | q_shared of each
+            head, then latent | shared key.
+        tail: [B, n, lora + shared], the latest latents; None: n = 0.
+        segments: [B, S, lora + shared] each, the latents before, in x's dtype or packed.
+
+    Returns:
+        y [B, H * v] in x's dtype, for the output projection; the tail with the new latent.
+    """
+    B, H, lora = x.shape[0], weights.heads, weights.lora
+    shared = weights.shared(x.shape[-1])
+    width = lora + shared
+    q, latent, key = mx.split(x, [x.shape[-1] - width, x.shape[-1] - shared], axis=-1)
+    latent = mx.fast.rms_norm(latent, weights.norm.astype(x.dtype), weights.eps)
+    new = mx.concatenate([latent, key], axis=-1)[:, None]
+    tail = new if tail is None else mx.concatenate([tail, new], axis=1)
+    plain = [unpack(s, width) if is_packed(s) else s.astype(mx.float32) for s in segments]
+    latents = mx.concatenate([*plain, tail.astype(mx.float32)], axis=1)  # [B, S, width]
+    q_nope, q_shared = mx.split(q.reshape(B, H, -1), [weights.nope], axis=-1)
+    q = mx.concatenate([weights.embed_q.times(q_nope[:, :, None])[:, :, 0], q_shared], axis=-1)
+    scores = weights.scale * q.astype(mx.float32) @ latents.swapaxes(-1, -2)
+    o = mx.softmax(scores, axis=-1) @ latents[..., :lora]  # [B, H, lora]
+    y = weights.unembed_out.times(o[:, :, None].astype(x.dtype))
+    return y.reshape(B, -1), tail
+
+
+def mla_decode(
+    x: mx.array,
+    weights: LatentWeights,
+    tail: mx.array | None,
+    segments: Sequence[mx.array],
+    columns: int | None = None,
+    shape: Shape | None = None,
+) -> tuple[mx.array, mx.array]:
+    """`naive_mla_decode` in three launches, within the domain of `refused`.
+
+    `columns`, of a split, are a multiple of 8. None: as many as keep a GPU busy. `shape`: that of
+    this GPU.
+    """
+    queries, tail = mla_query(x, weights, tail)
+    outputs, sums = mla_attend(queries, tail, segments, weights.lora, columns, shape)
+    return mla_output(outputs, sums, weights, x.dtype), tail
+
+
+def mla_query(
+    x: mx.array, weights: LatentWeights, tail: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """The scaled queries [B, H, lora + shared] float32, and the tail with the new latent."""
+    B, H, lora = x.shape[0], weights.heads, weights.lora
+    shared = weights.shared(x.shape[-1])
+    length = 0 if tail is None else tail.shape[1]
+    simdgroups = H * (lora // 4 + 1) + length + 1
+    queries, tail = QUERY(
+        inputs=[
+            *(x, *weights.embed_q.buffers(), weights.norm),
+            *(x if tail is None else tail, length, weights.scale, weights.eps),
+        ],
+        template=[
+            *(("H", H), ("Nope", weights.nope), ("Lora", lora), ("Shared", shared)),
+            *(("Bits", weights.embed_q.bits), ("Group", weights.embed_q.group_size)),
+        ],
+        grid=(32, _multiple_of(4, simdgroups), B),
+        threadgroup=(32, 4, 1),
+        output_shapes=[(B, H, lora + shared), (B, length + 1, lora + shared)],
+        output_dtypes=[mx.float32, x.dtype],
+    )
+    return queries, tail
+
+
+def mla_attend(
+    queries: mx.array,
+    tail: mx.array,
+    segments: Sequence[mx.array],
+    lora: int,
+    columns: int | None = None,
+    shape: Shape | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Outputs [B, splits, H, lora] and sums [B, splits, H, 2] of unfinished softmaxes.
+
+    A launch takes SEGMENTS segments; a second one is needed from about 800,000 columns on.
+    """
+    if columns is None:
+        columns = _columns_of_a_split(tail.shape[1] + sum(s.shape[1] for s in segments))
+    shape = (shape or _shape_here()).fitted(queries.shape[1], lora)
+    groups = [segments[i : i + SEGMENTS] for i in range(0, len(segments), SEGMENTS)] or [segments]
+    found = [
+        _attend(queries, tail, i == 0, group, lora, columns, shape)
+        for i, group in enumerate(groups)
+    ]
+    if len(found) == 1:
+        return found[0]
+    outputs, sums = (mx.concatenate(list(parts), axis=1) for parts in zip(*found, strict=True))
+    return outputs, sums
+
+
+def _attend(
+    queries: mx.array,
+    tail: mx.array,
+    with_tail: bool,
+    segments: Sequence[mx.array],
+    lora: int,
+    columns: int,
+    shape: Shape,
+) -> tuple[mx.array, mx.array]:
+    B, H, width = queries.shape
+    heads, channels = shape
+    sizes = [tail.shape[1] * with_tail, *(s.shape[1] for s in segments)]
+    threads = 32 * lora // channels
+    plan, splits = _plan(sizes, columns)
+    packed = bool(segments) and is_packed(segments[0])
+    absent = segments[0] if segments else tail
+    outputs, sums = ATTEND(
+        inputs=[queries, tail, *segments, *[absent] * (SEGMENTS - len(segments)), plan],
+        template=[
+            *(("TailT", tail.dtype), ("StoredT", absent.dtype), ("Packed", packed)),
+            *(("H", H), ("Heads", heads), ("Lora", lora), ("Shared", width - lora)),
+            *(("Channels", channels), ("Segments", SEGMENTS)),
+        ],
+        grid=(threads, splits, B * -(-H // heads)),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(B, splits, H, lora), (B, splits, H, 2)],
+        output_dtypes=[mx.float32, mx.float32],
+    )
+    return outputs, sums
+
+
+def mla_output(
+    outputs: mx.array, sums: mx.array, weights: LatentWeights, dtype: mx.Dtype
+) -> mx.array:
+    """The splits' outputs as one softmax, and each head's values of it: [B, H * v]."""
+    B, splits, H, lora = outputs.shape
+    matrix = weights.unembed_out
+    (y,) = OUTPUT(
+        inputs=[outputs, sums, *matrix.buffers(), splits],
+        template=[
+            *(("OutT", dtype), ("H", H), ("Lora", lora), ("V", matrix.rows)),
+            *(("Threads", OUTPUT_THREADS), ("MostSplits", MOST_SPLITS)),
+            *(("Bits", matrix.bits), ("Group", matrix.group_size)),
+        ],
+        grid=(OUTPUT_THREADS, H, B),
+        threadgroup=(OUTPUT_THREADS, 1, 1),
+        output_shapes=[(B, H * matrix.rows)],
+        output_dtypes=[dtype],
+    )
+    return y
+
+
+def refused(weights: LatentWeights, width: int) -> str | None:
+    """Why `mla_decode` does not take a layer whose input projection has `width` outputs."""
+    shared = weights.shared(width)
+    if weights.lora % 32 or not 0 < weights.lora <= 512:
+        return f"kv_lora_rank = {weights.lora} is not a multiple of 32 up to 512"
+    for name, size in (("qk_nope_head_dim", weights.nope), ("qk_rope_head_dim", shared)):
+        if size % 8 or size < 8:
+            return f"{name} = {size} is not a multiple of 8"
+    if weights.unembed_out.rows % 4:
+        return f"v_head_dim = {weights.unembed_out.rows} is not a multiple of 4"
+    for name in ("embed_q", "unembed_out"):
+        matrix = getattr(weights, name)
+        if matrix.bits not in (0, 4, 8):
+            return f"{name} has {matrix.bits} bits, not 4, 8 or 16"
+        if not matrix.is_affine:
+            return f"{name} is quantized in another mode than affine"
+    return None
+
+
+@cache
+def _shape_here() -> Shape:
+    """That of the GPU at hand.
+
+    By published tables a lane of 512 has at most 104 registers on Apple GPUs before M3, too near to
+    what `WIDE` needs; from M3 on registers are given out as a kernel needs them. NVIDIA's compiler,
+    which MLX tells no number of threads, takes more than 128 for `WIDE`, which 512 do not have.
+    """
+    if mx.cuda.is_available():
+        return NARROW
+    if not mx.metal.is_available():
+        return WIDE
+    architecture = str(mx.device_info()["architecture"])  # applegpu_g13s: an M1
+    return NARROW if re.search(r"g1[34]", architecture) else WIDE
+
+
+def _columns_of_a_split(total: int) -> int:
+    """Enough splits for large GPUs to take two each, but none so short that it is mostly overhead.
+
+    What a split adds to what is read, its queries and its outputs, is as much as 120 columns.
+    """
+    wanted = -(-total // 160) if total <= 160 * 1024 else max(1024, -(-total // 512))
+    return max(64, _multiple_of(64, wanted))
+
+
+def _plan(sizes: Sequence[int], columns: int) -> tuple[mx.array, int]:
+    """`plan` of mla_attend.metal, and how many splits there are."""
+    ends = list(accumulate(-(-size // columns) for size in sizes))
+    splits, absent = ends[-1], SEGMENTS + 1 - len(sizes)
+    firsts = [0, *ends[:-1], *[splits] * absent]
+    return mx.array([columns, splits, *firsts, *sizes, *[0] * absent], mx.int32), splits
+
+
+def _multiple_of(divisor: int, x: int) -> int:
+    return -(-x // divisor) * divisor

@@ -1,0 +1,64 @@
+// What the splits of mla_attend found, as one softmax, and from latent space back to a head's values:
+//
+//     y = unembed (sum over splits of e output / sum of e total),   e = exp(highest - highest of all)
+//
+//   outputs       [B, splits, H, Lora] float
+//   sums          [B, splits, H, 2] float: highest, total
+//   unembed       [H, V, Lora] plain of any float type, or packed to Bits
+//   unembed_scales, unembed_biases   [H, V, Lora / Group]; not read where Bits is 0: plain
+//   splits        int, at most MostSplits
+//   y             [B, H * V] of OutT
+// Template: OutT; H, Lora, V, Threads, MostSplits, Bits, Group int. V is a multiple of 4, Lora of 8 and
+// of Group, Threads of 32.
+// Grid (Threads, H, B), threadgroup (Threads, 1, 1): a threadgroup owns a head. It has the latents in
+// common; a simdgroup takes 4 elements of y at a time.
+constexpr int Rows = 4;
+
+threadgroup float shares[MostSplits];
+threadgroup float latent[Lora];
+
+const int index = thread_position_in_threadgroup.x;
+const int lane = index % 32;
+const int head = threadgroup_position_in_grid.y;
+const int b = threadgroup_position_in_grid.z;
+const auto found = sums + 2 * (b * splits * H + head);
+const auto output = outputs + (b * splits * H + head) * Lora;
+
+// Each simdgroup weighs the splits for itself.
+float highest = -INFINITY;
+for (int i = lane; i < splits; i += 32) {
+  highest = max(highest, found[2 * i * H]);
+}
+highest = simd_max(highest);
+float total = 0;
+for (int i = lane; i < splits; i += 32) {
+  const float share = exp(found[2 * i * H] - highest);
+  total += share * found[2 * i * H + 1];
+  if (index < 32) {
+    shares[i] = share;
+  }
+}
+total = simd_sum(total);
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+for (int channel = index; channel < Lora; channel += Threads) {
+  float sum = 0;
+  for (int i = 0; i < splits; ++i) {
+    sum += shares[i] * output[i * H * Lora + channel];
+  }
+  latent[channel] = sum / total;
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+for (int row = index / 32 * Rows; row < V; row += Threads / 32 * Rows) {
+  float values[Rows] = {0, 0, 0, 0};
+  const threadgroup float* x = latent;
+  add_products<Bits, Group, Rows>(
+      x, unembed, unembed_scales, unembed_biases, head * V + row, Lora, lane, values);
+  for (int r = 0; r < Rows; ++r) {
+    const float value = simd_sum(values[r]);
+    if (lane == r) {
+      y[(b * H + head) * V + row + r] = OutT(value);
+    }
+  }
+}

@@ -1,0 +1,70 @@
+// One token on its way into the space of latents: its queries, and its own latent behind the tail.
+//
+//     query = scale * (embed q_nope | q_shared)      new_tail = tail, then (norm(latent) | shared key)
+//
+//   x             [B, H * (Nope + Shared) + Lora + Shared] of any float type: of each head q_nope |
+//                 q_shared, then latent | shared key
+//   embed         [H, Lora, Nope] plain of any float type, or packed to Bits
+//   embed_scales, embed_biases   [H, Lora, Nope / Group]; not read where Bits is 0: plain
+//   norm          [Lora] of any float type
+//   tail          [B, length, Lora + Shared] of x's type; any array where length is 0
+//   length        int
+//   scale, eps    float; eps is of the norm
+//   queries       [B, H, Lora + Shared] float
+//   new_tail      [B, length + 1, Lora + Shared] of x's type
+// Template: H, Nope, Lora, Shared, Bits, Group int. Nope and Lora are multiples of 8, Nope of Group.
+// Grid (32, n, B), n >= H * (Lora / 4 + 1) + length + 1: a simdgroup owns 4 channels of a head's query
+// in latent space, or a head's shared query, or one row of the tail; what is over does nothing.
+constexpr int Rows = 4;
+constexpr int Width = Lora + Shared;
+constexpr int Latent = H * (Nope + Shared);  // where it stands in x
+constexpr int Steps = Lora / Rows + 1;       // of a head
+
+const int lane = thread_position_in_grid.x;
+const int step = thread_position_in_grid.y;
+const int b = thread_position_in_grid.z;
+const auto input = x + b * (Latent + Width);
+const int head = step / Steps;
+const int first = step % Steps * Rows;
+const int place = step - H * Steps;  // in the tail
+
+if (head < H && first < Lora) {
+  float sums[Rows] = {0, 0, 0, 0};
+  add_products<Bits, Group, Rows>(
+      input + head * (Nope + Shared),
+      embed,
+      embed_scales,
+      embed_biases,
+      head * Lora + first,
+      Nope,
+      lane,
+      sums);
+  for (int r = 0; r < Rows; ++r) {
+    const float sum = scale * simd_sum(sums[r]);
+    if (lane == r) {
+      queries[(b * H + head) * Width + first + r] = sum;
+    }
+  }
+} else if (head < H) {
+  for (int i = lane; i < Shared; i += 32) {
+    queries[(b * H + head) * Width + Lora + i] =
+        scale * float(input[head * (Nope + Shared) + Nope + i]);
+  }
+} else if (place < length) {
+  for (int i = lane; i < Width; i += 32) {
+    new_tail[(b * (length + 1) + place) * Width + i] = tail[(b * length + place) * Width + i];
+  }
+} else if (place == length) {
+  float square = 0;
+  for (int i = lane; i < Lora; i += 32) {
+    square += float(input[Latent + i]) * float(input[Latent + i]);
+  }
+  const float factor = rsqrt(simd_sum(square) / float(Lora) + eps);
+  auto to = new_tail + (b * (length + 1) + length) * Width;
+  for (int i = lane; i < Lora; i += 32) {
+    put(to + i, float(input[Latent + i]) * factor * float(norm[i]));
+  }
+  for (int i = Lora + lane; i < Width; i += 32) {
+    to[i] = input[Latent + i];
+  }
+}

@@ -1,0 +1,309 @@
+"""An MLA layer's decode step: float64 -> naive_mla_decode -> mla_decode, and packed latents."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from assertions import assert_close, assert_same_bits, numbers
+from emulator import emulator
+from emulator.lint import linter
+
+from mlx_kimi.metal_kernels import mla_decode as module
+from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
+from mlx_kimi.metal_kernels.latents import pack, unpack
+from mlx_kimi.metal_kernels.matrix import Matrix
+from mlx_kimi.metal_kernels.mla_decode import (
+    NARROW,
+    SEGMENTS,
+    WIDE,
+    LatentWeights,
+    Shape,
+    mla_decode,
+    naive_mla_decode,
+)
+
+# Float32 against float64: sums of up to a thousand products, and exp of their scores.
+RMS, LARGEST = 5e-6, 2e-5
+FORMS = {"naive": naive_mla_decode, "kernel": mla_decode}
+of_form = pytest.mark.parametrize("form", FORMS)
+
+
+@pytest.fixture(autouse=True)
+def on_the_emulator() -> Iterator[None]:
+    with use_backend(emulator):
+        yield
+
+
+class Sizes(NamedTuple):
+    """Of a layer, as the config calls them."""
+
+    H: int
+    lora: int
+    shared: int
+    nope: int
+    v: int
+
+
+SMALL = Sizes(2, 32, 16, 32, 32)
+POCKET = Sizes(4, 128, 64, 64, 64)
+PUBLISHED = Sizes(32, 512, 64, 128, 128)  # the 48B's
+
+
+class Case(NamedTuple):
+    """The arguments of naive_mla_decode."""
+
+    x: mx.array
+    weights: LatentWeights
+    tail: mx.array | None
+    segments: list[mx.array]
+
+
+def matrix(values: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype) -> Matrix:
+    w = mx.array(values).astype(dtype)
+    return Matrix(*mx.quantize(w, group_size, bits), group_size, bits) if bits else Matrix(w)
+
+
+def case(
+    sizes: Sizes = SMALL,
+    tail: int = 5,
+    segments: Sequence[int] = (16, 24),
+    B: int = 1,
+    bits: int = 0,
+    group_size: int = 32,
+    dtype: mx.Dtype = mx.float32,
+    packed: bool = False,
+    spread: float = 1.0,
+) -> Case:
+    """A layer at random; `spread` is about the standard deviation of its scores."""
+    H, lora, shared, nope, v = sizes
+    rng = np.random.default_rng([*sizes, tail, *segments, B, bits])
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    weights = LatentWeights(
+        matrix(normal(H, lora, nope) * nope**-0.5, bits, group_size, dtype),
+        matrix(normal(H, v, lora) * lora**-0.5, bits, group_size, dtype),
+        mx.array(1 + normal(lora) / 4).astype(dtype),
+        1e-6,
+        spread * (lora + shared) ** -0.5,
+    )
+    latents = [mx.array(normal(B, size, lora + shared)).astype(dtype) for size in segments]
+    return Case(
+        mx.array(normal(B, H * (nope + shared) + lora + shared)).astype(dtype),
+        weights,
+        mx.array(normal(B, tail, lora + shared)).astype(dtype) if tail else None,
+        [pack(x) for x in latents] if packed else latents,
+    )
+
+
+def exact(W: Matrix) -> np.ndarray:
+    if W.scales is None or W.biases is None:
+        return numbers(W.weight)
+    scales, biases = (y.astype(mx.float32) for y in (W.scales, W.biases))
+    return numbers(mx.dequantize(W.weight, scales, biases, W.group_size, W.bits))
+
+
+def oracle(given: Case) -> tuple[np.ndarray, np.ndarray]:
+    """y and the new latent with its shared key in float64, from the published equations.
+
+    The layer attends to its new latent as the cache keeps it: rounded to x's dtype.
+    """
+    x, weights = numbers(given.x), given.weights
+    H, lora = weights.heads, weights.lora
+    shared = weights.shared(x.shape[-1])
+    q, latent, key = np.split(x, [-lora - shared, -shared], axis=-1)
+    latent = latent / np.sqrt((latent**2).mean(-1, keepdims=True) + weights.eps)
+    new = np.concatenate([latent * numbers(weights.norm), key], axis=-1)
+    parts = [
+        numbers(unpack(s, lora + shared) if s.dtype == mx.uint32 else s) for s in given.segments
+    ]
+    parts += [] if given.tail is None else [numbers(given.tail)]
+    kept = numbers(mx.array(new.astype(np.float32)).astype(given.x.dtype))
+    latents = np.concatenate([*parts, kept[:, None]], axis=1)
+    q = q.reshape(len(x), H, -1)
+    absorbed = np.einsum("hln,bhn->bhl", exact(weights.embed_q), q[..., : weights.nope])
+    scores = np.concatenate([absorbed, q[..., weights.nope :]], -1) @ latents.swapaxes(1, 2)
+    shares = np.exp(weights.scale * (scores - scores.max(-1, keepdims=True)))
+    o = shares @ latents[..., :lora] / shares.sum(-1, keepdims=True)
+    return np.einsum("hvl,bhl->bhv", exact(weights.unembed_out), o).reshape(len(x), -1), new
+
+
+def assert_is_oracle(
+    form: str, given: Case, largest: float = LARGEST, rms: float = RMS, **how: Any
+) -> None:
+    y, tail = FORMS[form](*given, **how)
+    expected, new = oracle(given)
+    assert y.dtype == tail.dtype == given.x.dtype
+    assert_close("y", y, expected, largest, rms)
+    assert_close("new latent", tail[:, -1], new, largest, rms)
+    if given.tail is not None:
+        assert_same_bits("tail", tail[:, :-1].astype(mx.float32), given.tail.astype(mx.float32))
+
+
+# ------------------------------------------------------------------------------------- numbers
+@of_form
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        SMALL,
+        POCKET,
+        Sizes(1, 32, 8, 8, 4),
+        Sizes(5, 96, 24, 40, 56),  # no head tile is whole, no row of 32 channels
+        Sizes(40, 64, 72, 16, 12),  # more heads and shared keys than one threadgroup or step takes
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("B", [1, 2])
+def test_equals_the_equations_at_every_shape(form: str, sizes: Sizes, B: int) -> None:
+    assert_is_oracle(form, case(sizes, B=B))
+
+
+@pytest.mark.parametrize("shape", [WIDE, NARROW, Shape(8, 64)], ids=str)
+@pytest.mark.parametrize("sizes", [POCKET, Sizes(12, 128, 64, 16, 8)], ids=str)
+def test_equals_the_equations_however_the_work_is_divided(sizes: Sizes, shape: Shape) -> None:
+    assert_is_oracle("kernel", case(sizes, B=2), shape=shape)
+
+
+@pytest.mark.parametrize("shape", [WIDE, NARROW], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_takes_the_heads_of_the_48b(shape: Shape, packed: bool) -> None:
+    given = case(PUBLISHED, 3, [24], bits=4, group_size=64, dtype=mx.bfloat16, packed=packed)
+    assert_is_oracle("kernel", given, 4e-3, 2.5e-3, columns=16, shape=shape)
+
+
+@of_form
+@pytest.mark.parametrize("tail", [0, 1, 7, 8, 9, 255])
+@pytest.mark.parametrize("segments", [[], [8], [16, 8, 8]], ids=str)
+def test_equals_the_equations_at_every_length(form: str, tail: int, segments: list[int]) -> None:
+    assert_is_oracle(form, case(tail=tail, segments=segments))
+
+
+@pytest.mark.parametrize("columns", [8, 16, 64, None])
+@pytest.mark.parametrize("packed", [False, True])
+def test_any_number_of_splits_is_one_softmax(columns: int | None, packed: bool) -> None:
+    given = case(POCKET, 21, [128, 24, 8], B=2, packed=packed, spread=3)
+    assert_is_oracle("kernel", given, columns=columns)
+
+
+@pytest.mark.parametrize("count", [SEGMENTS, SEGMENTS + 1, 2 * SEGMENTS + 3])
+def test_takes_more_segments_than_a_launch_has_buffers(count: int) -> None:
+    assert_is_oracle("kernel", case(tail=9, segments=[8, 16] + [8] * (count - 2), B=2))
+
+
+@of_form
+@pytest.mark.parametrize("direction", [1, -1], ids=["rising", "falling"])
+def test_large_scores_do_not_overflow(form: str, direction: int) -> None:
+    given = case(tail=20, segments=[32])
+    size = mx.linspace(1, 100, 32)[::direction, None]
+    given = given._replace(segments=[given.segments[0] * size])
+    # A score of 500 is rounded to 3e-5, and so is its exponential.
+    how = {"columns": 16} if form == "kernel" else {}
+    assert_is_oracle(form, given._replace(x=given.x * 10), 2e-4, 1e-4, **how)
+
+
+@of_form
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_takes_quantized_matrices(form: str, bits: int, group_size: int) -> None:
+    sizes = Sizes(2, 128, 16, 128, 8)
+    assert_is_oracle(form, case(sizes, bits=bits, group_size=group_size))
+
+
+@of_form
+@pytest.mark.parametrize("sizes", [SMALL, POCKET, Sizes(3, 64, 24, 8, 8)], ids=str)
+def test_reads_packed_latents(form: str, sizes: Sizes) -> None:
+    assert_is_oracle(form, case(sizes, 13, [40, 8], B=2, packed=True))
+
+
+# The kernels round y once, and the new latent: by at most half of 2^-8, of each number itself. What
+# they attend to is stored in 16 bits, which the oracle knows.
+@pytest.mark.parametrize("dtype, rms", [(mx.float16, 4e-4), (mx.bfloat16, 2.5e-3)])
+@pytest.mark.parametrize("bits, packed", [(0, False), (4, False), (4, True)])
+def test_rounds_once_in_16_bits(bits: int, packed: bool, dtype: mx.Dtype, rms: float) -> None:
+    given = case(POCKET, B=2, bits=bits, dtype=dtype, packed=packed, spread=4)
+    assert_is_oracle("kernel", given, 4e-3, rms)
+
+
+# --------------------------------------------------------------------------------- work and text
+def test_each_latent_is_read_once_for_all_heads() -> None:
+    for packed, row in ((False, 2 * 576), (True, 9 * (64 + 8))):
+        read = []
+        for columns in (16, 32):
+            given = case(PUBLISHED, 1, [columns], dtype=mx.bfloat16, packed=packed)
+            mla_decode(*given, columns=64, shape=WIDE)
+            read.append(emulator(module.ATTEND).counts["device_bytes_read"])
+        # A packed row's scales and biases are read by every lane of their groups: 8 bytes by each 4
+        # of the 16 simdgroups' lanes that hold a latent, and by 4 for each tile of a shared key.
+        again = 8 * (16 * 4 + 8 * 4 - 9) if packed else 0
+        assert read[1] - read[0] == 16 * (row + again)
+
+
+def test_a_token_takes_three_launches() -> None:
+    launched: list[str] = []
+
+    def counting(kernel: Kernel) -> Launch:
+        launched.append(kernel.name)
+        return emulator(kernel)
+
+    with use_backend(counting):
+        mla_decode(*case(segments=[8] * SEGMENTS))
+        assert launched == ["mla_query", "mla_attend", "mla_output"]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("bits", [0, 4, 8])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_version_of_metal_takes_the_text(packed: bool, bits: int, dtype: mx.Dtype) -> None:
+    kernels = (module.QUERY, module.ATTEND, module.OUTPUT)
+    with use_backend(linter(large={name for k in kernels for name in k.inputs} - {"sums"})):
+        mla_decode(*case(POCKET, bits=bits, dtype=dtype, packed=packed))
+
+
+def test_says_what_it_does_not_take() -> None:
+    def of(sizes: Sizes, **how: Any) -> str | None:
+        given = case(sizes, **how)
+        return module.refused(given.weights, given.x.shape[-1])
+
+    assert of(PUBLISHED, bits=4) is None
+    assert of(SMALL._replace(lora=48)) == "kv_lora_rank = 48 is not a multiple of 32 up to 512"
+    assert of(SMALL._replace(lora=1024)) is not None
+    assert of(SMALL._replace(nope=12)) == "qk_nope_head_dim = 12 is not a multiple of 8"
+    assert of(SMALL._replace(shared=4)) == "qk_rope_head_dim = 4 is not a multiple of 8"
+    assert of(SMALL._replace(v=6)) == "v_head_dim = 6 is not a multiple of 4"
+    assert of(SMALL, bits=6) == "embed_q has 6 bits, not 4, 8 or 16"
+
+
+@pytest.mark.parametrize("total", [1, 64, 65, 5000, 131_072, 200_000, 524_288, 1 << 20, 1 << 23])
+def test_splits_are_enough_and_not_too_many(total: int) -> None:
+    columns = module._columns_of_a_split(total)
+    splits = -(-total // columns)
+    assert columns % 8 == 0
+    # Every segment and the tail may end with a split that is not full.
+    assert splits + 2 * SEGMENTS <= module.MOST_SPLITS
+    assert splits >= min(total // 64, 80)
+
+
+# --------------------------------------------------------------------------------------- packing
+@pytest.mark.parametrize("width", [576, 192, 48, 72])
+def test_packing_errs_by_half_a_step(width: int) -> None:
+    latents = mx.random.normal((2, 5, width), key=mx.random.key(0)) * 3
+    rows = pack(latents)
+    assert rows.nbytes == 2 * 5 * -(-width // 64) * (64 + 8)
+    filled = np.pad(np.array(latents), [(0, 0), (0, 0), (0, -width % 64)]).reshape(2, 5, -1, 64)
+    step = (filled.max(-1) - filled.min(-1)) / 255
+    error = np.abs(np.array(unpack(rows, width)) - np.array(latents))
+    error = np.pad(error, [(0, 0), (0, 0), (0, -width % 64)]).reshape(2, 5, -1, 64)
+    # MLX moves a group's line by up to half a step, so that one of its ends is exact.
+    assert (error.max(-1) <= 1.01 * step).all()
+    assert np.sqrt((error**2).mean()) <= 1.05 * np.sqrt((step**2).mean() / 12)
+
+
+def test_packing_keeps_latents_of_any_size() -> None:
+    """Down to a span of 255 * 1e-7 in a group: MLX makes no finer steps."""
+    for size in (1e-3, 1.0, 1e6, 1e30):
+        latents = mx.random.normal((1, 3, 64), key=mx.random.key(1)) * size
+        assert_close(f"{size:.0e}", unpack(pack(latents), 64), latents, 1e-2)
+    assert not unpack(pack(mx.zeros((1, 3, 64))), 64).any()
