@@ -88,9 +88,9 @@ MATHEMATICS: dict[str, Work] = {
         "simdgroups": EXPERTS / 4,
     },
     "down": {
-        "simd_reductions": 1,
+        "simd_reductions": EXPERTS,
         "array_bytes": EXPERTS * INTERMEDIATE * PACKED + 2,
-        "simdgroups": 1 / 4,
+        "simdgroups": EXPERTS / 4,
     },
 }
 
