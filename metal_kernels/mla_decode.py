@@ -266,8 +266,8 @@ def _shape_here() -> Shape:
     """That of the GPU at hand.
 
     By published tables a lane of 512 has at most 104 registers on Apple GPUs before M3, too near to
-    what `WIDE` needs; from M3 on registers are given out as a kernel needs them. NVIDIA's compiler
-    takes more than 128 for `WIDE`, which 512 do not have.
+    what `WIDE` needs; from M3 on registers are given out as a kernel needs them. On NVIDIA GPUs it
+    has 128, and the compiler keeps a part of `WIDE` in memory, but nothing of `NARROW` on Hopper.
     """
     if mx.cuda.is_available():
         return NARROW

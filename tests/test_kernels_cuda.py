@@ -7,7 +7,7 @@ from kda_cases import case
 from nvrtc import NvrtcError, compile_cuda, nvrtc
 from test_kernels_experts import gated
 from test_kernels_kda_decode import case as decode_case
-from test_kernels_mla import POCKET
+from test_kernels_mla import POCKET, PUBLISHED
 from test_kernels_mla import case as mla_case
 
 from mlx_kimi.metal_kernels import cuda
@@ -16,7 +16,7 @@ from mlx_kimi.metal_kernels.kda_chunk import kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_decode import kda_decode
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
-from mlx_kimi.metal_kernels.mla_decode import mla_decode
+from mlx_kimi.metal_kernels.mla_decode import NARROW, WIDE, Shape, mla_decode
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 of_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,6 +61,14 @@ def test_the_choice_of_experts_compiles(groups: int) -> None:
 def test_the_latent_step_compiles(dtype: mx.Dtype, bits: int, packed: bool) -> None:
     with use_backend(nvrtc):
         mla_decode(*mla_case(POCKET, bits=bits, dtype=dtype, packed=packed))
+
+
+@pytest.mark.parametrize("shape", [WIDE, NARROW], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_latent_step_of_the_48b_compiles(shape: Shape, packed: bool) -> None:
+    with use_backend(nvrtc):
+        given = mla_case(PUBLISHED, bits=4, dtype=mx.bfloat16, packed=packed)
+        mla_decode(*given, shape=shape)
 
 
 # ------------------------------------------------------------------------------- the translation

@@ -286,6 +286,19 @@ def test_splits_are_enough_and_not_too_many(total: int) -> None:
     assert splits >= min(total // 64, 80)
 
 
+@pytest.mark.parametrize(
+    "gpu, shape",
+    [("applegpu_g13s", NARROW), ("applegpu_g14d", NARROW), ("applegpu_g15p", WIDE), (None, WIDE)],
+)
+def test_gpus_with_few_registers_take_fewer_heads(
+    gpu: str | None, shape: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": gpu})
+    assert module._shape_here.__wrapped__() == shape
+
+
 # --------------------------------------------------------------------------------------- packing
 @pytest.mark.parametrize("width", [576, 192, 48, 72])
 def test_packing_errs_by_half_a_step(width: int) -> None:
