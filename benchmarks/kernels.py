@@ -31,12 +31,15 @@ import numpy as np
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.load import load_model
-from mlx_kimi.metal_kernels.experts import Gated, expert_mlp, expert_select
+from mlx_kimi.metal_kernels.add_norm import add_norm, naive_add_norm
+from mlx_kimi.metal_kernels.experts import Gated, expert_mlp, expert_scores, expert_select
 from mlx_kimi.metal_kernels.kda_chunk import kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode, naive_kda_decode
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
-from mlx_kimi.metal_kernels.kernel import use_backend
+from mlx_kimi.metal_kernels.kernel import backend, use_backend
+from mlx_kimi.metal_kernels.latents import pack
 from mlx_kimi.metal_kernels.matrix import Matrix
+from mlx_kimi.metal_kernels.mla_decode import LatentWeights, Plan, mla_decode, naive_mla_decode
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.moe import _select
 
@@ -61,7 +64,10 @@ Rule = Callable[..., tuple[mx.array, mx.array]]
 def check(tokens: int) -> int:
     """How many comparisons failed."""
     failed = 0
-    found = chain(_delta_rules(tokens), _delta_rules(101), _decode(), _experts(), _models())
+    found = chain(
+        *(_models(), _sums(), _decode(), _latents(), _experts()),
+        *(_delta_rules(tokens), _delta_rules(101)),
+    )
     for name, errors, tolerance in found:
         right = all(e <= t for e, t in zip(errors, tolerance, strict=True))
         failed += not right
@@ -136,6 +142,54 @@ def _decode() -> Comparisons:
         yield f"kda_decode, {_name(dtype)}, {bits or 16} bits", worst, tolerance
 
 
+def _sums() -> Comparisons:
+    for dtype, tolerance in ((mx.float32, FLOAT32), (mx.bfloat16, ONE_BFLOAT16)):
+        x, part, weight = (mx.random.normal((3, HIDDEN)).astype(dtype) for _ in range(3))
+        total, normed = add_norm(x, part, weight, 1e-5)
+        _, expected = naive_add_norm(
+            total.astype(mx.float32), mx.zeros_like(x), weight.astype(mx.float32), 1e-5
+        )
+        same = mx.array_equal(total, x + part).item()
+        errors = (rms_error(normed, expected), largest_error(normed, expected))
+        yield f"add_norm, {_name(dtype)}", (float(not same), *errors), (0.0, *tolerance)
+
+
+def _latents() -> Comparisons:
+    """One token of an MLA layer, after thousands."""
+    nope, shared, lora, room = 128, 64, 512, 256
+    width = lora + shared
+    for dtype, bits, packed, sizes, tolerance in (
+        (mx.float32, 0, False, (4096, 2048, 256), FLOAT32),
+        (mx.bfloat16, 4, False, (16384, 2048, 256), ONE_BFLOAT16),
+        (mx.bfloat16, 4, True, (16384, 2048, 256), ONE_BFLOAT16),
+        (mx.bfloat16, 8, False, (), ONE_BFLOAT16),
+    ):
+        mx.random.seed(7)
+        weights = LatentWeights(
+            _matrix((H, lora, nope), bits, dtype),
+            _matrix((H, D, lora), bits, dtype),
+            mx.ones((lora,), dtype),
+            1e-6,
+            2 * width**-0.5,
+        )
+        x = mx.random.normal((1, H * (nope + shared) + width)).astype(dtype)
+        tail = mx.random.normal((1, room, width)).astype(dtype)
+        segments = [mx.random.normal((1, n, width)).astype(dtype) for n in sizes]
+        segments = [pack(s) for s in segments] if packed else segments
+        y, _ = mla_decode(x, weights, tail, Plan.of(100, room, sizes), segments)
+        plain = weights._replace(
+            embed_q=Matrix(_dequantized(weights.embed_q)),
+            unembed_out=Matrix(_dequantized(weights.unembed_out)),
+        )
+        # (It attends to the new latent unrounded: one of thousands.)
+        wide = [s if packed else s.astype(mx.float32) for s in segments]
+        expected, _ = naive_mla_decode(
+            x.astype(mx.float32), plain, tail.astype(mx.float32), 100, wide
+        )
+        name = f"mla, {_name(dtype)}, {bits or 16} bits, {'packed' if packed else 'plain'} latents"
+        yield name, (rms_error(y, expected), largest_error(y, expected)), tolerance
+
+
 def _in_float32(weights: DecodeWeights) -> DecodeWeights:
     def plain(matrix: Matrix) -> Matrix:
         return Matrix(_dequantized(matrix))
@@ -159,6 +213,9 @@ def _experts() -> Comparisons:
         (mx.bfloat16, 0, 3, TWO_BFLOAT16),
     ):
         x, logits, bias, routed, shared = _expert_inputs(dtype, bits, B)
+        router = mx.random.normal((EXPERTS, HIDDEN)) * HIDDEN**-0.5
+        scores = (expert_scores(x, Matrix(router)), x.astype(mx.float32) @ router.T)
+        yield f"expert_scores, B = {B}", (rms_error(*scores), largest_error(*scores)), FLOAT32
         how = (TOP_K, 1, 1, True, 2.446)
         experts, weights = expert_select(logits, bias, *how)
         expected_experts, expected = _select(logits, bias, *how)
@@ -212,27 +269,35 @@ def _dequantized(matrix: Matrix) -> mx.array:
 
 def _models() -> Comparisons:
     """64 forced tokens, after a prompt of 32."""
-    yield _forced("pocket model, bfloat16", load_model(pocket_folder()), LOGITS)
+    yield from _forced("pocket model, bfloat16", load_model(pocket_folder()), LOGITS)
     # Random routers choose between experts that are almost equally good, so that a rounding to 16
     # bits can change an expert, and with it the whole answer. In float32 it cannot.
     arrays = random_arrays(ModelConfig.from_json(CONFIG), mx.float32)
-    yield _forced("48B shape, random weights, float32", our_model(CONFIG, arrays), SPLIT)
+    yield from _forced("48B shape, float32", our_model(CONFIG, arrays), SPLIT)
 
 
-def _forced(
-    name: str, model: KimiLinear, largest: float
-) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
-    """Largest logit error, wrong tokens among those that are decided, share of the others."""
+def _forced(name: str, model: KimiLinear, largest: float) -> Comparisons:
+    """Largest logit error, wrong tokens among those that are decided, share of the others.
+
+    The step of one token as a compiled graph and layer by layer, against MLX operations.
+    """
     ids = mx.random.randint(0, model.config.vocab_size, (1, 96), key=mx.random.key(3))
-    with_kernels = _one_by_one(model, ids)
     with use_backend(None):
-        without = _one_by_one(model, ids)
-    error = largest_error(with_kernels, without)
-    best = mx.sort(without, axis=-1)[..., -2:]
-    decided = best[..., 1] - best[..., 0] > 2 * error * mx.abs(without).max()
-    wrong = decided & (mx.argmax(with_kernels, axis=-1) != mx.argmax(without, axis=-1))
-    left_out = 1 - float(decided.astype(mx.float32).mean())
-    return f"{name}, 64 forced tokens", (error, float(wrong.sum()), left_out), (largest, 0.0, 0.1)
+        expected = _one_by_one(model, ids)
+    backends = {"compiled": True, "layer by layer": False}
+    for how, traced in backends.items():
+        with use_backend(backend(), traced):
+            ours = _one_by_one(model, ids)
+        error = largest_error(ours, expected)
+        best = mx.sort(expected, axis=-1)[..., -2:]
+        decided = best[..., 1] - best[..., 0] > 2 * error * mx.abs(expected).max()
+        wrong = decided & (mx.argmax(ours, axis=-1) != mx.argmax(expected, axis=-1))
+        left_out = 1 - float(decided.astype(mx.float32).mean())
+        yield (
+            f"{name}, 64 forced tokens, {how}",
+            (error, float(wrong.sum()), left_out),
+            (largest, 0.0, 0.1),
+        )
 
 
 def _one_by_one(model: KimiLinear, ids: mx.array, prompt: int = 32) -> mx.array:

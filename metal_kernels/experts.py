@@ -1,4 +1,4 @@
-"""The experts of a few tokens in three launches: choose them, gate and up, down and weighted sum.
+"""The experts of a few tokens in four launches: score, choose, gate and up, down and weighted sum.
 
 `expert_gate_up` and `expert_down` read the matrices where they lie, gate and up as two buffers and
 the shared expert as inputs of its own, which may be stored with other bits.
@@ -31,6 +31,7 @@ def _with_scales(*names: str) -> tuple[str, ...]:
     return tuple(part for name in names for part in (name, f"{name}_scales", f"{name}_biases"))
 
 
+SCORES = Kernel("expert_scores", ("x", *_with_scales("gate")), ("logits",), ("packed.h",))
 SELECT = Kernel("expert_select", ("logits", "bias", "scale"), ("experts", "weights"))
 GATE_UP = Kernel(
     "expert_gate_up",
@@ -44,6 +45,21 @@ DOWN = Kernel(
     ("y",),
     ("packed.h",),
 )
+
+
+def expert_scores(x: mx.array, gate: Matrix) -> mx.array:
+    """x [B, K] of any float dtype, gate [E, K] -> logits [B, E] float32."""
+    B, K = x.shape
+    E = gate.rows
+    (logits,) = SCORES(
+        inputs=[x, *gate.buffers()],
+        template=[("E", E), ("K", K), ("Bits", gate.bits), ("Group", gate.group_size)],
+        grid=(32, E, B),
+        threadgroup=(32, _groups(E), 1),
+        output_shapes=[(B, E)],
+        output_dtypes=[mx.float32],
+    )
+    return logits
 
 
 def expert_select(
@@ -117,20 +133,22 @@ def expert_mlp(
     return y
 
 
-def refused(routed: Gated, shared: Gated | None, top_k: int) -> str | None:
-    """Why `expert_mlp` does not take these matrices; None: it does, for LARGEST_BATCH tokens."""
+def refused(router: Matrix, routed: Gated, shared: Gated | None, top_k: int) -> str | None:
+    """Why the kernels do not take these matrices; None: they do, for LARGEST_BATCH tokens."""
     if top_k > MOST_EXPERTS:
         return f"{top_k} experts a token are more than {MOST_EXPERTS}"
+    matrices = [("router", router)]
     for mlp in (routed, shared) if shared else (routed,):
-        for name, matrix in (("gate", mlp.gate), ("up", mlp.up), ("down", mlp.down)):
-            if matrix.bits not in BITS:
-                return f"{name} has {matrix.bits} bits, not 4, 8 or 16"
-            if not matrix.is_affine:
-                return f"{name} is quantized in another mode than affine"
-            if matrix.columns % 8 or matrix.rows % 4:
-                return f"{name} is no multiple of 4 rows and 8 columns"
         if mlp.gate[3:] != mlp.up[3:]:
             return "gate and up are stored differently"
+        matrices += [("gate", mlp.gate), ("up", mlp.up), ("down", mlp.down)]
+    for name, matrix in matrices:
+        if matrix.bits not in BITS:
+            return f"{name} has {matrix.bits} bits, not 4, 8 or 16"
+        if not matrix.is_affine:
+            return f"{name} is quantized in another mode than affine"
+        if matrix.columns % 8 or (matrix.rows % 4 and matrix is not router):
+            return f"{name} is no multiple of 4 rows and 8 columns"
     return None
 
 

@@ -59,8 +59,8 @@ class Kernel:
 
 
 Backend = Callable[[Kernel], Launch]
-# Chosen by `use_backend`, in a tuple, since None is a choice too.
-_CHOSEN: ContextVar[tuple[Backend | None] | None] = ContextVar("kernel backend", default=None)
+# Chosen by `use_backend`, with whether it can be traced; None: nothing is, and the GPU's own runs.
+_CHOSEN: ContextVar[tuple[Backend | None, bool] | None] = ContextVar("kernel backend", default=None)
 NO_BACKEND = "nothing runs kernels here"  # why an operator uses its ops form
 OFF = "MLX_KIMI_NO_KERNELS"  # set in the environment, every operator uses its ops form
 
@@ -79,10 +79,19 @@ def backend() -> Backend | None:
     return _metal if mx.metal.is_available() else None
 
 
+def is_traced() -> bool:
+    """Whether kernels run here, and `mx.compile` may hold them in a graph: GPUs' own backends."""
+    chosen = _CHOSEN.get()
+    return backend() is not None if chosen is None else chosen[1]
+
+
 @contextmanager
-def use_backend(chosen: Backend | None) -> Iterator[None]:
-    """Run kernels on `chosen`, such as the emulator of the tests; None: run none."""
-    token = _CHOSEN.set((chosen,))
+def use_backend(chosen: Backend | None, traced: bool = False) -> Iterator[None]:
+    """Run kernels on `chosen`, such as the emulator of the tests; None: run none.
+
+    `traced`: its launches may become part of a compiled graph; an emulator's may not.
+    """
+    token = _CHOSEN.set((chosen, traced))
     try:
         yield
     finally:

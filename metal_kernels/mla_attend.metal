@@ -4,17 +4,18 @@
 //     score = query . (l | s)      output = sum of exp(score - highest) l      total = the same of 1
 //
 //   queries       [B, H, Lora + Shared] float, as mla_query makes them: scaled
-//   tail          [B, sizes[0], Lora + Shared] of any float type
+//   tail          [B, Room, Lora + Shared] of any float type; sizes[0] of its rows are latents
 //   segment1 ...  [B, sizes[1], row] and so on: rows of StoredT, plain or packed as latents.h says; those
 //                 beyond the last are any array
 //   plan          [2 + 2 * (Segments + 1)] int: columns of a split, splits, then of the tail and of each
 //                 segment the first split, and last the sizes. A split lies in one segment, and has a
-//                 multiple of 8 columns unless it is the segment's last.
+//                 multiple of 8 columns unless it is the segment's last. Splits of the tail's room that
+//                 hold no latent yet are empty: highest is -infinity there, and all else 0.
 //   outputs       [B, Splits, H, Lora] float
 //   sums          [B, Splits, H, 2] float: highest, total
 // Template: TailT; StoredT, the same or, where Packed (a bool), uint; H, Heads, Lora, Shared, Channels,
-// Segments int. Heads, of a threadgroup, and Shared are multiples of 8; Channels is 32 or 64 and divides
-// Lora.
+// Room, Segments int. Heads, of a threadgroup, and Shared are multiples of 8; Channels is 32 or 64 and
+// divides Lora.
 // Grid (32 * Lora / Channels, Splits, B * ceil(H / Heads)), threadgroup (32 * Lora / Channels, 1, 1): a
 // threadgroup owns the heads of one text in one split, a simdgroup Channels channels of the queries,
 // latents and outputs, and some of the shared keys' tiles of 8. It walks in blocks of 8 columns.
@@ -61,9 +62,10 @@ const device StoredT* chosen =
     : segment == 22 ? segment22 : segment == 23 ? segment23 : segment == 24 ? segment24
     : segment == 25 ? segment25 : segment26;
 const bool in_tail = Packed && segment == 0;  // where its type is another
-const auto fresh_rows = tail + size_t(b) * size * Width;
+const auto fresh_rows = tail + size_t(b) * Room * Width;
 const auto rows =
-    (segment == 0 ? as_stored(tail, chosen) : chosen) + size_t(b) * size * row_size(chosen, Width);
+    (segment == 0 ? as_stored(tail, chosen) : chosen) +
+    size_t(b) * (segment == 0 ? Room : size) * row_size(chosen, Width);
 
 // Of 32 channels a lane takes 8 neighbours, of which 2 i and 2 i + 1 stand in tile i; the same fragment
 // is a key and a value. Queries and outputs follow that order of the channels.
@@ -104,7 +106,7 @@ for (int turn = 0; turn < Turns; ++turn) {
 float2 key[Tiles + Pairs];
 Fetched<StoredT, Eights, Pairs> ahead;
 Fetched<TailT, Eights, Pairs> fresh;  // the same, in the tail of packed segments
-for (int at = start - Block; at < end; at += Block) {
+for (int at = start < end ? start - Block : end; at < end; at += Block) {
   // Ask for the next block before this one: nothing else is as far away. After the last row comes the
   // last row again, which must be some number.
   const int next = min(at + Block + row, end - 1);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -26,7 +27,7 @@ QUERY = Kernel(
     "mla_query",
     inputs=(
         *("x", "embed", "embed_scales", "embed_biases", "norm", "tail"),
-        *("length", "scale", "eps"),
+        *("plan", "scale", "eps"),
     ),
     outputs=("queries", "new_tail"),
     headers=("vectors.h", "packed.h"),
@@ -90,15 +91,48 @@ class LatentWeights(NamedTuple):
         return (width - self.lora - self.heads * self.nope) // (self.heads + 1)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a token's attention is divided: the same in all layers that hold as many latents."""
+
+    arrays: mx.array  # int32, a row for each launch of mla_attend, which says what is in it
+    splits: tuple[int, ...]  # of each launch; they depend on the segments, not on the tail's size
+
+    @staticmethod
+    def of(size: int, room: int, segments: Sequence[int], columns: int | None = None) -> Plan:
+        """The plan for `size` latents, the new one included, in a tail of `room` rows.
+
+        `segments` are the sizes of the segments. `columns`, of a split, are a multiple of 8; None:
+        as many as keep a GPU busy. A launch takes SEGMENTS segments: a second one is needed from
+        about 800,000 columns on.
+        """
+        if columns is None:
+            columns = _columns_of_a_split(room + sum(segments))
+        rows, splits = [], []
+        for start in range(0, max(len(segments), 1), SEGMENTS):
+            group = list(segments[start : start + SEGMENTS])
+            absent = [0] * (SEGMENTS - len(group))
+            held, rooms = (size, room) if start == 0 else (0, 0)
+            ends = list(accumulate(-(-n // columns) for n in [rooms, *group, *absent]))
+            rows.append([columns, ends[-1], 0, *ends[:-1], held, *group, *absent])
+            splits.append(ends[-1])
+        return Plan(mx.array(rows, mx.int32), tuple(splits))
+
+
 def naive_mla_decode(
-    x: mx.array, weights: LatentWeights, tail: mx.array | None, segments: Sequence[mx.array]
+    x: mx.array,
+    weights: LatentWeights,
+    tail: mx.array,
+    size: int,
+    segments: Sequence[mx.array],
 ) -> tuple[mx.array, mx.array]:
     """Apply a layer to one token of each of B texts.
 
     Args:
         x: [B, H * (nope + shared) + lora + shared], the input projection: q_nope | q_shared of each
             head, then latent | shared key.
-        tail: [B, n, lora + shared], the latest latents; None: n = 0.
+        tail: [B, room, lora + shared], of which the first size - 1 rows are the latest latents.
+        size: of the tail, with the new latent.
         segments: [B, S, lora + shared] each, the latents before, in x's dtype or packed.
 
     Returns:
@@ -110,9 +144,9 @@ def naive_mla_decode(
     q, latent, key = mx.split(x, [x.shape[-1] - width, x.shape[-1] - shared], axis=-1)
     latent = mx.fast.rms_norm(latent, weights.norm.astype(x.dtype), weights.eps)
     new = mx.concatenate([latent, key], axis=-1)[:, None]
-    tail = new if tail is None else mx.concatenate([tail, new], axis=1)
+    tail = mx.concatenate([tail[:, : size - 1], new, tail[:, size:]], axis=1)
     plain = [unpack(s, width) if is_packed(s) else s.astype(mx.float32) for s in segments]
-    latents = mx.concatenate([*plain, tail.astype(mx.float32)], axis=1)  # [B, S, width]
+    latents = mx.concatenate([*plain, tail[:, :size].astype(mx.float32)], axis=1)  # [B, S, width]
     q_nope, q_shared = mx.split(q.reshape(B, H, -1), [weights.nope], axis=-1)
     q = mx.concatenate([weights.embed_q.times(q_nope[:, :, None])[:, :, 0], q_shared], axis=-1)
     scores = weights.scale * q.astype(mx.float32) @ latents.swapaxes(-1, -2)
@@ -124,41 +158,40 @@ def naive_mla_decode(
 def mla_decode(
     x: mx.array,
     weights: LatentWeights,
-    tail: mx.array | None,
+    tail: mx.array,
+    plan: Plan,
     segments: Sequence[mx.array],
-    columns: int | None = None,
     shape: Shape | None = None,
 ) -> tuple[mx.array, mx.array]:
     """`naive_mla_decode` in three launches, within the domain of `refused`.
 
-    `columns`, of a split, are a multiple of 8. None: as many as keep a GPU busy. `shape`: that of
-    this GPU.
+    `plan` says the size of the tail. `shape` None: that of this GPU.
     """
-    queries, tail = mla_query(x, weights, tail)
-    outputs, sums = mla_attend(queries, tail, segments, weights.lora, columns, shape)
+    queries, tail = mla_query(x, weights, tail, plan)
+    outputs, sums = mla_attend(queries, tail, plan, segments, weights.lora, shape)
     return mla_output(outputs, sums, weights, x.dtype), tail
 
 
 def mla_query(
-    x: mx.array, weights: LatentWeights, tail: mx.array | None
+    x: mx.array, weights: LatentWeights, tail: mx.array, plan: Plan
 ) -> tuple[mx.array, mx.array]:
     """The scaled queries [B, H, lora + shared] float32, and the tail with the new latent."""
     B, H, lora = x.shape[0], weights.heads, weights.lora
     shared = weights.shared(x.shape[-1])
-    length = 0 if tail is None else tail.shape[1]
-    simdgroups = H * (lora // 4 + 1) + length + 1
+    room = tail.shape[1]
     queries, tail = QUERY(
         inputs=[
             *(x, *weights.embed_q.buffers(), weights.norm),
-            *(x if tail is None else tail, length, weights.scale, weights.eps),
+            *(tail.astype(x.dtype), plan.arrays[0], weights.scale, weights.eps),
         ],
         template=[
             *(("H", H), ("Nope", weights.nope), ("Lora", lora), ("Shared", shared)),
+            *(("Room", room), ("Segments", SEGMENTS)),
             *(("Bits", weights.embed_q.bits), ("Group", weights.embed_q.group_size)),
         ],
-        grid=(32, _multiple_of(4, simdgroups), B),
+        grid=(32, _multiple_of(4, H * (lora // 4 + 1) + room), B),
         threadgroup=(32, 4, 1),
-        output_shapes=[(B, H, lora + shared), (B, length + 1, lora + shared)],
+        output_shapes=[(B, H, lora + shared), (B, room, lora + shared)],
         output_dtypes=[mx.float32, x.dtype],
     )
     return queries, tail
@@ -167,22 +200,24 @@ def mla_query(
 def mla_attend(
     queries: mx.array,
     tail: mx.array,
+    plan: Plan,
     segments: Sequence[mx.array],
     lora: int,
-    columns: int | None = None,
     shape: Shape | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Outputs [B, splits, H, lora] and sums [B, splits, H, 2] of unfinished softmaxes.
-
-    A launch takes SEGMENTS segments; a second one is needed from about 800,000 columns on.
-    """
-    if columns is None:
-        columns = _columns_of_a_split(tail.shape[1] + sum(s.shape[1] for s in segments))
+    """Outputs [B, splits, H, lora] and sums [B, splits, H, 2] of unfinished softmaxes."""
     shape = (shape or _shape_here()).fitted(queries.shape[1], lora)
-    groups = [segments[i : i + SEGMENTS] for i in range(0, len(segments), SEGMENTS)] or [segments]
     found = [
-        _attend(queries, tail, i == 0, group, lora, columns, shape)
-        for i, group in enumerate(groups)
+        _attend(
+            queries,
+            tail,
+            plan.arrays[i],
+            splits,
+            segments[i * SEGMENTS : (i + 1) * SEGMENTS],
+            lora,
+            shape,
+        )
+        for i, splits in enumerate(plan.splits)
     ]
     if len(found) == 1:
         return found[0]
@@ -193,17 +228,15 @@ def mla_attend(
 def _attend(
     queries: mx.array,
     tail: mx.array,
-    with_tail: bool,
+    plan: mx.array,
+    splits: int,
     segments: Sequence[mx.array],
     lora: int,
-    columns: int,
     shape: Shape,
 ) -> tuple[mx.array, mx.array]:
     B, H, width = queries.shape
     heads, channels = shape
-    sizes = [tail.shape[1] * with_tail, *(s.shape[1] for s in segments)]
     threads = 32 * lora // channels
-    plan, splits = _plan(sizes, columns)
     packed = bool(segments) and is_packed(segments[0])
     absent = segments[0] if segments else tail
     outputs, sums = ATTEND(
@@ -211,7 +244,7 @@ def _attend(
         template=[
             *(("TailT", tail.dtype), ("StoredT", absent.dtype), ("Packed", packed)),
             *(("H", H), ("Heads", heads), ("Lora", lora), ("Shared", width - lora)),
-            *(("Channels", channels), ("Segments", SEGMENTS)),
+            *(("Channels", channels), ("Room", tail.shape[1]), ("Segments", SEGMENTS)),
         ],
         grid=(threads, splits, B * -(-H // heads)),
         threadgroup=(threads, 1, 1),
@@ -284,14 +317,6 @@ def _columns_of_a_split(total: int) -> int:
     """
     wanted = -(-total // 160) if total <= 160 * 1024 else max(1024, -(-total // 512))
     return max(64, _multiple_of(64, wanted))
-
-
-def _plan(sizes: Sequence[int], columns: int) -> tuple[mx.array, int]:
-    """`plan` of mla_attend.metal, and how many splits there are."""
-    ends = list(accumulate(-(-size // columns) for size in sizes))
-    splits, absent = ends[-1], SEGMENTS + 1 - len(sizes)
-    firsts = [0, *ends[:-1], *[splits] * absent]
-    return mx.array([columns, splits, *firsts, *sizes, *[0] * absent], mx.int32), splits
 
 
 def _multiple_of(divisor: int, x: int) -> int:

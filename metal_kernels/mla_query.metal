@@ -7,13 +7,14 @@
 //   embed         [H, Lora, Nope] plain of any float type, or packed to Bits
 //   embed_scales, embed_biases   [H, Lora, Nope / Group]; not read where Bits is 0: plain
 //   norm          [Lora] of any float type
-//   tail          [B, length, Lora + Shared] of x's type; any array where length is 0
-//   length        int
+//   tail          [B, Room, Lora + Shared] of x's type: latents, and behind them room for more
+//   plan          as mla_attend takes it: sizes[0] counts the tail's latents with the new one
 //   scale, eps    float; eps is of the norm
 //   queries       [B, H, Lora + Shared] float
-//   new_tail      [B, length + 1, Lora + Shared] of x's type
-// Template: H, Nope, Lora, Shared, Bits, Group int. Nope and Lora are multiples of 8, Nope of Group.
-// Grid (32, n, B), n >= H * (Lora / 4 + 1) + length + 1: a simdgroup owns 4 channels of a head's query
+//   new_tail      like tail, with the new latent in place sizes[0] - 1
+// Template: H, Nope, Lora, Shared, Room, Segments, Bits, Group int. Nope and Lora are multiples of 8,
+// Nope of Group.
+// Grid (32, n, B), n >= H * (Lora / 4 + 1) + Room: a simdgroup owns 4 channels of a head's query
 // in latent space, or a head's shared query, or one row of the tail; what is over does nothing.
 constexpr int Rows = 4;
 constexpr int Width = Lora + Shared;
@@ -27,6 +28,7 @@ const auto input = x + b * (Latent + Width);
 const int head = step / Steps;
 const int first = step % Steps * Rows;
 const int place = step - H * Steps;  // in the tail
+const int newest = plan[2 + Segments + 1] - 1;
 
 if (head < H && first < Lora) {
   float sums[Rows] = {0, 0, 0, 0};
@@ -50,21 +52,22 @@ if (head < H && first < Lora) {
     queries[(b * H + head) * Width + Lora + i] =
         scale * float(input[head * (Nope + Shared) + Nope + i]);
   }
-} else if (place < length) {
-  for (int i = lane; i < Width; i += 32) {
-    new_tail[(b * (length + 1) + place) * Width + i] = tail[(b * length + place) * Width + i];
-  }
-} else if (place == length) {
+} else if (place == newest) {
   float square = 0;
   for (int i = lane; i < Lora; i += 32) {
     square += float(input[Latent + i]) * float(input[Latent + i]);
   }
   const float factor = rsqrt(simd_sum(square) / float(Lora) + eps);
-  auto to = new_tail + (b * (length + 1) + length) * Width;
+  auto to = new_tail + (b * Room + place) * Width;
   for (int i = lane; i < Lora; i += 32) {
     put(to + i, float(input[Latent + i]) * factor * float(norm[i]));
   }
   for (int i = Lora + lane; i < Width; i += 32) {
     to[i] = input[Latent + i];
+  }
+} else if (place < Room) {
+  for (int i = lane; i < Width; i += 32) {
+    const int at = (b * Room + place) * Width + i;
+    new_tail[at] = tail[at];
   }
 }

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_kimi.errors import KimiError
 from mlx_kimi.metal_kernels.latents import BITS, is_packed, pack, unpack
+from mlx_kimi.metal_kernels.mla_decode import Plan
 
 TAIL = 256  # tokens of the latent that may be rebuilt at every step (0.3 MB)
 RADIX = 8  # neighbours of one size class that merge into one of the next
@@ -64,13 +65,27 @@ class Segment:
 
     latents: mx.array  # [B, S, latent | shared key], or packed: [B, S, words]
     real: mx.array | None = None  # [B, S] bool; None: every token is real
+    spare: int = 0  # rows at the end of the latents that hold no token yet; 0 where some are masked
 
     @property
     def size(self) -> int:
-        return self.latents.shape[1]
+        """Tokens."""
+        return self.latents.shape[1] - self.spare
 
     def arrays(self) -> list[mx.array]:
         return [self.latents] if self.real is None else [self.latents, self.real]
+
+    def trimmed(self) -> Segment:
+        """The same tokens without spare rows."""
+        return self.slice(0, self.size) if self.spare else self
+
+    def with_room(self, room: int) -> Segment:
+        """The same tokens, none of them masked, in `room` rows."""
+        missing = room - self.latents.shape[1]
+        if not missing:
+            return self
+        latents = mx.pad(self.latents, [(0, 0), (0, missing), (0, 0)])
+        return Segment(latents, spare=self.spare + missing)
 
     def slice(self, start: int, stop: int) -> Segment:
         real = None if self.real is None else self.real[:, start:stop]
@@ -124,7 +139,7 @@ class LatentCache:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        return self.frozen if self.tail is None else (*self.frozen, self.tail)
+        return self.frozen if self.tail is None else (*self.frozen, self.tail.trimmed())
 
     @property
     def columns(self) -> int:
@@ -139,11 +154,24 @@ class LatentCache:
     def append(self, latents: mx.array, real: mx.array | None) -> None:
         """Add [B, T, width] latents; `real` [B, T] marks the tokens that are not padding."""
         new = Segment(latents, real)
-        self._settle(new if self.tail is None else Segment.concatenate([self.tail, new]))
+        tail = None if self.tail is None else self.tail.trimmed()
+        self._settle(new if tail is None else Segment.concatenate([tail, new]))
+
+    def roomy_tail(self, B: int, width: int, dtype: mx.Dtype) -> Segment:
+        """The tail as [B, TAIL, width] latents, of a cache that is not masked."""
+        if self.tail is None:
+            return Segment(mx.zeros((B, TAIL, width), dtype), spare=TAIL)
+        return self.tail.with_room(TAIL)
+
+    def plan(self) -> Plan:
+        """How `mla_decode` divides the next token's attention."""
+        held = 0 if self.tail is None else self.tail.size
+        return Plan.of(held + 1, TAIL, [segment.size for segment in self.frozen])
 
     def grow_tail(self, latents: mx.array) -> None:
-        """Take [B, n + 1, width], the tail's latents and one more, in the tail's place."""
-        self._settle(Segment(latents))
+        """Take the latents of `roomy_tail`, with one more token among them."""
+        held = 0 if self.tail is None else self.tail.size
+        self._settle(Segment(latents, spare=TAIL - held - 1))
 
     def _settle(self, recent: Segment) -> None:
         """Freeze what is full of the latest tokens; the rest is the tail."""
@@ -157,7 +185,8 @@ class LatentCache:
             self.tail = recent.slice(full, recent.size).copy() if full else recent
 
     def arrays(self) -> list[mx.array]:
-        return [array for segment in self.segments for array in segment.arrays()]
+        kept = self.frozen if self.tail is None else (*self.frozen, self.tail)
+        return [array for segment in kept for array in segment.arrays()]
 
     def snapshot(self) -> LatentCache:
         return replace(self)
@@ -173,7 +202,7 @@ class LatentCache:
 
         def chosen(segment: Segment) -> Segment:
             real = None if segment.real is None else segment.real[index]
-            return Segment(segment.latents[index], real)
+            return replace(segment, latents=segment.latents[index], real=real)
 
         return LatentCache(
             tuple(self.lengths[row] for row in rows),

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_kimi.linear import FusedLinear
+from mlx_kimi.metal_kernels.add_norm import add_norm
 
 if TYPE_CHECKING:
     from mlx_kimi.weights import Weights
@@ -24,6 +25,10 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x: mx.array, part: mx.array | None) -> tuple[mx.array, mx.array]:
+        """`x + part`, and the norm of it. None: there is nothing to add."""
+        return (x, self(x)) if part is None else add_norm(x, part, self.weight, self.eps)
 
 
 def l2_normalised(x: mx.array, scale: float = 1.0) -> mx.array:

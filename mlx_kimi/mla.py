@@ -15,7 +15,7 @@ from mlx_kimi.layers import RMSNorm
 from mlx_kimi.linear import FusedLinear
 from mlx_kimi.metal_kernels.attention import QUERY_BLOCK, Block, attend
 from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
-from mlx_kimi.metal_kernels.mla_decode import LatentWeights, mla_decode, refused
+from mlx_kimi.metal_kernels.mla_decode import LatentWeights, Plan, mla_decode, refused
 
 if TYPE_CHECKING:
     from mlx_kimi.weights import Weights
@@ -46,14 +46,17 @@ class MultiHeadLatentAttention(nn.Module):
         self.width = config.latent_width
         self.scale = config.qk_head_dim**-0.5
 
-    def __call__(self, x: mx.array, cache: LatentCache, real: mx.array | None) -> mx.array:
+    def __call__(
+        self, x: mx.array, cache: LatentCache, real: mx.array | None, plan: Plan | None = None
+    ) -> mx.array:
         """x [B, T, hidden] -> [B, T, hidden]; `cache` takes up T latents.
 
-        `real` [B, T] marks what is not padding; None: everything.
+        `real` [B, T] marks what is not padding; None: everything. `plan`: that of `cache`, for one
+        token; None: it is made here.
         """
         B, T, _ = x.shape
-        if T == 1 and real is None and self._decode_refused(cache) is None:
-            return self._decode(x, cache)
+        if T == 1 and real is None and self.decode_refused(cache) is None:
+            return self._decode(x, cache, plan or cache.plan())
         heads = self.embed_q.weight.shape[0]
         q, kv = self.in_proj(x)
         q = q.reshape(B, T, heads, -1).transpose(0, 2, 1, 3)  # [B, H, T, nope + shared]
@@ -66,7 +69,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forms(self) -> list[tuple[str, str, str]]:
         """For a step of one, few and many tokens: how many, what runs, and why."""
-        refused = self._decode_refused(LatentCache())
+        refused = self.decode_refused(LatentCache())
         return [
             ("1 token", "ops form", refused)
             if refused
@@ -75,15 +78,16 @@ class MultiHeadLatentAttention(nn.Module):
             (f"{EXPAND_FROM} tokens or more", "ops form", "latents expanded block by block"),
         ]
 
-    def _decode(self, x: mx.array, cache: LatentCache) -> mx.array:
+    def _decode(self, x: mx.array, cache: LatentCache, plan: Plan) -> mx.array:
         """One token [B, 1, hidden], with three kernels between two matrices."""
-        tail = None if cache.tail is None else cache.tail.latents
+        tail = cache.roomy_tail(x.shape[0], self.width, x.dtype).latents
         frozen = [segment.latents for segment in cache.frozen]
-        y, tail = mla_decode(self.in_proj.joined(x[:, 0]), self._for_decode, tail, frozen)
+        x = self.in_proj.joined(x[:, 0])
+        y, tail = mla_decode(x, self._for_decode, tail, plan, frozen)
         cache.grow_tail(tail)
         return self.o_proj(y[:, None])
 
-    def _decode_refused(self, cache: LatentCache) -> str | None:
+    def decode_refused(self, cache: LatentCache) -> str | None:
         """Why one token takes the way of many; None: `mla_decode` takes it."""
         if backend() is None:
             return NO_BACKEND

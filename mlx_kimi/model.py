@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_kimi.cache import CacheEntry, KDACache, LatentCache
+from mlx_kimi.compiled import CompiledStep
 from mlx_kimi.config import Layer, ModelConfig
 from mlx_kimi.kda import KimiDeltaAttention
 from mlx_kimi.layers import MLP, RMSNorm
+from mlx_kimi.metal_kernels.mla_decode import Plan
 from mlx_kimi.mla import MultiHeadLatentAttention
 from mlx_kimi.moe import MixtureOfExperts
 from mlx_kimi.weights import Weights
 
 
-class Padding:
-    """Which tokens of a right-padded batch are real."""
+@dataclass(frozen=True)
+class Step:
+    """What all layers are told of the tokens that they read together."""
 
-    def __init__(self, T: int, lengths: Sequence[int]) -> None:
-        self.lengths = mx.array(list(lengths))  # [B]
-        self.real = mx.arange(T) < self.lengths[:, None]  # [B, T]
+    real: mx.array | None = None  # [B, T] bool, of a right-padded batch; None: no padding
+    lengths: mx.array | None = None  # [B], the real tokens of each row; None: all T
+    plan: Plan | None = None  # of one token's attention; None: each layer makes its own
+
+    @staticmethod
+    def padded(T: int, lengths: Sequence[int]) -> Step:
+        real = mx.arange(T) < mx.array(list(lengths))[:, None]
+        return Step(real, mx.array(list(lengths)))
 
 
 class DecoderLayer(nn.Module):
@@ -44,29 +53,30 @@ class DecoderLayer(nn.Module):
             MixtureOfExperts(config, mlp) if layer.feed_forward == "moe" else MLP(mlp)
         )
 
-    def attend(self, x: mx.array, entry: CacheEntry, padding: Padding | None) -> mx.array:
-        """Attention(RMSNorm(x)): with a slice of the heads, its part of the sum over slices."""
-        x = self.input_layernorm(x)
-        real, lengths = (padding.real, padding.lengths) if padding else (None, None)
+    def attend(self, normed: mx.array, entry: CacheEntry, step: Step) -> mx.array:
+        """With a slice of the heads, its part of the sum over slices."""
         if isinstance(self.self_attn, KimiDeltaAttention):
             assert isinstance(entry, KDACache)
-            return self.self_attn(x, entry, real, lengths)
+            return self.self_attn(normed, entry, step.real, step.lengths)
         assert isinstance(entry, LatentCache)
-        return self.self_attn(x, entry, real)
-
-    def feed_forward(self, h: mx.array) -> mx.array:
-        """FeedForward(RMSNorm(h)): with a slice of the weights, its part of the sum over slices."""
-        return self.mlp(self.post_attention_layernorm(h))
+        return self.self_attn(normed, entry, step.real, step.plan)
 
     def __call__(
         self,
         x: mx.array,
+        part: mx.array | None,
         entry: CacheEntry,
-        padding: Padding | None,
+        step: Step,
         reduce: Callable[[mx.array], mx.array],
-    ) -> mx.array:
-        h = x + reduce(self.attend(x, entry, padding))
-        return h + reduce(self.feed_forward(h))
+    ) -> tuple[mx.array, mx.array]:
+        """The residual stream x, and the part that the layer before adds to it -> the same of y.
+
+        A sum is made where it is normalised, so that both take one launch.
+        """
+        x, normed = self.input_layernorm.of_sum(x, part)
+        part = reduce(self.attend(normed, entry, step))
+        h, normed = self.post_attention_layernorm.of_sum(x, part)
+        return h, reduce(self.mlp(normed))
 
 
 class KimiLinear(nn.Module):
@@ -91,6 +101,7 @@ class KimiLinear(nn.Module):
         self.lm_head = (
             self.embed_tokens if config.tie_word_embeddings else weights.linear("lm_head")
         )
+        self.compiled = CompiledStep(self)
 
     def __call__(
         self,
@@ -113,21 +124,31 @@ class KimiLinear(nn.Module):
         cache: list[CacheEntry] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> mx.array:
-        """Like a call, but up to the last layer: ids [B, T] -> [B, T, hidden]."""
+        """Like a call, but up to the last norm: ids [B, T] -> [B, T, hidden]."""
         B, T = ids.shape
         real = [T] * B if lengths is None else [int(length) for length in lengths]
-        padding = None if min(real) == T else Padding(T, real)
         cache = self.make_cache() if cache is None else cache
-        x = self.embed_tokens.rows(ids)
-        for layer, entry in zip(self.layers, cache, strict=True):
-            x = layer(x, entry, padding, self.reduce)
+        if min(real) < T:
+            x = self.run(ids, cache, Step.padded(T, real))
+        elif T == 1 and self.compiled.takes(cache):
+            x = self.compiled(ids, cache)
+        else:
+            x = self.run(ids, cache, Step())
+        for entry in cache:
             read = entry.lengths or (0,) * B
             entry.lengths = tuple(n + new for n, new in zip(read, real, strict=True))
         return x
 
+    def run(self, ids: mx.array, cache: Sequence[CacheEntry], step: Step) -> mx.array:
+        """ids [B, T] -> [B, T, hidden]; the entries' arrays move on, their lengths do not."""
+        x, part = self.embed_tokens.rows(ids), None
+        for layer, entry in zip(self.layers, cache, strict=True):
+            x, part = layer(x, part, entry, step, self.reduce)
+        return self.norm.of_sum(x, part)[1]
+
     def logits(self, hidden: mx.array) -> mx.array:
-        """[..., hidden] of the last layer -> [..., vocab]."""
-        return self.lm_head(self.norm(hidden))
+        """[..., hidden] after the last norm -> [..., vocab]."""
+        return self.lm_head(hidden)
 
     def make_cache(self, latent_bits: int | None = None) -> list[CacheEntry]:
         """An empty cache: one typed entry a layer, for a batch of any size.

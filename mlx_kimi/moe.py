@@ -13,6 +13,7 @@ from mlx_kimi.metal_kernels.experts import (
     LARGEST_BATCH,
     Gated,
     expert_mlp,
+    expert_scores,
     expert_select,
     refused,
 )
@@ -44,14 +45,11 @@ class Router(nn.Module):
 
         The bias decides who is chosen; the weights are the scores without it.
         """
-        return _select(self._logits(x), *self._rule())
+        return _select(self.gate(x.astype(mx.float32)), *self._rule())
 
     def few(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """The same for x [B, hidden] in one kernel: [B, k] each."""
-        return expert_select(self._logits(x), *self._rule())
-
-    def _logits(self, x: mx.array) -> mx.array:
-        return self.gate(x.astype(mx.float32))
+        """The same for x [B, hidden] in two kernels: [B, k] each."""
+        return expert_select(expert_scores(x, self.gate.matrix), *self._rule())
 
     def _rule(self) -> tuple[mx.array, int, int, int, bool, float]:
         bias, scale = self.e_score_correction_bias, self.scale
@@ -118,16 +116,17 @@ class Experts(nn.Module):
 
 
 class FewTokens:
-    """The experts of a few tokens in two kernels, where kernels run and the matrices suit them."""
+    """The experts of a few tokens in four kernels, where kernels run and the matrices suit them."""
 
-    def __init__(self, routed: Experts, shared: MLP | None, top_k: int) -> None:
+    def __init__(self, router: Router, routed: Experts, shared: MLP | None) -> None:
+        self.router = router
         stacks = (routed.gate_proj, routed.up_proj, routed.down_proj)
         self.routed = Gated(*(linear.matrix for linear in stacks))
         self.shared = None
         if shared is not None:
             gate, up = shared.gate_up.members()
             self.shared = Gated(gate.matrix, up.matrix, shared.down_proj.matrix)
-        self._unsuited = refused(self.routed, self.shared, top_k)
+        self._unsuited = refused(router.gate.matrix, self.routed, self.shared, router.top_k)
 
     def refused(self, tokens: int) -> str | None:
         """Why the ops form runs instead; None: it does not."""
@@ -137,8 +136,9 @@ class FewTokens:
             return f"{tokens} tokens are more than {LARGEST_BATCH}: sorted by expert"
         return self._unsuited
 
-    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
-        return expert_mlp(x, experts, weights, self.routed, self.shared)
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [B, hidden] -> [B, hidden]."""
+        return expert_mlp(x, *self.router.few(x), self.routed, self.shared)
 
 
 class MixtureOfExperts(nn.Module):
@@ -152,7 +152,7 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = (
             MLP(weights.at("shared_experts")) if config.num_shared_experts else None
         )
-        self.kernels = FewTokens(self.switch_mlp, self.shared_experts, self.router.top_k)
+        self.kernels = FewTokens(self.router, self.switch_mlp, self.shared_experts)
 
     def forms(self) -> list[tuple[str, str, str]]:
         """For a step of few and many tokens: how many, what runs, and why."""
@@ -161,7 +161,7 @@ class MixtureOfExperts(nn.Module):
         return [
             (few, "ops form", refused)
             if refused
-            else (few, "expert_select, expert_gate_up, expert_down", "its domain"),
+            else (few, "expert_scores, expert_select, expert_gate_up, expert_down", "its domain"),
             ("more tokens", "ops form", "sorted by expert, MLX's own gather_qmm"),
         ]
 
@@ -169,8 +169,7 @@ class MixtureOfExperts(nn.Module):
         """x [B, T, hidden] -> [B, T, hidden]. With a range of the experts, its part of the sum."""
         count, here = self.router.gate.out_features, self.switch_mlp.gate_proj.weight.shape[0]
         if here == count and self.kernels.refused(x.shape[0] * x.shape[1]) is None:
-            rows = x.reshape(-1, x.shape[-1])
-            return self.kernels(rows, *self.router.few(rows)).reshape(x.shape)
+            return self.kernels(x.reshape(-1, x.shape[-1])).reshape(x.shape)
         experts, weights = self.router(x)
         if here < count:
             experts = experts.astype(mx.int32) - self.first_expert

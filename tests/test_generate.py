@@ -182,16 +182,16 @@ def test_an_interrupt_within_a_step_leaves_the_context_as_it_was(loaded, monkeyp
     list(stream_generate(*loaded, PROMPT, max_tokens=3, context=context))
     before = list(context.ids)
     last = type(model.layers[-1])
-    whole, calls = last.feed_forward, []
+    whole, calls = last.attend, []
 
-    def interrupted(self, h):
+    def interrupted(self, *given):
         calls.append(1)
         if len(calls) == 2:  # some layers have moved on, the others have not
             raise KeyboardInterrupt
-        return whole(self, h)
+        return whole(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(last, "feed_forward", interrupted)
+        patch.setattr(last, "attend", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(stream_generate(*loaded, [*before, 40], max_tokens=3, context=context))
     assert context.ids == before

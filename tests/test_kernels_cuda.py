@@ -11,12 +11,13 @@ from test_kernels_mla import POCKET, PUBLISHED
 from test_kernels_mla import case as mla_case
 
 from mlx_kimi.metal_kernels import cuda
-from mlx_kimi.metal_kernels.experts import expert_mlp, expert_select
+from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
+from mlx_kimi.metal_kernels.experts import expert_mlp, expert_scores, expert_select
 from mlx_kimi.metal_kernels.kda_chunk import kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_decode import kda_decode
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
-from mlx_kimi.metal_kernels.mla_decode import NARROW, WIDE, Shape, mla_decode
+from mlx_kimi.metal_kernels.mla_decode import NARROW, WIDE, Shape
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 of_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -45,8 +46,15 @@ def test_the_experts_compile(dtype: mx.Dtype, bits: int) -> None:
     x, experts, weights = mx.ones((2, 64), dtype), mx.zeros((2, 3), mx.int32), mx.ones((2, 3))
     routed, shared = gated((5,), 32, 64, bits, 32, dtype), gated((), 32, 64, 4, 32, dtype)
     with use_backend(nvrtc):
+        expert_scores(x, gated((), 32, 64, bits, 32, mx.float32).gate)
         expert_mlp(x, experts, weights, routed, shared)
         expert_mlp(x, experts, weights, routed, None)
+
+
+@of_dtype
+def test_the_residual_addition_compiles(dtype: mx.Dtype) -> None:
+    with use_backend(nvrtc):
+        add_norm_kernel(mx.ones((1, 72), dtype), mx.ones((1, 72), dtype), mx.ones(72, dtype), 1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -60,7 +68,7 @@ def test_the_choice_of_experts_compiles(groups: int) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_latent_step_compiles(dtype: mx.Dtype, bits: int, packed: bool) -> None:
     with use_backend(nvrtc):
-        mla_decode(*mla_case(POCKET, bits=bits, dtype=dtype, packed=packed))
+        mla_case(POCKET, bits=bits, dtype=dtype, packed=packed).run()
 
 
 @pytest.mark.parametrize("shape", [WIDE, NARROW], ids=str)
@@ -68,7 +76,7 @@ def test_the_latent_step_compiles(dtype: mx.Dtype, bits: int, packed: bool) -> N
 def test_the_latent_step_of_the_48b_compiles(shape: Shape, packed: bool) -> None:
     with use_backend(nvrtc):
         given = mla_case(PUBLISHED, bits=4, dtype=mx.bfloat16, packed=packed)
-        mla_decode(*given, shape=shape)
+        given.run(shape=shape)
 
 
 # ------------------------------------------------------------------------------- the translation

@@ -12,8 +12,10 @@ from emulator.lint import linter
 from mlx_kimi.metal_kernels.experts import (
     DOWN,
     GATE_UP,
+    SCORES,
     Gated,
     expert_mlp,
+    expert_scores,
     expert_select,
     refused,
 )
@@ -45,6 +47,9 @@ def gated(lead: tuple[int, ...], N: int, K: int, bits: int, group: int, dtype: m
         matrix((*lead, N, K), bits, group, dtype),
         matrix((*lead, K, N), bits, group, dtype),
     )
+
+
+ROUTER = Matrix(mx.zeros((4, 64)))
 
 
 def exact(m: Matrix) -> np.ndarray:
@@ -94,11 +99,32 @@ def test_experts_equal_float64(B, K, N, shared_N, bits, shared_bits, group, dtyp
     x = mx.random.normal((B, K)).astype(dtype)
     experts = mx.argsort(mx.random.uniform(shape=(B, 5)), axis=-1)[:, :3].astype(mx.int32)
     weights = mx.random.uniform(shape=(B, 3))
-    assert refused(routed, shared, 3) is None
+    assert refused(ROUTER, routed, shared, 3) is None
     y = expert_mlp(x, experts, weights, routed, shared)
     assert y.dtype == dtype
     expected = oracle(x, experts, weights, routed, shared)
     assert_close("experts", y, expected, LARGEST[dtype])
+
+
+@pytest.mark.parametrize("dtype", LARGEST, ids=str)
+@pytest.mark.parametrize(
+    ("B", "E", "K", "bits"),
+    [(1, 256, 2304, 0), (3, 5, 72, 0), (2, 18, 320, 8), (8, 16, 64, 4)],
+)
+def test_scores_are_float32_whatever_the_dtype(B, E, K, bits, dtype) -> None:
+    mx.random.seed(E + K)
+    gate = matrix((E, K), bits, 32, mx.float32)  # a router is float32 in every folder
+    x = mx.random.normal((B, K)).astype(dtype)
+    logits = expert_scores(x, gate)
+    assert logits.dtype == mx.float32
+    assert_close("logits", logits, numbers(x) @ exact(gate).T, 2e-5, 5e-6)
+
+
+@pytest.mark.parametrize("bits", [0, 4, 8])
+def test_metal_would_take_the_text_of_the_scores(bits: int) -> None:
+    for dtype in LARGEST:
+        with use_backend(linter(large=set(SCORES.inputs))):
+            expert_scores(mx.ones((1, 64), dtype), matrix((6, 64), bits, 32, mx.float32))
 
 
 # Only the choice and its weights can have fewer than 8 elements: B * TopK.
@@ -150,10 +176,12 @@ def test_of_equal_scores_the_first_expert_is_chosen() -> None:
 def test_what_is_outside_the_domain_is_named() -> None:
     routed = gated((4,), 32, 64, 4, 32, mx.float32)
     other = gated((4,), 32, 64, 2, 32, mx.float32)
-    assert refused(other, None, 2) == "gate has 2 bits, not 4, 8 or 16"
+    assert refused(ROUTER, other, None, 2) == "gate has 2 bits, not 4, 8 or 16"
     odd = Gated(matrix((4, 30, 64), 4, 32, mx.float32), routed.up, routed.down)
-    assert "multiple of 4 rows" in str(refused(odd, None, 2))
+    assert "multiple of 4 rows" in str(refused(ROUTER, odd, None, 2))
     mixed = Gated(routed.gate, matrix((4, 32, 64), 8, 32, mx.float32), routed.down)
-    assert refused(mixed, None, 2) == "gate and up are stored differently"
-    assert refused(routed, None, 16) == "16 experts a token are more than 15"
-    assert refused(routed, None, 15) is None
+    assert refused(ROUTER, mixed, None, 2) == "gate and up are stored differently"
+    assert refused(ROUTER, routed, None, 16) == "16 experts a token are more than 15"
+    assert refused(ROUTER, routed, None, 15) is None
+    narrow = Matrix(mx.zeros((4, 60)))
+    assert "router is no multiple" in str(refused(narrow, routed, None, 2))

@@ -16,7 +16,7 @@ from mlx_kimi import moe
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.errors import KimiError
 from mlx_kimi.load import load_model
-from mlx_kimi.model import KimiLinear
+from mlx_kimi.model import KimiLinear, Step
 from mlx_kimi.weights import Weights
 
 # Two float32 sums of the same few hundred products in another order.
@@ -151,14 +151,14 @@ def test_the_parts_of_two_ranks_add_up(
     for number, layer in enumerate(whole.layers):
         both = [half.layers[number] for half in halves]
         for step in range(2):  # the second one from a state that is not zero
-            oracle = layer.attend(x, caches[0][number], None)
+            oracle = layer.attend(x, caches[0][number], Step())
             parts = [
-                half.attend(x, c[number], None) for half, c in zip(both, caches[1:], strict=True)
+                half.attend(x, c[number], Step()) for half, c in zip(both, caches[1:], strict=True)
             ]
             assert_close(f"layer {number} step {step} attention", sum(parts), oracle, REORDERED)
             assert np.abs(np.array(parts[0] - parts[1])).max() > 0
-        parts = [half.feed_forward(x) for half in both]
-        assert_close(f"layer {number} MLP", sum(parts), layer.feed_forward(x), REORDERED)
+        parts = [half.mlp(x) for half in both]
+        assert_close(f"layer {number} MLP", sum(parts), layer.mlp(x), REORDERED)
 
 
 def test_each_rank_holds_about_half(

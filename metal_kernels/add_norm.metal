@@ -1,0 +1,51 @@
+// The residual stream takes up a layer's output, and is normalised for the layer that follows:
+//
+//     sum = x + part      normed = sum / sqrt(mean(sum^2) + eps) * weight
+//
+//   x, part       [N, W] of any float types
+//   weight        [W] of any float type
+//   eps           float
+//   sum, normed   [N, W] of OutT
+// Template: OutT; W, Threads int. Threads is a multiple of 32.
+// Grid (Threads, N, 1), threadgroup (Threads, 1, 1): a threadgroup owns a row, a thread every
+// Threads-th of its elements.
+constexpr int Owned = (W + Threads - 1) / Threads;
+
+threadgroup float squares[Threads / 32];
+
+const int index = thread_position_in_threadgroup.x;
+const int start = threadgroup_position_in_grid.y * W;
+
+// What is normalised is the sum as it is kept.
+float kept[Owned];
+float square = 0;
+#pragma unroll
+for (int i = 0; i < Owned; ++i) {
+  const int at = index + i * Threads;
+  kept[i] = 0;
+  if (at < W) {
+    const OutT rounded = OutT(float(x[start + at]) + float(part[start + at]));
+    sum[start + at] = rounded;
+    kept[i] = float(rounded);
+    square += kept[i] * kept[i];
+  }
+}
+square = simd_sum(square);
+if (index % 32 == 0) {
+  squares[index / 32] = square;
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+float total = 0;
+#pragma unroll
+for (int i = 0; i < Threads / 32; ++i) {
+  total += squares[i];
+}
+const float factor = rsqrt(total / float(W) + eps);
+#pragma unroll
+for (int i = 0; i < Owned; ++i) {
+  const int at = index + i * Threads;
+  if (at < W) {
+    normed[start + at] = OutT(kept[i] * factor * float(weight[at]));
+  }
+}

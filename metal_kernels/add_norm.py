@@ -1,0 +1,46 @@
+"""The residual addition and the norm that follows it, in one launch."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_kimi.metal_kernels.kernel import Kernel, backend
+
+MOST_THREADS = 256  # of a row
+KERNEL = Kernel("add_norm", inputs=("x", "part", "weight", "eps"), outputs=("sum", "normed"))
+
+
+def naive_add_norm(
+    x: mx.array, part: mx.array, weight: mx.array, eps: float
+) -> tuple[mx.array, mx.array]:
+    """`s = x + part` and `s / sqrt(mean(s^2) + eps) * weight`, both [..., W] in x's dtype."""
+    x = x + part
+    return x, mx.fast.rms_norm(x, weight, eps)
+
+
+def add_norm(
+    x: mx.array, part: mx.array, weight: mx.array, eps: float
+) -> tuple[mx.array, mx.array]:
+    """`naive_add_norm`, in a kernel where kernels run."""
+    return (
+        naive_add_norm(x, part, weight, eps)
+        if backend() is None
+        else add_norm_kernel(x, part, weight, eps)
+    )
+
+
+def add_norm_kernel(
+    x: mx.array, part: mx.array, weight: mx.array, eps: float
+) -> tuple[mx.array, mx.array]:
+    """`naive_add_norm` in one launch; any width, any number of rows."""
+    W = x.shape[-1]
+    threads = min(MOST_THREADS, -(-W // 32) * 32)
+    total, normed = KERNEL(
+        inputs=[x, part, weight, eps],
+        template=[("OutT", x.dtype), ("W", W), ("Threads", threads)],
+        grid=(threads, x.size // W, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[x.shape, x.shape],
+        output_dtypes=[x.dtype, x.dtype],
+    )
+    return total, normed

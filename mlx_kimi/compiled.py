@@ -1,0 +1,118 @@
+"""One token through the whole model, as a graph that is built once for many tokens.
+
+A step of the 48B is some 260 launches. To build them from Python, kernel by kernel, takes the host
+longer than the GPU works on them. `mx.compile` keeps the graph for as long as the cache keeps its
+shapes: until a tail is full, 256 tokens.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlx_kimi.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
+from mlx_kimi.metal_kernels.kernel import backend, is_traced
+from mlx_kimi.metal_kernels.mla_decode import Plan
+from mlx_kimi.mla import MultiHeadLatentAttention
+
+if TYPE_CHECKING:
+    from mlx_kimi.model import KimiLinear
+
+Arrays = list[list[mx.array]]  # of each entry
+Graph = Callable[[mx.array, mx.array, Arrays], tuple[mx.array, Arrays]]  # of ids, a plan's arrays
+
+
+class CompiledStep:
+    """`KimiLinear.run` for one token of each row, where kernels run.
+
+    The graph holds the model's weights as they were at its first use.
+    """
+
+    def __init__(self, model: KimiLinear) -> None:
+        # Its owner: without a cycle the weights are freed as soon as nobody holds the model.
+        self._model = weakref.ref(model)
+        self._shapes: tuple[object, ...] | None = None
+        self._step: Graph | None = None
+        self._warm = False
+
+    def takes(self, cache: Sequence[CacheEntry]) -> bool:
+        """Whether a step from this cache has shapes that stay: the ops form of MLA has not."""
+        if not is_traced() or not all(entry.lengths for entry in cache):
+            return False
+        layers = self._owner.layers
+        attentions = [layer.self_attn for layer in layers]
+        return all(
+            attention.decode_refused(entry) is None
+            for attention, entry in zip(attentions, cache, strict=True)
+            if isinstance(attention, MultiHeadLatentAttention) and isinstance(entry, LatentCache)
+        )
+
+    def __call__(self, ids: mx.array, cache: Sequence[CacheEntry]) -> mx.array:
+        """ids [B, 1] -> [B, 1, hidden]; the entries' arrays move on, their lengths do not."""
+        latents = [entry for entry in cache if isinstance(entry, LatentCache)]
+        plan = latents[0].plan() if latents else Plan.of(1, TAIL, [])
+        frozen = [segment.size for segment in latents[0].frozen] if latents else []
+        bits = latents[0].bits if latents else None
+        shapes = (ids.shape, *frozen, bits, backend())
+        if shapes != self._shapes:
+            self._warm_up(ids, cache)
+            self._shapes, self._step = shapes, _compiled(self._model, plan.splits, bits)
+        assert self._step is not None
+        hidden, arrays = self._step(ids, plan.arrays, self._arrays(ids.shape[0], cache))
+        for entry, new in zip(cache, arrays, strict=True):
+            if isinstance(entry, KDACache):
+                entry.conv_tail, entry.state = new
+            else:
+                entry.grow_tail(*new)
+        return hidden
+
+    @property
+    def _owner(self) -> KimiLinear:
+        model = self._model()
+        assert model is not None
+        return model
+
+    def _arrays(self, B: int, cache: Sequence[CacheEntry]) -> Arrays:
+        """What a step reads of each entry; of an MLA layer the tail first."""
+        model = self._owner
+        width, dtype = model.config.latent_width, model.norm.weight.dtype
+        return [
+            entry.arrays()
+            if isinstance(entry, KDACache)
+            else [entry.roomy_tail(B, width, dtype).latents, *(s.latents for s in entry.frozen)]
+            for entry in cache
+        ]
+
+    def _warm_up(self, ids: mx.array, cache: Sequence[CacheEntry]) -> None:
+        """Evaluate what a model computes once, so that the graph does not compute it every time."""
+        from mlx_kimi.model import Step
+
+        if not self._warm:
+            mx.eval(self._owner.run(ids, [entry.snapshot() for entry in cache], Step()))
+            self._warm = True
+
+
+def _compiled(
+    model: weakref.ReferenceType[KimiLinear], splits: tuple[int, ...], bits: int | None
+) -> Graph:
+    from mlx_kimi.model import Step  # here: it takes CompiledStep from this module
+
+    def entry(kind: CacheEntry, arrays: list[mx.array]) -> CacheEntry:
+        if isinstance(kind, KDACache):
+            return KDACache((), *arrays)
+        tail, *frozen = arrays
+        # How full the tail is, the plan's array says: no number of this token is in the graph.
+        return LatentCache((), tuple(map(Segment, frozen)), Segment(tail, spare=TAIL), bits)
+
+    def step(ids: mx.array, plan: mx.array, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        owner = model()
+        assert owner is not None
+        cache = [entry(*pair) for pair in zip(owner.make_cache(), arrays, strict=True)]
+        hidden = owner.run(ids, cache, Step(plan=Plan(plan, splits)))
+        return hidden, [e.arrays() if isinstance(e, KDACache) else e.arrays()[-1:] for e in cache]
+
+    graph: Graph = mx.compile(step)
+    return graph

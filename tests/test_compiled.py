@@ -1,0 +1,144 @@
+"""The compiled step of one token: the same numbers as layer by layer, however shapes change."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from assertions import assert_close
+from twins import twins
+
+from mlx_kimi import cache as caches
+from mlx_kimi.bundled import pocket_folder
+from mlx_kimi.cache import TAIL, CacheEntry
+from mlx_kimi.load import load_model
+from mlx_kimi.metal_kernels.kernel import Kernel, Launch, is_traced, use_backend
+from mlx_kimi.model import KimiLinear
+
+# Float32, added in another order: MLX joins operations in a compiled graph, and the kernels' twins
+# divide attention otherwise than the ops form.
+SAME = 1e-4
+
+
+@pytest.fixture(scope="module")
+def pocket() -> KimiLinear:
+    return load_model(pocket_folder())
+
+
+@pytest.fixture
+def launched() -> Iterator[list[str]]:
+    """Kernels run as their twins; those that Python launched, by name: a compiled step has none."""
+    names: list[str] = []
+
+    def counting(kernel: Kernel) -> Launch:
+        names.append(kernel.name)
+        return twins(kernel)
+
+    with use_backend(counting, traced=True):
+        yield names
+
+
+def prompted(model: KimiLinear, B: int, length: int, bits: int | None = None) -> list[CacheEntry]:
+    cache = model.make_cache(bits)
+    with use_backend(None):
+        model(ids(B, length), cache)
+    mx.eval(caches.arrays(cache))
+    return cache
+
+
+def ids(B: int, T: int) -> mx.array:
+    return mx.random.randint(0, 250, (B, T), key=mx.random.key(B + T))
+
+
+def one_by_one(model: KimiLinear, tokens: mx.array, cache: list[CacheEntry]) -> np.ndarray:
+    logits = []
+    for t in range(tokens.shape[1]):
+        logits.append(model(tokens[:, t : t + 1], cache))
+        mx.eval(logits[-1], caches.arrays(cache))
+    return np.array(mx.concatenate(logits, axis=1))
+
+
+@pytest.mark.parametrize(("B", "prompt", "bits"), [(1, 250, None), (1, 600, 8), (2, 3, None)])
+def test_is_the_ops_form_across_the_freezing_of_a_tail(
+    pocket: KimiLinear, launched: list[str], B: int, prompt: int, bits: int | None
+) -> None:
+    tokens = ids(B, 20)
+    compiled, plain = prompted(pocket, B, prompt, bits), prompted(pocket, B, prompt, bits)
+    ours = one_by_one(pocket, tokens, compiled)
+    assert launched
+    with use_backend(None):
+        assert_close("logits", ours, one_by_one(pocket, tokens, plain), SAME)
+    assert [entry.lengths for entry in compiled] == [entry.lengths for entry in plain]
+    for one, other in zip(compiled, plain, strict=True):
+        if isinstance(one, caches.LatentCache) and isinstance(other, caches.LatentCache):
+            assert [s.size for s in one.segments] == [s.size for s in other.segments]
+            kept, expected = (np.array(e.segments[-1].latents) for e in (one, other))
+            assert_close("latents", kept, expected, SAME)
+
+
+def test_is_built_once_for_a_tail(pocket: KimiLinear, launched: list[str]) -> None:
+    cache = prompted(pocket, 1, TAIL + 7)
+    one_by_one(pocket, ids(1, 2), cache)
+    built = len(launched)
+    one_by_one(pocket, ids(1, 40), cache)
+    assert len(launched) == built
+    assert {name for name in launched} == {
+        *("add_norm", "kda_decode", "mla_query", "mla_attend", "mla_output"),
+        *("expert_scores", "expert_select", "expert_gate_up", "expert_down"),
+    }
+
+
+def test_a_snapshot_is_where_it_was(pocket: KimiLinear, launched: list[str]) -> None:
+    cache, tokens = prompted(pocket, 1, TAIL - 4), ids(1, 9)
+    one_by_one(pocket, ids(1, 1), cache)
+    saved = caches.snapshot(cache)
+    first = one_by_one(pocket, tokens, cache)
+    caches.restore(cache, saved)
+    assert np.array_equal(one_by_one(pocket, tokens, cache), first)
+
+
+def test_a_step_goes_on_from_many_tokens_and_they_from_a_step(
+    pocket: KimiLinear, launched: list[str]
+) -> None:
+    tokens, cache = ids(1, 31), prompted(pocket, 1, 11)
+    parts = [(0, 1), (1, 2), (2, 13), (13, 14), (14, 30), (30, 31)]
+    logits = []
+    for start, stop in parts:
+        with use_backend(None) if stop - start > 1 else use_backend(twins, traced=True):
+            logits.append(pocket(tokens[:, start:stop], cache))
+    with use_backend(None):
+        expected = pocket(tokens, prompted(pocket, 1, 11))
+    assert_close("logits", mx.concatenate(logits, axis=1), expected, SAME)
+
+
+def test_what_cannot_be_traced_is_not(pocket: KimiLinear) -> None:
+    cache = prompted(pocket, 1, 5)
+    assert not pocket.compiled.takes(cache)  # nothing runs kernels
+    with use_backend(twins):
+        assert not is_traced() and not pocket.compiled.takes(cache)
+    with use_backend(twins, traced=True):
+        assert pocket.compiled.takes(cache)
+        assert not pocket.compiled.takes(pocket.make_cache())  # has read nothing
+        with use_backend(None):
+            padded = pocket.make_cache()
+            pocket(ids(2, 4), padded, lengths=[4, 2])
+        with use_backend(twins, traced=True):
+            assert not pocket.compiled.takes(padded)
+
+
+def test_the_graph_does_not_keep_the_model(launched: list[str]) -> None:
+    model = load_model(pocket_folder())
+    before: Callable[[], int] = mx.get_active_memory
+    held = before()
+    one_by_one(model, ids(1, 2), prompted(model, 1, 5))
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+        mx.clear_cache()
+        assert mx.get_active_memory() < held / 2
+    finally:
+        gc.enable()
