@@ -147,8 +147,9 @@ def delta_inputs(T: int, dtype: mx.Dtype, per_channel: bool = True) -> list[mx.a
 def count_sequential() -> Counted:
     run = lambda T: kda_sequential_kernel(*delta_inputs(T, mx.bfloat16))  # noqa: E731
     (counted,) = measure(run, (2, 4))
-    # The products with k, with the correction and with q; 4 lanes have a row.
-    return counted._replace(spared=needless(3 * STATE, lanes=4 * D))
+    # The product with the correction; of 4 channels' products with k and with q a lane adds 3 to
+    # the first. D / 8 simdgroups have 8 rows each.
+    return counted._replace(spared=needless((1 + 2 * 3 / 4) * STATE, lanes=32 * D // 8))
 
 
 def count_chunk() -> list[Counted]:

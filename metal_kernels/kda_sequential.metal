@@ -10,57 +10,59 @@
 //   T             int
 //   o             [B, T, H, Dv] float
 //   new_state     [B, H, Dv, Dk] float
-// Template: H, Dk, Dv int; Dk is a multiple of 32, Dv of 8.
-// Grid (32, Dv / 8, B * H), any threadgroup (32, n, 1) that divides it: a simdgroup owns 8 rows of
-// one head's state, 4 neighbouring lanes own a row, a lane every fourth group of 4 of its elements.
-constexpr int Rows = 8;            // of a simdgroup
-constexpr int Lanes = 32 / Rows;   // of a row
-constexpr int Groups = Dk / 4 / Lanes;  // of 4 elements, of a lane
+// Template: H, Dk, Dv int; Dk is 32, 64 or 128, Dv a multiple of 32.
+// Grid (32, Dv * Dk / 1024, B * H), any threadgroup (32, n, 1) that divides it: Dk / 4 neighbouring
+// lanes share 8 rows of one head's state. A lane owns 4 channels of all 8, so that what it loads of q, k
+// and alpha serves 8 rows; and it has the sums over one of them, of which it writes the output.
+constexpr int Rows = 8;              // of a lane
+constexpr int Lanes = Dk / 4;        // that share rows
+constexpr int Share = Lanes / Rows;  // of them, have the same row's sums
 
 const int lane = thread_position_in_grid.x;
-const int row = thread_position_in_grid.y * Rows + lane / Lanes;
+const int first = (thread_position_in_grid.y * (32 / Lanes) + lane / Lanes) * Rows;
+const int own = lane % Lanes / Share;  // the row of its sums
 const int head = thread_position_in_grid.z;  // b * H + h
-const int part = lane % Lanes * 4;  // the first element of the lane's first group
 
-// The lane's part of its row.
-const int place = (head * Dv + row) * Dk + part;
-float4 S[Groups];
+// The lane's part of the rows: S[r] is of row r ^ own, the order that `sum_of_lane` asks for.
+const int part = lane % Lanes * 4;
+const int place = (head * Dv + first) * Dk + part;
+float4 S[Rows];
 #pragma unroll
-for (int i = 0; i < Groups; ++i) {
-  S[i] = load<4>(state + place + 4 * Lanes * i);
+for (int r = 0; r < Rows; ++r) {
+  S[r] = load<4>(state + place + (r ^ own) * Dk);
 }
 
 // The head's rows in the arrays over tokens: b * T * H + h is the first, H further the next.
 int token = head / H * T * H + head % H;
 for (int t = 0; t < T; ++t, token += H) {
-  const int channel = token * Dk + part;
+  const float4 key = load<4>(k + token * Dk + part);
+  const float4 query = load<4>(q + token * Dk + part);
+  const float4 fading = load<4>(alpha + token * Dk + part);
+  const int row = token * Dv + first + own;
 
   // Let the state fade, and ask it what it holds for this key.
-  float4 key[Groups];
-  float4 products = filled<4>(0);
+  float products[Rows];
 #pragma unroll
-  for (int i = 0; i < Groups; ++i) {
-    key[i] = load<4>(k + channel + 4 * Lanes * i);
-    S[i] *= load<4>(alpha + channel + 4 * Lanes * i);
-    products += S[i] * key[i];
+  for (int r = 0; r < Rows; ++r) {
+    S[r] *= fading;
+    products[r] = dot(S[r], key);
   }
-  const float recalled = sum_over_row(products);
+  const float recalled = sum_of_lane<Rows, Share>(products);
 
-  // Correct that towards the value, and answer the query.
-  const float correction = beta[token] * (float(v[token * Dv + row]) - recalled);
-  products = filled<4>(0);
+  // Correct that towards the value, each row by what its own lanes found, and answer the query.
+  const float correction = beta[token] * (float(v[row]) - recalled);
 #pragma unroll
-  for (int i = 0; i < Groups; ++i) {
-    S[i] += correction * key[i];
-    products += S[i] * load<4>(q + channel + 4 * Lanes * i);
+  for (int r = 0; r < Rows; ++r) {
+    S[r] += (r == 0 ? correction : simd_shuffle_xor(correction, r * Share)) * key;
+    products[r] = dot(S[r], query);
   }
-  const float answer = sum_over_row(products);
-  if (part == 0) {
-    o[token * Dv + row] = answer;
+  const float answer = sum_of_lane<Rows, Share>(products);
+  if (lane % Share == 0) {
+    o[row] = answer;
   }
 }
 
 #pragma unroll
-for (int i = 0; i < Groups; ++i) {
-  store<4>(new_state + place + 4 * Lanes * i, S[i]);
+for (int r = 0; r < Rows; ++r) {
+  store<4>(new_state + place + (r ^ own) * Dk, S[r]);
 }

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_kimi.metal_kernels.kernel import Kernel
 
-ROWS = 8  # of the state, of a simdgroup
+ROWS = 8  # of the state, of a lane, which has 4 elements of each
 SIZES = (32, 64, 128)
 KERNEL = Kernel(
     "kda_sequential",
@@ -80,7 +80,7 @@ def kda_sequential_kernel(
     """`naive_kda` in one launch, within the domain of `refused`; q, k and v of any float dtype."""
     B, T, H, Dk = k.shape
     Dv = v.shape[-1]
-    groups = Dv // ROWS
+    groups = Dv * Dk // (32 * ROWS * 4)
     o, state = KERNEL(
         inputs=[q, k, v, *(x.astype(mx.float32) for x in (alpha, beta, state)), T],
         template=[("H", H), ("Dk", Dk), ("Dv", Dv)],

@@ -38,7 +38,7 @@ chunk = cache(kernel_counts.count_chunk)
 experts = cache(kernel_counts.count_experts)
 figures = apple_gpu.public_figures
 
-# Per token and head, or per row of the experts. Lanes: 32 for each row of the state, or 4.
+# Per token and head, or per row of the experts. Lanes: 32 for each row of the state, or for 8.
 MATHEMATICS: dict[str, Work] = {
     "one row": {
         "simd_reductions": 2 * D,
@@ -55,11 +55,12 @@ MATHEMATICS: dict[str, Work] = {
     # Q K^T, Q S, its rest, K^T D.
     "mlx chunk": {"matrix_products": (16 + 4 + 16 + 16 + 1 + 16 + 16 + 1 + 16) * 16 / 8},
     "sequential": {
-        "shuffles": 4 * D / 8,
-        # S alpha, S k, S + c k, S q; q and k from bfloat; two sums over a row, 3 additions in a
-        # lane and 2 between lanes, the last in one lane of four; beta (v - S k), v from bfloat.
-        "float_operations": (7 + 2) * STATE + 4 * D * (2 * (3 + 2) - 3 / 4 + 3),
-        "device_bytes_read": 4 * D * (32 * (2 + 2 + 4) + 2 + 4 + 4),
+        # Of each 8 rows twice 8 sums over 32 lanes, and 7 corrections from other lanes.
+        "shuffles": (2 * (4 + 2 + 1 + 1 + 1) + 7) * D / 8,
+        # S alpha, S k, S + c k, S q, a lane adding 4 channels of a row; q and k from bfloat; 8 sums
+        # twice, with what came by shuffles; beta (v - S k), v from bfloat.
+        "float_operations": (1 + 7 / 4 + 2 + 7 / 4) * STATE + 4 * D * (2 * 4 + 2 * 9 + 3),
+        "device_bytes_read": 4 * D * (4 * (2 + 2 + 4) + 2 + 4 + 4),
         "device_bytes_written": 4 * D,
         "array_bytes": D * (3 * 2 + 4 + 4) + 4,
     },

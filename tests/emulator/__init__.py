@@ -13,8 +13,8 @@ fit in a threadgroup, are not modelled. In a thread's own arrays an index is che
 not, nor what was never written. Threads change places only where they meet, so that a race shows as
 one finding and not as a wrong result.
 
-Confirmed on Linux x86-64. For Linux on arm64 and macOS the runtime and kernels compile; nobody has
-run them there.
+Confirmed on Linux, on x86-64 and, cross-compiled and under qemu-user, on arm64. For macOS the
+runtime and kernels compile; nobody has run them there.
 """
 
 from .emulator import EmulatedKernel, emulator, metal_kernel
