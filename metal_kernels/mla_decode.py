@@ -95,7 +95,7 @@ class LatentWeights(NamedTuple):
 class Plan:
     """How a token's attention is divided: the same in all layers that hold as many latents."""
 
-    arrays: mx.array  # int32, a row for each launch of mla_attend, which says what is in it
+    arrays: tuple[mx.array, ...]  # int32, of each launch of mla_attend, which says what is in them
     splits: tuple[int, ...]  # of each launch; they depend on the segments, not on the tail's size
 
     @staticmethod
@@ -108,15 +108,16 @@ class Plan:
         """
         if columns is None:
             columns = _columns_of_a_split(room + sum(segments))
-        rows, splits = [], []
+        arrays, splits = [], []
         for start in range(0, max(len(segments), 1), SEGMENTS):
             group = list(segments[start : start + SEGMENTS])
             absent = [0] * (SEGMENTS - len(group))
             held, rooms = (size, room) if start == 0 else (0, 0)
             ends = list(accumulate(-(-n // columns) for n in [rooms, *group, *absent]))
-            rows.append([columns, ends[-1], 0, *ends[:-1], held, *group, *absent])
+            numbers = [columns, ends[-1], 0, *ends[:-1], held, *group, *absent]
+            arrays.append(mx.array(numbers, mx.int32))
             splits.append(ends[-1])
-        return Plan(mx.array(rows, mx.int32), tuple(splits))
+        return Plan(tuple(arrays), tuple(splits))
 
 
 def naive_mla_decode(
@@ -211,13 +212,13 @@ def mla_attend(
         _attend(
             queries,
             tail,
-            plan.arrays[i],
+            array,
             splits,
             segments[i * SEGMENTS : (i + 1) * SEGMENTS],
             lora,
             shape,
         )
-        for i, splits in enumerate(plan.splits)
+        for i, (array, splits) in enumerate(zip(plan.arrays, plan.splits, strict=True))
     ]
     if len(found) == 1:
         return found[0]

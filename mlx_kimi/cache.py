@@ -142,14 +142,19 @@ class LatentCache:
         return self.frozen if self.tail is None else (*self.frozen, self.tail.trimmed())
 
     @property
+    def _kept(self) -> tuple[Segment, ...]:
+        """The segments as they are kept: the tail with its spare rows."""
+        return self.frozen if self.tail is None else (*self.frozen, self.tail)
+
+    @property
     def columns(self) -> int:
         """Tokens held for each row, padding between them included."""
-        return sum(segment.size for segment in self.segments)
+        return sum(segment.size for segment in self._kept)
 
     @property
     def is_masked(self) -> bool:
         """Whether some columns may be padding."""
-        return any(segment.real is not None for segment in self.segments)
+        return any(segment.real is not None for segment in self._kept)
 
     def append(self, latents: mx.array, real: mx.array | None) -> None:
         """Add [B, T, width] latents; `real` [B, T] marks the tokens that are not padding."""
@@ -185,8 +190,7 @@ class LatentCache:
             self.tail = recent.slice(full, recent.size).copy() if full else recent
 
     def arrays(self) -> list[mx.array]:
-        kept = self.frozen if self.tail is None else (*self.frozen, self.tail)
-        return [array for segment in kept for array in segment.arrays()]
+        return [array for segment in self._kept for array in segment.arrays()]
 
     def snapshot(self) -> LatentCache:
         return replace(self)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from mlx_kimi.model import KimiLinear
 
 Arrays = list[list[mx.array]]  # of each entry
-Graph = Callable[[mx.array, mx.array, Arrays], tuple[mx.array, Arrays]]  # of ids, a plan's arrays
+# Of ids, a plan's arrays and the cache's.
+Graph = Callable[[mx.array, tuple[mx.array, ...], Arrays], tuple[mx.array, Arrays]]
 
 
 class CompiledStep:
@@ -107,7 +108,7 @@ def _compiled(
         # How full the tail is, the plan's array says: no number of this token is in the graph.
         return LatentCache((), tuple(map(Segment, frozen)), Segment(tail, spare=TAIL), bits)
 
-    def step(ids: mx.array, plan: mx.array, arrays: Arrays) -> tuple[mx.array, Arrays]:
+    def step(ids: mx.array, plan: tuple[mx.array, ...], arrays: Arrays) -> tuple[mx.array, Arrays]:
         owner = model()
         assert owner is not None
         cache = [entry(*pair) for pair in zip(owner.make_cache(), arrays, strict=True)]

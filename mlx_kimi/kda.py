@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -10,19 +10,14 @@ import mlx.nn as nn
 
 from mlx_kimi.cache import KDACache
 from mlx_kimi.config import ModelConfig
-from mlx_kimi.layers import RMSNorm, ShortConvolution, l2_normalised
+from mlx_kimi.layers import RMSNorm
 from mlx_kimi.linear import FusedLinear
 from mlx_kimi.metal_kernels.kda import CHUNKED_FROM, chosen_form, decode_refused, kda
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode
-from mlx_kimi.metal_kernels.kda_gate import forget_gate
+from mlx_kimi.metal_kernels.kda_prepare import kda_finish, kda_prepare, prepared_by
 
 if TYPE_CHECKING:
     from mlx_kimi.weights import Weights
-
-
-@partial(mx.compile, shapeless=True)
-def _gated(o: mx.array, gate: mx.array) -> mx.array:
-    return o * mx.sigmoid(gate.astype(mx.float32))
 
 
 class KimiDeltaAttention(nn.Module):
@@ -33,7 +28,8 @@ class KimiDeltaAttention(nn.Module):
         groups = (("q_proj", "k_proj", "v_proj"), ("f_a_proj",), ("g_a_proj",), ("b_proj",))
         self.in_proj = FusedLinear([[weights.linear(name) for name in group] for group in groups])
         convolutions = [weights.array(f"{x}_conv.conv.weight") for x in "qkv"]
-        self.conv = ShortConvolution(mx.concatenate(convolutions))
+        taps = mx.concatenate(convolutions)[..., 0]  # [3 * H * D, K], the present token's last
+        self.taps = mx.contiguous(taps.swapaxes(0, 1))
         self.f_b_proj = weights.linear("f_b_proj")
         self.g_b_proj = weights.linear("g_b_proj")
         self.head_dim = config.kda_head_dim
@@ -43,37 +39,22 @@ class KimiDeltaAttention(nn.Module):
         self.o_norm = RMSNorm(weights.array("o_norm.weight"), config.rms_norm_eps)
         self.o_proj = weights.linear("o_proj")
 
-    def __call__(
-        self, x: mx.array, cache: KDACache, real: mx.array | None, lengths: mx.array | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, cache: KDACache, lengths: mx.array | None = None) -> mx.array:
         """x [B, T, hidden] -> [B, T, hidden]; `cache` moves T tokens on.
 
-        `real` [B, T] and `lengths` [B] mark what is not padding; None: everything.
+        `lengths` [B] are the tokens of each row that are no padding; None: all T.
         """
         B, T, _ = x.shape
-        if T == 1 and real is None and decode_refused(self._for_decode, self.head_dim) is None:
+        if T == 1 and lengths is None and decode_refused(self._for_decode, self.head_dim) is None:
             return self._decode(x, cache)
-
-        def by_head(y: mx.array) -> mx.array:
-            return y.reshape(B, T, -1, self.head_dim)
-
-        qkv, f_a, g_a, b = self.in_proj(x)
-        qkv, cache.conv_tail = self.conv(qkv, cache.conv_tail, lengths)
-        qk, v = mx.split(by_head(qkv), [2 * self.heads], axis=2)
-        q, k = mx.split(l2_normalised(qk), 2, axis=2)
-        q = q * self.head_dim**-0.5
-        alpha = forget_gate(by_head(self.f_b_proj(f_a)), self.A_log, self.dt_bias)
-        beta = mx.sigmoid(b.astype(mx.float32))  # [B, T, H]
-        if real is not None:  # an inert token neither decays the state nor writes to it
-            alpha = mx.where(real[..., None, None], alpha, 1)
-            beta = mx.where(real[..., None], beta, 0)
-
-        if cache.state is None:
-            cache.state = self._empty_state(B)
-        o, cache.state = kda(q, k, v, alpha, beta, cache.state)  # o [B, T, H, D] float32
-
-        y = _gated(self.o_norm(o), by_head(self.g_b_proj(g_a))).astype(x.dtype)
-        return self.o_proj(y.reshape(B, T, -1))
+        y = self.in_proj.joined(x)
+        f_a, g_a = mx.split(y, self._ends, axis=-1)[1:3]
+        tail, state = self._memory(cache, B, y.dtype)
+        f, g = self.f_b_proj(f_a), self.g_b_proj(g_a)
+        given = kda_prepare(y, f, self.taps, tail, lengths, self.A_log, self.dt_bias)
+        o, state = kda(given.q, given.k, given.v, given.alpha, given.beta, state)
+        cache.conv_tail, cache.state = given.tail, state
+        return self.o_proj(kda_finish(o, g, self.o_norm.weight, self.o_norm.eps))
 
     def forms(self) -> list[tuple[str, str, str]]:
         """For a step of one, few and many tokens: how many, what runs, and why."""
@@ -86,26 +67,31 @@ class KimiDeltaAttention(nn.Module):
             else ("1 token", "kda_decode", "its domain"),
             (f"2 to {CHUNKED_FROM - 1} tokens", few.name, few.why),
             (f"{CHUNKED_FROM} tokens or more", many.name, many.why),
+            ("2 tokens or more", *prepared_by(self.in_proj.width, self.head_dim)),
         ]
 
-    def _empty_state(self, B: int) -> mx.array:
-        return mx.zeros((B, self.heads, self.head_dim, self.head_dim), mx.float32)
+    @property
+    def _ends(self) -> list[int]:
+        """Of q | k | v, f_a and g_a in the input projections; b is the rest."""
+        qkv, rank = self.taps.shape[1], self.f_b_proj.matrix.columns
+        return [qkv, qkv + rank, qkv + 2 * rank]
+
+    def _memory(self, cache: KDACache, B: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """The convolution's tail and the state; zeros before the first token."""
+        if cache.conv_tail is not None and cache.state is not None:
+            return cache.conv_tail, cache.state
+        state = mx.zeros((B, self.heads, self.head_dim, self.head_dim), mx.float32)
+        return mx.zeros((B, self.taps.shape[0] - 1, self.taps.shape[1]), dtype), state
 
     def _decode(self, x: mx.array, cache: KDACache) -> mx.array:
         """One token [B, 1, hidden], with one kernel between two matrices."""
-        B, weights = x.shape[0], self._for_decode
         y = self.in_proj.joined(x[:, 0])
-        if cache.state is None or cache.conv_tail is None:
-            keep, channels = weights.taps.shape[0] - 1, weights.taps.shape[1]
-            cache.state, cache.conv_tail = (
-                self._empty_state(B),
-                mx.zeros((B, keep, channels), x.dtype),
-            )
-        y, cache.conv_tail, cache.state = kda_decode(y, weights, cache.conv_tail, cache.state)
+        memory = self._memory(cache, x.shape[0], y.dtype)
+        y, cache.conv_tail, cache.state = kda_decode(y, self._for_decode, *memory)
         return self.o_proj(y[:, None])
 
     @cached_property
     def _for_decode(self) -> DecodeWeights:
         f_b, g_b = self.f_b_proj.matrix, self.g_b_proj.matrix
         gate, norm = (self.A_log, self.dt_bias), (self.o_norm.weight, self.o_norm.eps)
-        return DecodeWeights(self.conv.taps, f_b, g_b, *gate, *norm)
+        return DecodeWeights(self.taps, f_b, g_b, *gate, *norm)

@@ -10,8 +10,8 @@ import mlx.nn as nn
 
 from mlx_kimi.config import Quantization
 from mlx_kimi.metal_kernels.matmul import (
-    copy_pays,
     gather_times_transposed,
+    plain_pays,
     times_transposed,
 )
 from mlx_kimi.metal_kernels.matrix import Matrix
@@ -58,17 +58,17 @@ class Linear(nn.Module):
     def _plain_for(self, rows: int) -> bool:
         """Whether the product with so many rows is one of plain matrices."""
         q = self.quantization
-        return q is None or copy_pays(rows, self.weight.size * 32 // q.bits)
+        return q is None or plain_pays(rows, self.weight.size * 32 // q.bits)
 
-    def _stack_for(self, rows: int) -> bool:
-        """Whether this is a stack that MLX multiplies by one row only: on NVIDIA GPUs."""
-        return self.weight.ndim > 2 and rows > 1 and mx.cuda.is_available()
+    def _is_odd_stack(self) -> bool:
+        """Whether this is a stack: on NVIDIA GPUs MLX multiplies only some of them, by one row."""
+        return self.weight.ndim > 2 and mx.cuda.is_available()
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., T, in] -> [..., T, out]; a stack of W multiplies the matching stack of x."""
         if self.quantization is None:
             return times_transposed(x, self.weight)
-        if self._plain_for(x.shape[-2]) or self._stack_for(x.shape[-2]):
+        if self._plain_for(x.shape[-2]) or self._is_odd_stack():
             return times_transposed(x, self.dequantized())
         return mx.quantized_matmul(
             x, self.weight, self.scales, self.get("biases"), transpose=True, **self._format()
@@ -76,7 +76,7 @@ class Linear(nn.Module):
 
     def from_outputs(self, y: mx.array) -> mx.array:
         """`y W`: y [..., T, out] -> [..., T, in]."""
-        if self._plain_for(y.shape[-2]) or self._stack_for(y.shape[-2]):
+        if self._plain_for(y.shape[-2]) or self._is_odd_stack():
             return y @ self.dequantized()
         return mx.quantized_matmul(
             y, self.weight, self.scales, self.get("biases"), transpose=False, **self._format()

@@ -57,7 +57,7 @@ class DecoderLayer(nn.Module):
         """With a slice of the heads, its part of the sum over slices."""
         if isinstance(self.self_attn, KimiDeltaAttention):
             assert isinstance(entry, KDACache)
-            return self.self_attn(normed, entry, step.real, step.lengths)
+            return self.self_attn(normed, entry, step.lengths)
         assert isinstance(entry, LatentCache)
         return self.self_attn(normed, entry, step.real, step.plan)
 

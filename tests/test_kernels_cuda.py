@@ -7,6 +7,7 @@ from kda_cases import case
 from nvrtc import NvrtcError, compile_cuda, nvrtc
 from test_kernels_experts import gated
 from test_kernels_kda_decode import case as decode_case
+from test_kernels_kda_prepare import case as prepare_case
 from test_kernels_mla import POCKET, PUBLISHED
 from test_kernels_mla import case as mla_case
 
@@ -15,6 +16,7 @@ from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
 from mlx_kimi.metal_kernels.experts import expert_mlp, expert_scores, expert_select
 from mlx_kimi.metal_kernels.kda_chunk import kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_decode import kda_decode
+from mlx_kimi.metal_kernels.kda_prepare import kda_finish_kernel, kda_prepare_kernel
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
 from mlx_kimi.metal_kernels.mla_decode import NARROW, WIDE, Shape
@@ -31,6 +33,15 @@ def test_the_delta_rule_compiles(dtype: mx.Dtype, D: int) -> None:
     with use_backend(nvrtc):
         kda_sequential_kernel(q, k, v, *rest)
         kda_chunk_kernel(q, k, v, *rest)
+
+
+@of_dtype
+@pytest.mark.parametrize("D", [64, 128])
+def test_what_stands_around_the_delta_rule_compiles(dtype: mx.Dtype, D: int) -> None:
+    with use_backend(nvrtc):
+        kda_prepare_kernel(*prepare_case(D=D, dtype=dtype))
+        gate = mx.zeros((1, 2, 2 * D), dtype)
+        kda_finish_kernel(mx.zeros((1, 2, 2, D)), gate, mx.ones(D, dtype), 1e-5)
 
 
 @of_dtype

@@ -1,0 +1,97 @@
+// What the delta rule is given for many tokens, made of a layer's input projections:
+//
+//     q | k | v = silu(convolution)      q <- q / |q| / sqrt(D)      k <- k / |k|
+//     alpha = exp(-exp(A_log) softplus(f + dt_bias))      beta = sigmoid(b)
+//
+//   x             [B, T, Width] of any float type: q | k | v, others, and last b of each head
+//   f             [B, T, H * D] of any float type
+//   taps          [Taps, 3 * H * D] of any float type: the convolution, the present token's last
+//   tail          [B, Taps - 1, 3 * H * D] of x's type: q | k | v of the tokens before
+//   lengths       [B] int: how many tokens of a row are real; the others are inert
+//   A_log         [H], dt_bias [H, D] of any float types
+//   T             int
+//   q, k, v       [B, T, H, D] of x's type
+//   alpha         [B, T, H, D] float, 1 for an inert token
+//   beta          [B, T, H] float, 0 for an inert token
+//   new_tail      like tail: q | k | v of the last real tokens
+// Template: H, D, Width, Taps, Run int. D is 64 or 128; Width is a multiple of D / 32.
+// Grid (32, 4 * H, B * ceil(T / Run)), any threadgroup (32, n, 1) that divides it: a simdgroup owns q, k,
+// v or the gate of one head, for Run tokens; a lane D / 32 neighbouring channels.
+constexpr int N = D / 32;
+constexpr int Channels = 3 * H * D;  // of the convolution
+
+const int lane = thread_position_in_grid.x;
+const int what = thread_position_in_grid.y / H;  // q, k, v, gate
+const int head = thread_position_in_grid.y % H;
+const int runs = (T + Run - 1) / Run;
+const int b = thread_position_in_grid.z / runs;
+const int begin = thread_position_in_grid.z % runs * Run;
+const int end = min(begin + Run, T);
+const int length = lengths[b];
+const int first = head * D + N * lane;  // the lane's first channel of what it makes
+
+if (what == 3) {
+  const float rate = exp(float(A_log[head]));
+  const vec<float, N> bias = load<N>(dt_bias + first);
+  for (int t = begin; t < end; ++t) {
+    const int token = b * T + t;
+    vec<float, N> fading = load<N>(f + token * H * D + first) + bias;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      fading[i] = t < length ? exp(-rate * softplus(fading[i])) : 1.0f;
+    }
+    store<N>(alpha + token * H * D + first, fading);
+    if (lane == 0) {
+      const float strength = sigmoid(float(x[token * Width + Width - H + head]));
+      beta[token * H + head] = t < length ? strength : 0.0f;
+    }
+  }
+} else {
+  const int channel = what * H * D + first;
+
+  // What came before the first token: the window's oldest first.
+  vec<float, N> window[Taps];
+#pragma unroll
+  for (int i = 0; i < Taps - 1; ++i) {
+    const int t = begin + i - (Taps - 1);
+    window[i] = t < 0 ? load<N>(tail + (b * (Taps - 1) + t + Taps - 1) * Channels + channel)
+                      : load<N>(x + (b * T + t) * Width + channel);
+  }
+  for (int t = begin; t < end; ++t) {
+    window[Taps - 1] = load<N>(x + (b * T + t) * Width + channel);
+    vec<float, N> sum = filled<N>(0);
+#pragma unroll
+    for (int i = 0; i < Taps; ++i) {
+      sum += window[i] * load<N>(taps + i * Channels + channel);
+    }
+    float square = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      sum[i] *= sigmoid(sum[i]);
+      square += sum[i] * sum[i];
+    }
+    // 1e-6 keeps the norm of nothing finite.
+    const float norm = simd_sum(square) + 1e-6f;
+    const int to = (b * T + t) * H * D + first;
+    if (what == 0) {
+      store<N>(q + to, sum * rsqrt(float(D) * norm));
+    } else if (what == 1) {
+      store<N>(k + to, sum * rsqrt(norm));
+    } else {
+      store<N>(v + to, sum);
+    }
+#pragma unroll
+    for (int i = 0; i < Taps - 1; ++i) {
+      window[i] = window[i + 1];
+    }
+  }
+
+  if (begin == 0) {
+    for (int i = 0; i < Taps - 1; ++i) {
+      const int t = length + i - (Taps - 1);
+      const auto from = t < 0 ? tail + (b * (Taps - 1) + t + Taps - 1) * Channels + channel
+                              : x + (b * T + t) * Width + channel;
+      store<N>(new_tail + (b * (Taps - 1) + i) * Channels + channel, load<N>(from));
+    }
+  }
+}
