@@ -13,7 +13,9 @@ from mlx_kimi.metal_kernels.matmul import times_transposed
 
 # Lower than any score, and finite: a query that has met no key yet must not compute inf - inf.
 NO_KEY = -1e30
-QUERY_BLOCK = 128  # queries that are masked together; keys after the last of them are left out
+# Queries that are masked together; keys after the last of them are left out. A CPU gains from
+# leaving out more, a GPU from fewer launches.
+QUERY_BLOCK, GPU_QUERY_BLOCK = 128, 512
 
 # Columns whose scores for one token are one tensor (8 MB for 32 heads): a few launches more for
 # each of many segments would cost more than their arithmetic.
@@ -52,24 +54,41 @@ def attend(queries: mx.array, blocks: Iterable[Block], scale: float, first: int)
     Returns:
         [B, H, T, Dv] in the queries' dtype; zeros for a query that sees no key.
     """
-    T = queries.shape[2]
+    T, size = queries.shape[2], query_block()
     # Scores are made in float32: rounded to 16 bits before the softmax, large ones would be off by
     # more than the whole rest of the model. MLX has no product of 16-bit matrices that is not
     # rounded so; keys are copied to float32, one block at a time.
     scaled = queries.astype(mx.float32) * scale
-    rows = [
-        _Rows(scaled[:, :, start : start + QUERY_BLOCK], first + start)
-        for start in range(0, T, QUERY_BLOCK)
-    ]
-    previous: _Rows | None = None
+    rows = [_Rows(scaled[:, :, start : start + size], first + start) for start in range(0, T, size)]
+    ahead = Ahead()
     for group in _groups(blocks, ONE_TOKEN_COLUMNS if T == 1 else 0):
         for part in rows:
-            if T > 1 and previous is not None:
-                part.wait_for(previous)
             part.meet(group)
-            previous = part
+            if T > 1 and part.sums is not None:
+                ahead.submit(*part.sums)
     output = [part.result() for part in rows]
     return (output[0] if len(output) == 1 else mx.concatenate(output, axis=2)).astype(queries.dtype)
+
+
+def query_block() -> int:
+    """The queries of a block on the device at hand."""
+    return QUERY_BLOCK if mx.default_device() == mx.Device(mx.cpu) else GPU_QUERY_BLOCK
+
+
+class Ahead:
+    """Keeps the host one piece of work ahead of the device, and no further.
+
+    Left to itself MLX holds what all pieces need at the same time: gigabytes of scores.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[mx.array, ...] = ()
+
+    def submit(self, *results: mx.array) -> None:
+        """Let the device begin `results`, and wait for those before."""
+        mx.async_eval(*results)
+        mx.eval(*self._last)
+        self._last = results
 
 
 class _Rows:
@@ -80,14 +99,6 @@ class _Rows:
         self.queries, self.first, self.end = queries, first, first + T
         self.padded = False
         self.sums: tuple[mx.array, mx.array, mx.array] | None = None  # highest, total, output
-
-    def wait_for(self, other: _Rows) -> None:
-        """Let MLX begin the next block only when `other` is done with its own.
-
-        Left to itself it computes the scores of many blocks first and holds them all.
-        """
-        if other.sums is not None:
-            (self.queries,) = mx.depends([self.queries], list(other.sums))
 
     def meet(self, blocks: Sequence[Block]) -> None:
         """Take some blocks into the softmax, with one pass over the scores of all of them."""

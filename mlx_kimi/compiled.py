@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -41,14 +42,22 @@ class CompiledStep:
 
     def takes(self, cache: Sequence[CacheEntry]) -> bool:
         """Whether a step from this cache has shapes that stay: the ops form of MLA has not."""
-        if not is_traced() or not all(entry.lengths for entry in cache):
-            return False
-        layers = self._owner.layers
-        attentions = [layer.self_attn for layer in layers]
+        return (
+            is_traced()
+            and all(
+                entry.lengths and not (isinstance(entry, LatentCache) and entry.is_masked)
+                for entry in cache
+            )
+            and self._suited
+        )
+
+    @cached_property
+    def _suited(self) -> bool:
+        attentions = [layer.self_attn for layer in self._owner.layers]
         return all(
-            attention.decode_refused(entry) is None
-            for attention, entry in zip(attentions, cache, strict=True)
-            if isinstance(attention, MultiHeadLatentAttention) and isinstance(entry, LatentCache)
+            attention.decode_refused(LatentCache()) is None
+            for attention in attentions
+            if isinstance(attention, MultiHeadLatentAttention)
         )
 
     def __call__(self, ids: mx.array, cache: Sequence[CacheEntry]) -> mx.array:

@@ -13,7 +13,7 @@ from mlx_kimi.cache import LatentCache, Segment
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.layers import RMSNorm
 from mlx_kimi.linear import FusedLinear
-from mlx_kimi.metal_kernels.attention import QUERY_BLOCK, Block, attend
+from mlx_kimi.metal_kernels.attention import Block, attend, query_block
 from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights, Plan, mla_decode, refused
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EXPAND_FROM = 171  # queries
 # The published model builds this norm without passing rms_norm_eps on, as transformers does.
 KV_A_EPS = 1e-6
-SCORES = 1 << 26  # elements of the largest block of scores (256 MiB in float32)
+SCORES = 1 << 25  # elements of the largest block of scores (128 MiB in float32)
 LARGEST_BLOCK = 4096  # keys
 
 
@@ -133,7 +133,7 @@ def _blocks(
 ) -> Iterator[Block]:
     """The cached columns in blocks whose scores stay small."""
     B, H, T, _ = q.shape
-    size = min(LARGEST_BLOCK, max(1, SCORES // (B * H * min(T, QUERY_BLOCK))))
+    size = min(LARGEST_BLOCK, max(1, SCORES // (B * H * min(T, query_block()))))
     start = 0
     for segment in cache.segments:
         for first in range(0, segment.size, size):

@@ -13,10 +13,15 @@ from mlx_kimi.compiled import CompiledStep
 from mlx_kimi.config import Layer, ModelConfig
 from mlx_kimi.kda import KimiDeltaAttention
 from mlx_kimi.layers import MLP, RMSNorm
+from mlx_kimi.metal_kernels.attention import Ahead
 from mlx_kimi.metal_kernels.mla_decode import Plan
 from mlx_kimi.mla import MultiHeadLatentAttention
 from mlx_kimi.moe import MixtureOfExperts
 from mlx_kimi.weights import Weights
+
+# Tokens from which a layer is submitted as soon as it is built: the device works while the host
+# builds the next one, and what a layer needs for its work is held for two layers at a time.
+SUBMITTED_FROM = 128
 
 
 @dataclass(frozen=True)
@@ -140,9 +145,15 @@ class KimiLinear(nn.Module):
         return x
 
     def run(self, ids: mx.array, cache: Sequence[CacheEntry], step: Step) -> mx.array:
-        """ids [B, T] -> [B, T, hidden]; the entries' arrays move on, their lengths do not."""
+        """ids [B, T] -> [B, T, hidden]; the entries' arrays move on, their lengths do not.
+
+        Many tokens are computed layer by layer, all but the last, which only some calls need.
+        """
         x, part = self.embed_tokens.rows(ids), None
+        ahead = Ahead() if ids.size >= SUBMITTED_FROM else None
         for layer, entry in zip(self.layers, cache, strict=True):
+            if ahead and part is not None:
+                ahead.submit(x, part)
             x, part = layer(x, part, entry, step, self.reduce)
         return self.norm.of_sum(x, part)[1]
 
