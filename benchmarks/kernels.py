@@ -32,7 +32,7 @@ from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.load import load_model
 from mlx_kimi.metal_kernels.add_norm import add_norm, naive_add_norm
-from mlx_kimi.metal_kernels.experts import Gated, expert_mlp, expert_scores, expert_select
+from mlx_kimi.metal_kernels.experts import Gated, add_norm_scores, expert_mlp, expert_select
 from mlx_kimi.metal_kernels.kda_chunk import kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode, naive_kda_decode
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
@@ -214,8 +214,11 @@ def _experts() -> Comparisons:
     ):
         x, logits, bias, routed, shared = _expert_inputs(dtype, bits, B)
         router = mx.random.normal((EXPERTS, HIDDEN)) * HIDDEN**-0.5
-        scores = (expert_scores(x, Matrix(router)), x.astype(mx.float32) @ router.T)
-        yield f"expert_scores, B = {B}", (rms_error(*scores), largest_error(*scores)), FLOAT32
+        weight = mx.ones((HIDDEN,), dtype)
+        _, normed, scores = add_norm_scores(x, x, weight, 1e-5, Matrix(router))
+        expected = normed.astype(mx.float32) @ router.T
+        errors = (rms_error(scores, expected), largest_error(scores, expected))
+        yield f"add_norm_scores, {_name(dtype)}, B = {B}", errors, FLOAT32
         how = (TOP_K, 1, 1, True, 2.446)
         experts, weights = expert_select(logits, bias, *how)
         expected_experts, expected = _select(logits, bias, *how)

@@ -210,25 +210,34 @@ inline int lane_of(int row, int column) {
   return row / 4 * 16 + column / 4 * 8 + row % 4 * 2 + column / 2 % 2;
 }
 
-#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
-// These have matrix units for double, where a product of floats is exact. Lane 4 g + t brings
-// a(g, 2 t + e) and b(2 t + e, g) to the product over half of the k, e = 0 or 1, and gets the sums
-// (g, 2 t) and (g, 2 t + 1).
+#if __CUDA_ARCH__ >= 800
+// The part of x that a matrix unit reads: 11 bits of 24, which the mask cuts off, not rounds.
+inline uint upper(float x) { return __float_as_uint(x) & 0xffffe000u; }
+inline uint lower(float x) { return __float_as_uint(x - __uint_as_float(upper(x))); }
+
+// These have matrix units for such parts: lane 4 g + t brings a(g, 2 t + e) and b(2 t + e, g), for the
+// place t + 4 e of k, and gets the sums (g, 2 t) and (g, 2 t + 1) of 16 rows, of which 8 are zeros. Left
+// out is the product of both lower parts, 2^-22 of the whole.
+inline void add_parts(thread float4& sum, uint2 a, uint2 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %6, %5, %6}, {%7, %8}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum.x), "+f"(sum.y), "+f"(sum.z), "+f"(sum.w)
+      : "r"(a.x), "r"(a.y), "r"(0), "r"(b.x), "r"(b.y));
+}
 inline float2 product(float2 a, float2 b) {
   const int g = lane() / 4, t = lane() % 4;
-  double2 sum(0, 0);
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const double left = simd_shuffle(a[e], lane_of(g, 2 * t));
-    const int below = lane_of(2 * t + e, g);
-    const float even = simd_shuffle(b.x, below), odd = simd_shuffle(b.y, below);
-    const double right = g % 2 ? odd : even;
-    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-        : "+d"(sum.x), "+d"(sum.y)
-        : "d"(left), "d"(right));
-  }
+  const int beside = lane_of(g, 2 * t), even_row = lane_of(2 * t, g), odd_row = lane_of(2 * t + 1, g);
+  const float2 left(simd_shuffle(a.x, beside), simd_shuffle(a.y, beside));
+  const float2 even(simd_shuffle(b.x, even_row), simd_shuffle(b.y, even_row));
+  const float2 odd(simd_shuffle(b.x, odd_row), simd_shuffle(b.y, odd_row));
+  const float2 right(g % 2 ? even.y : even.x, g % 2 ? odd.y : odd.x);
+  const uint2 a_upper(upper(left.x), upper(left.y)), b_upper(upper(right.x), upper(right.y));
+  float4 sum(0, 0, 0, 0);
+  add_parts(sum, uint2(lower(left.x), lower(left.y)), b_upper);
+  add_parts(sum, a_upper, uint2(lower(right.x), lower(right.y)));
+  add_parts(sum, a_upper, b_upper);
   const int row = lane() / 16 * 4 + lane() / 2 % 4, pair = lane() / 8 % 2 * 2 + lane() % 2;
-  return float2(simd_shuffle(float(sum.x), 4 * row + pair), simd_shuffle(float(sum.y), 4 * row + pair));
+  return float2(simd_shuffle(sum.x, 4 * row + pair), simd_shuffle(sum.y, 4 * row + pair));
 }
 #else
 // By shuffles: a lane needs all of its row of a, and two columns of b.

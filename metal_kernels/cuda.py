@@ -25,6 +25,8 @@ _STORAGE = re.compile(r"\bthreadgroup\s+(?=[A-Za-z_][\w:]*(?:<[^;{}()]*?>)?\s+\w
 _BUFFER = re.compile(r"\*(?= \w+ \[\[buffer)")
 _ATTRIBUTE = re.compile(r"\[\[[^\]]*\]\]")
 _INSTANCE = re.compile(r"^template \[\[host_name.*$", re.MULTILINE)
+# MLX hashes the whole text at every launch: what only people read would cost it a microsecond.
+_FOR_PEOPLE = re.compile(r"[ \t]*//[^\n]*|^[ \t]+|(?<=\n)\n+", re.MULTILINE)
 _MACROS = ("device", "constant", "thread", "threadgroup")
 
 
@@ -161,7 +163,7 @@ def cuda_text(metal: MetalText, threads: int) -> CudaText:
             "",
         ]
     )
-    return CudaText(header, f"  msl::entry({', '.join(buffers)});")
+    return CudaText(_FOR_PEOPLE.sub("", header), f"  msl::entry({', '.join(buffers)});")
 
 
 def _call(metal: MetalText) -> str:

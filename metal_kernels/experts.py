@@ -1,4 +1,6 @@
-"""The experts of a few tokens in four launches: score, choose, gate and up, down and weighted sum.
+"""The experts of a few tokens in four launches, from the residual sum before to the weighted sum.
+
+One adds, normalises and scores, one chooses, one is gate and up, one down and the weighted sum.
 
 `expert_gate_up` and `expert_down` read the matrices where they lie, gate and up as two buffers and
 the shared expert as inputs of its own, which may be stored with other bits.
@@ -7,14 +9,17 @@ the shared expert as inputs of its own, which may be stored with other bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.kernel import Kernel
+from mlx_kimi.metal_kernels.kernel import Kernel, backend
 from mlx_kimi.metal_kernels.matrix import Matrix
 
 LARGEST_BATCH = 8  # tokens; beyond it sorting by expert reads less
 BITS = (0, 4, 8)  # 0: plain
+SCORED = 4  # experts of a threadgroup of add_norm_scores: 64 threadgroups for 256
+WIDEST = 7168  # elements of a token, which add_norm_scores keeps in 28 of a threadgroup's 32 KB
 MOST_EXPERTS = 15  # of a token: with the shared one 16 simdgroups of a threadgroup
 
 
@@ -31,7 +36,12 @@ def _with_scales(*names: str) -> tuple[str, ...]:
     return tuple(part for name in names for part in (name, f"{name}_scales", f"{name}_biases"))
 
 
-SCORES = Kernel("expert_scores", ("x", *_with_scales("gate")), ("logits",), ("packed.h",))
+SCORES = Kernel(
+    "add_norm_scores",
+    ("x", "part", "weight", "eps", *_with_scales("gate")),
+    ("sum", "normed", "logits"),
+    ("packed.h",),
+)
 SELECT = Kernel("expert_select", ("logits", "bias", "scale"), ("experts", "weights"))
 GATE_UP = Kernel(
     "expert_gate_up",
@@ -46,20 +56,60 @@ DOWN = Kernel(
     ("packed.h",),
 )
 
+COMBINE = Kernel(
+    "expert_combine", ("y", "places", "weights", "shared"), ("combined",), ("vectors.h",)
+)
 
-def expert_scores(x: mx.array, gate: Matrix) -> mx.array:
-    """x [B, K] of any float dtype, gate [E, K] -> logits [B, E] float32."""
-    B, K = x.shape
-    E = gate.rows
-    (logits,) = SCORES(
-        inputs=[x, *gate.buffers()],
-        template=[("E", E), ("K", K), ("Bits", gate.bits), ("Group", gate.group_size)],
-        grid=(32, E, B),
-        threadgroup=(32, _groups(E), 1),
-        output_shapes=[(B, E)],
-        output_dtypes=[mx.float32],
+
+def expert_combine(
+    y: mx.array, places: mx.array, weights: mx.array, shared: mx.array | None
+) -> mx.array:
+    """Each token's weighted sum of its experts' outputs, and the shared expert's.
+
+    Args:
+        y: [N * k, W], sorted by expert. places: [N, k] int32, where a token's outputs stand in y.
+        weights: [N, k] float32. shared: [N, W] in y's dtype.
+
+    Returns:
+        [N, W] in y's dtype, summed in float32 in router order.
+    """
+    W = y.shape[-1]
+    if backend() is None or W % 4:
+        total = (y[places] * weights[..., None]).sum(axis=-2).astype(y.dtype)
+        return total if shared is None else total + shared
+    N, top_k = places.shape
+    (combined,) = COMBINE(
+        inputs=[y, places.astype(mx.int32), weights, y if shared is None else shared],
+        template=[("TopK", top_k), ("W", W), ("Shared", shared is not None)],
+        grid=(W // 4, N, 1),
+        threadgroup=(gcd(W // 4, 256), 1, 1),
+        output_shapes=[(N, W)],
+        output_dtypes=[y.dtype],
     )
-    return logits
+    return combined
+
+
+def add_norm_scores(
+    x: mx.array, part: mx.array, weight: mx.array, eps: float, gate: Matrix
+) -> tuple[mx.array, mx.array, mx.array]:
+    """`naive_add_norm` of x, part [B, W], and how well each expert suits a token.
+
+    gate is [E, W]. Returns sum and normed [B, W] in x's dtype, and logits [B, E] float32.
+    """
+    B, W = x.shape
+    E = gate.rows
+    total, normed, logits = SCORES(
+        inputs=[x, part, weight, eps, *gate.buffers()],
+        template=[
+            *(("OutT", x.dtype), ("E", E), ("W", W), ("Experts", SCORED)),
+            *(("Bits", gate.bits), ("Group", gate.group_size)),
+        ],
+        grid=(32 * SCORED, -(-E // SCORED), B),
+        threadgroup=(32 * SCORED, 1, 1),
+        output_shapes=[(B, W), (B, W), (B, E)],
+        output_dtypes=[x.dtype, x.dtype, mx.float32],
+    )
+    return total, normed, logits
 
 
 def expert_select(
@@ -137,6 +187,8 @@ def refused(router: Matrix, routed: Gated, shared: Gated | None, top_k: int) -> 
     """Why the kernels do not take these matrices; None: they do, for LARGEST_BATCH tokens."""
     if top_k > MOST_EXPERTS:
         return f"{top_k} experts a token are more than {MOST_EXPERTS}"
+    if router.columns > WIDEST:
+        return f"a token of {router.columns} elements is wider than {WIDEST}"
     matrices = [("router", router)]
     for mlp in (routed, shared) if shared else (routed,):
         if mlp.gate[3:] != mlp.up[3:]:

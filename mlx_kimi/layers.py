@@ -45,6 +45,11 @@ class MLP(nn.Module):
         self.gate_up = FusedLinear([[weights.linear("gate_proj")], [weights.linear("up_proj")]])
         self.down_proj = weights.linear("down_proj")
 
+    def after(self, norm: RMSNorm, x: mx.array, part: mx.array) -> tuple[mx.array, mx.array]:
+        """x, part [B, T, hidden] -> `x + part`, and the MLP of its norm."""
+        x, normed = norm.of_sum(x, part)
+        return x, self(normed)
+
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = self.gate_up(x)
         return self.down_proj(swiglu(gate, up))

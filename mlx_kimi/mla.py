@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EXPAND_FROM = 171  # queries
 # The published model builds this norm without passing rms_norm_eps on, as transformers does.
 KV_A_EPS = 1e-6
-SCORES = 1 << 25  # elements of the largest block of scores (128 MiB in float32)
+SCORES = 1 << 24  # elements of the largest block of scores (64 MiB in float32)
 LARGEST_BLOCK = 4096  # keys
 
 

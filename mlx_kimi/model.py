@@ -19,8 +19,8 @@ from mlx_kimi.mla import MultiHeadLatentAttention
 from mlx_kimi.moe import MixtureOfExperts
 from mlx_kimi.weights import Weights
 
-# Tokens from which a layer is submitted as soon as it is built: the device works while the host
-# builds the next one, and what a layer needs for its work is held for two layers at a time.
+# Tokens from which half a layer is submitted as soon as it is built: the device works while the
+# host builds the next half, and what they need for their work is held for two at a time.
 SUBMITTED_FROM = 128
 
 
@@ -73,6 +73,7 @@ class DecoderLayer(nn.Module):
         entry: CacheEntry,
         step: Step,
         reduce: Callable[[mx.array], mx.array],
+        submit: Callable[..., None],
     ) -> tuple[mx.array, mx.array]:
         """The residual stream x, and the part that the layer before adds to it -> the same of y.
 
@@ -80,8 +81,9 @@ class DecoderLayer(nn.Module):
         """
         x, normed = self.input_layernorm.of_sum(x, part)
         part = reduce(self.attend(normed, entry, step))
-        h, normed = self.post_attention_layernorm.of_sum(x, part)
-        return h, reduce(self.mlp(normed))
+        submit(x, part)
+        x, part = self.mlp.after(self.post_attention_layernorm, x, part)
+        return x, reduce(part)
 
 
 class KimiLinear(nn.Module):
@@ -150,11 +152,11 @@ class KimiLinear(nn.Module):
         Many tokens are computed layer by layer, all but the last, which only some calls need.
         """
         x, part = self.embed_tokens.rows(ids), None
-        ahead = Ahead() if ids.size >= SUBMITTED_FROM else None
+        submit = Ahead().submit if ids.size >= SUBMITTED_FROM else _nothing
         for layer, entry in zip(self.layers, cache, strict=True):
-            if ahead and part is not None:
-                ahead.submit(x, part)
-            x, part = layer(x, part, entry, step, self.reduce)
+            if part is not None:
+                submit(x, part)
+            x, part = layer(x, part, entry, step, self.reduce, submit)
         return self.norm.of_sum(x, part)[1]
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -170,3 +172,7 @@ class KimiLinear(nn.Module):
             KDACache() if layer.attention == "kda" else LatentCache(bits=latent_bits)
             for layer in self.config.layers
         ]
+
+
+def _nothing(*results: mx.array) -> None:
+    """Few tokens are computed when their results are wanted."""

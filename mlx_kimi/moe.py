@@ -8,12 +8,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_kimi.config import ModelConfig
-from mlx_kimi.layers import MLP, swiglu
+from mlx_kimi.layers import MLP, RMSNorm, swiglu
 from mlx_kimi.metal_kernels.experts import (
     LARGEST_BATCH,
     Gated,
+    add_norm_scores,
+    expert_combine,
     expert_mlp,
-    expert_scores,
     expert_select,
     refused,
 )
@@ -47,9 +48,15 @@ class Router(nn.Module):
         """
         return _select(self.gate(x.astype(mx.float32)), *self._rule())
 
-    def few(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """The same for x [B, hidden] in two kernels: [B, k] each."""
-        return expert_select(expert_scores(x, self.gate.matrix), *self._rule())
+    def after(
+        self, norm: RMSNorm, x: mx.array, part: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """x, part [B, hidden] -> `x + part`, its norm, and of that experts and weights [B, k].
+
+        In two kernels.
+        """
+        x, normed, logits = add_norm_scores(x, part, norm.weight, norm.eps, self.gate.matrix)
+        return x, normed, *expert_select(logits, *self._rule())
 
     def _rule(self) -> tuple[mx.array, int, int, int, bool, float]:
         bias, scale = self.e_score_correction_bias, self.scale
@@ -95,19 +102,20 @@ class Experts(nn.Module):
         self.up_proj = weights.linear("up_proj")
         self.down_proj = weights.linear("down_proj")
 
-    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
-        """x [B, T, hidden], experts [B, T, k] -> each expert's output, [B, T, k, hidden]."""
-        if experts.size >= SORT_FROM:
-            return self._sorted(x, experts)
-        return self._mlp(x[..., None, None, :], experts, False)[..., 0, :]
+    def __call__(
+        self, x: mx.array, experts: mx.array, weights: mx.array, shared: mx.array | None
+    ) -> mx.array:
+        """The weighted sum of each token's experts, and the `shared` one's output.
 
-    def _sorted(self, x: mx.array, experts: mx.array) -> mx.array:
-        k, hidden = experts.shape[-1], x.shape[-1]
-        flat = experts.reshape(-1)
+        x, shared [N, hidden]; experts, weights [N, k] -> [N, hidden] in x's dtype.
+        """
+        k, flat = experts.shape[-1], experts.reshape(-1)
+        if experts.size < SORT_FROM:
+            y = self._mlp(x[:, None, None], experts, False).reshape(flat.size, -1)
+            return expert_combine(y, mx.arange(flat.size).reshape(-1, k), weights, shared)
         order = mx.argsort(flat)
-        rows = x.reshape(-1, 1, hidden)[order // k]  # [B * T * k, 1, hidden]
-        y = self._mlp(rows, flat[order], True)
-        return y[mx.argsort(order)].reshape(*experts.shape, hidden)
+        y = self._mlp(x[order // k][:, None], flat[order], True)[:, 0]
+        return expert_combine(y, mx.argsort(order).reshape(-1, k), weights, shared)
 
     def _mlp(self, x: mx.array, experts: mx.array, sorted_indices: bool) -> mx.array:
         gate = self.gate_proj.gather(x, experts, sorted_indices)
@@ -136,9 +144,10 @@ class FewTokens:
             return f"{tokens} tokens are more than {LARGEST_BATCH}: sorted by expert"
         return self._unsuited
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """x [B, hidden] -> [B, hidden]."""
-        return expert_mlp(x, *self.router.few(x), self.routed, self.shared)
+    def after(self, norm: RMSNorm, x: mx.array, part: mx.array) -> tuple[mx.array, mx.array]:
+        """x, part [B, hidden] -> `x + part`, and the experts of its norm."""
+        x, normed, experts, weights = self.router.after(norm, x, part)
+        return x, expert_mlp(normed, experts, weights, self.routed, self.shared)
 
 
 class MixtureOfExperts(nn.Module):
@@ -161,20 +170,29 @@ class MixtureOfExperts(nn.Module):
         return [
             (few, "ops form", refused)
             if refused
-            else (few, "expert_scores, expert_select, expert_gate_up, expert_down", "its domain"),
+            else (few, "add_norm_scores, expert_select, expert_gate_up, expert_down", "its domain"),
             ("more tokens", "ops form", "sorted by expert, MLX's own gather_qmm"),
         ]
+
+    def after(self, norm: RMSNorm, x: mx.array, part: mx.array) -> tuple[mx.array, mx.array]:
+        """x, part [B, T, hidden] -> `x + part`, and the experts of its norm."""
+        count, here = self.router.gate.out_features, self.switch_mlp.gate_proj.weight.shape[0]
+        if here == count and self.kernels.refused(x.shape[0] * x.shape[1]) is None:
+            rows = (y.reshape(-1, x.shape[-1]) for y in (x, part))
+            total, y = self.kernels.after(norm, *rows)
+            return total.reshape(x.shape), y.reshape(x.shape)
+        x, normed = norm.of_sum(x, part)
+        return x, self(normed)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [B, T, hidden] -> [B, T, hidden]. With a range of the experts, its part of the sum."""
         count, here = self.router.gate.out_features, self.switch_mlp.gate_proj.weight.shape[0]
-        if here == count and self.kernels.refused(x.shape[0] * x.shape[1]) is None:
-            return self.kernels(x.reshape(-1, x.shape[-1])).reshape(x.shape)
         experts, weights = self.router(x)
         if here < count:
             experts = experts.astype(mx.int32) - self.first_expert
             weights = mx.where((experts >= 0) & (experts < here), weights, 0)
             experts = mx.clip(experts, 0, here - 1)
-        routed = self.switch_mlp(x, experts)
-        y = (routed * weights[..., None]).sum(axis=-2).astype(x.dtype)  # in router order
-        return y if self.shared_experts is None else y + self.shared_experts(x)
+        rows = x.reshape(-1, x.shape[-1])
+        shared = None if self.shared_experts is None else self.shared_experts(rows)
+        experts, weights = (y.reshape(len(rows), -1) for y in (experts, weights))
+        return self.switch_mlp(rows, experts, weights, shared).reshape(x.shape)

@@ -86,7 +86,7 @@ def test_is_built_once_for_a_tail(pocket: KimiLinear, launched: list[str]) -> No
     assert len(launched) == built
     assert {name for name in launched} == {
         *("add_norm", "kda_decode", "mla_query", "mla_attend", "mla_output"),
-        *("expert_scores", "expert_select", "expert_gate_up", "expert_down"),
+        *("add_norm_scores", "expert_select", "expert_gate_up", "expert_down"),
     }
 
 

@@ -13,7 +13,12 @@ from test_kernels_mla import case as mla_case
 
 from mlx_kimi.metal_kernels import cuda
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
-from mlx_kimi.metal_kernels.experts import expert_mlp, expert_scores, expert_select
+from mlx_kimi.metal_kernels.experts import (
+    add_norm_scores,
+    expert_combine,
+    expert_mlp,
+    expert_select,
+)
 from mlx_kimi.metal_kernels.kda_chunk import kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_decode import kda_decode
 from mlx_kimi.metal_kernels.kda_prepare import kda_finish_kernel, kda_prepare_kernel
@@ -57,7 +62,9 @@ def test_the_experts_compile(dtype: mx.Dtype, bits: int) -> None:
     x, experts, weights = mx.ones((2, 64), dtype), mx.zeros((2, 3), mx.int32), mx.ones((2, 3))
     routed, shared = gated((5,), 32, 64, bits, 32, dtype), gated((), 32, 64, 4, 32, dtype)
     with use_backend(nvrtc):
-        expert_scores(x, gated((), 32, 64, bits, 32, mx.float32).gate)
+        router = gated((), 32, 64, bits, 32, mx.float32).gate
+        add_norm_scores(x, x, mx.ones(64, dtype), 1e-5, router)
+        expert_combine(mx.ones((6, 64), dtype), experts, weights, x)
         expert_mlp(x, experts, weights, routed, shared)
         expert_mlp(x, experts, weights, routed, None)
 

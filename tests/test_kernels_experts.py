@@ -5,17 +5,19 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, numbers
+from assertions import assert_close, assert_same_bits, numbers
 from emulator import emulator
 from emulator.lint import linter
 
+from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
 from mlx_kimi.metal_kernels.experts import (
     DOWN,
     GATE_UP,
     SCORES,
     Gated,
+    add_norm_scores,
+    expert_combine,
     expert_mlp,
-    expert_scores,
     expert_select,
     refused,
 )
@@ -106,25 +108,57 @@ def test_experts_equal_float64(B, K, N, shared_N, bits, shared_bits, group, dtyp
     assert_close("experts", y, expected, LARGEST[dtype])
 
 
+def scored(B: int, E: int, W: int, bits: int, dtype: mx.Dtype) -> tuple:
+    """The arguments of add_norm_scores; a router is float32 in every folder."""
+    mx.random.seed(E + W)
+    x, part, weight = (mx.random.normal(s).astype(dtype) for s in ((B, W), (B, W), (W,)))
+    return x, part, weight, 1e-5, matrix((E, W), bits, 32, mx.float32)
+
+
 @pytest.mark.parametrize("dtype", LARGEST, ids=str)
 @pytest.mark.parametrize(
-    ("B", "E", "K", "bits"),
-    [(1, 256, 2304, 0), (3, 5, 72, 0), (2, 18, 320, 8), (8, 16, 64, 4)],
+    ("B", "E", "W", "bits"),
+    [(1, 256, 2304, 0), (3, 5, 72, 0), (2, 18, 320, 8), (8, 16, 64, 4), (1, 2, 7168, 0)],
 )
-def test_scores_are_float32_whatever_the_dtype(B, E, K, bits, dtype) -> None:
-    mx.random.seed(E + K)
-    gate = matrix((E, K), bits, 32, mx.float32)  # a router is float32 in every folder
-    x = mx.random.normal((B, K)).astype(dtype)
-    logits = expert_scores(x, gate)
+def test_scores_are_float32_whatever_the_dtype(B, E, W, bits, dtype) -> None:
+    x, part, weight, eps, gate = scored(B, E, W, bits, dtype)
+    total, normed, logits = add_norm_scores(x, part, weight, eps, gate)
+    expected = add_norm_kernel(x, part, weight, eps)
+    assert_same_bits("sum", total.astype(mx.float32), expected[0].astype(mx.float32))
+    assert_close("normed", normed, expected[1], LARGEST[dtype])
     assert logits.dtype == mx.float32
-    assert_close("logits", logits, numbers(x) @ exact(gate).T, 2e-5, 5e-6)
+    assert_close("logits", logits, numbers(normed) @ exact(gate).T, 2e-5, 5e-6)
 
 
 @pytest.mark.parametrize("bits", [0, 4, 8])
 def test_metal_would_take_the_text_of_the_scores(bits: int) -> None:
     for dtype in LARGEST:
         with use_backend(linter(large=set(SCORES.inputs))):
-            expert_scores(mx.ones((1, 64), dtype), matrix((6, 64), bits, 32, mx.float32))
+            add_norm_scores(*scored(1, 6, 64, bits, dtype))
+
+
+@pytest.mark.parametrize("dtype", LARGEST, ids=str)
+@pytest.mark.parametrize(("N", "k", "W", "shared"), [(1, 8, 2304, True), (5, 2, 36, False)])
+def test_outputs_are_combined_in_float32(N, k, W, shared, dtype) -> None:
+    mx.random.seed(W)
+    y = mx.random.normal((N * k, W)).astype(dtype)
+    places = mx.argsort(mx.random.uniform(shape=(N * k,))).reshape(N, k)
+    weights = mx.random.uniform(shape=(N, k))
+    beside = mx.random.normal((N, W)).astype(dtype) if shared else None
+    expected = (numbers(y)[np.array(places)] * numbers(weights)[..., None]).sum(1)
+    expected = expected + numbers(beside) if beside is not None else expected
+    combined = expert_combine(y, places, weights, beside)
+    assert combined.dtype == dtype
+    assert_close("combined", combined, expected, LARGEST[dtype] / 2)
+    with use_backend(None):  # (which rounds before the shared expert is added)
+        assert_close("ops", expert_combine(y, places, weights, beside), expected, LARGEST[dtype])
+
+
+def test_metal_would_take_the_text_of_the_combination() -> None:
+    for dtype in LARGEST:
+        y, weights = mx.zeros((4, 16), dtype), mx.ones((2, 2))
+        with use_backend(linter(large={"y", "shared"})):
+            expert_combine(y, mx.zeros((2, 2), mx.int32), weights, y[:2])
 
 
 # Only the choice and its weights can have fewer than 8 elements: B * TopK.
@@ -183,5 +217,6 @@ def test_what_is_outside_the_domain_is_named() -> None:
     assert refused(ROUTER, mixed, None, 2) == "gate and up are stored differently"
     assert refused(ROUTER, routed, None, 16) == "16 experts a token are more than 15"
     assert refused(ROUTER, routed, None, 15) is None
+    assert "wider than 7168" in str(refused(Matrix(mx.zeros((4, 7200))), routed, None, 2))
     narrow = Matrix(mx.zeros((4, 60)))
     assert "router is no multiple" in str(refused(narrow, routed, None, 2))

@@ -1,6 +1,5 @@
 """Routing against plain numpy, sorted experts against unsorted ones, and models in two slices."""
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,22 +99,25 @@ def test_sorted_experts_are_the_unsorted_ones(
 ) -> None:
     experts = tiny.layers[1].mlp.switch_mlp
     rng = np.random.default_rng(T)
-    x = mx.array(rng.standard_normal((2, T, 64), np.float32))
-    choice = mx.array(rng.integers(0, 8, (2, T, 2)))
+    x = mx.array(rng.standard_normal((2 * T, 64), np.float32))
+    choice, weights = mx.array(rng.integers(0, 8, (2 * T, 2))), mx.array(rng.random((2 * T, 2)))
+    shared = mx.array(rng.standard_normal((2 * T, 64), np.float32))
     results = []
     for start in (1, 10**9):
         monkeypatch.setattr(moe, "SORT_FROM", start)
-        results.append(experts(x, choice))
+        results.append(experts(x, choice, weights.astype(mx.float32), shared))
     assert_close("experts", *results, REORDERED)
-    for token, k in itertools.product((0, T - 1), (0, 1)):
-        e = choice[1, token, k].item()
-        weights = [
-            getattr(experts, f"{name}_proj").dequantized()[e] for name in ("gate", "up", "down")
-        ]
-        gate, up, down = (np.array(w).astype(float) for w in weights)
-        row = np.array(x[1, token]).astype(float)
-        expected = down @ ((gate @ row) / (1 + np.exp(-gate @ row)) * (up @ row))
-        assert_close(f"expert {e}", results[0][1, token, k], expected, REORDERED)
+    for token in (0, 2 * T - 1):
+        row, expected = np.array(x[token]).astype(float), np.array(shared[token]).astype(float)
+        for k in (0, 1):
+            e, weight = choice[token, k].item(), weights[token, k].item()
+            gate, up, down = (
+                np.array(getattr(experts, f"{name}_proj").dequantized()[e]).astype(float)
+                for name in ("gate", "up", "down")
+            )
+            h = (gate @ row) / (1 + np.exp(-gate @ row)) * (up @ row)
+            expected = expected + weight * (down @ h)
+        assert_close(f"token {token}", results[0][token], expected, REORDERED)
 
 
 # ------------------------------------------------------------------------------------ two ranks

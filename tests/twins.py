@@ -98,8 +98,10 @@ def _mla_output(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
     return (y.reshape(len(y), -1),)
 
 
-def _expert_scores(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
-    return (_matrix(x, "gate", n["Bits"], n["Group"]).times(x["x"].astype(mx.float32)),)
+def _add_norm_scores(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    total, normed = _add_norm(x, n)
+    gate = _matrix(x, "gate", n["Bits"], n["Group"])
+    return total, normed, gate.times(normed.astype(mx.float32))
 
 
 def _expert_select(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
@@ -154,7 +156,7 @@ TWINS = {
     "mla_query": _mla_query,
     "mla_attend": _mla_attend,
     "mla_output": _mla_output,
-    "expert_scores": _expert_scores,
+    "add_norm_scores": _add_norm_scores,
     "expert_select": _expert_select,
     "expert_gate_up": _expert_gate_up,
     "expert_down": _expert_down,

@@ -1,0 +1,21 @@
+// What the chosen experts say of each token, weighted and summed in router order, and the shared expert.
+//
+//   y             [Rows, W] of any float type: outputs of experts, sorted by expert
+//   places        [N, TopK] int: where in y the outputs for a token stand, in router order
+//   weights       [N, TopK] float
+//   shared        [N, W] of y's type; not read where Shared is false
+//   combined      [N, W] of y's type
+// Template: TopK, W int; Shared bool. W is a multiple of 4.
+// Grid (W / 4, N, 1), any threadgroup that divides it: a thread owns 4 neighbours.
+const int at = 4 * thread_position_in_grid.x;
+const int token = thread_position_in_grid.y;
+
+float4 sum = filled<4>(0);
+#pragma unroll
+for (int i = 0; i < TopK; ++i) {
+  sum += weights[token * TopK + i] * load<4>(y + places[token * TopK + i] * W + at);
+}
+if (Shared) {
+  sum += load<4>(shared + token * W + at);
+}
+store<4>(combined + token * W + at, sum);
