@@ -120,8 +120,10 @@ def _launches_of_a_step(model: KimiLinear, cache: list[CacheEntry], token: mx.ar
 
 def _read(model: KimiLinear, ids: mx.array) -> tuple[list[CacheEntry], mx.array]:
     cache = model.make_cache()
-    token = mx.argmax(model.logits(model.hidden(ids, cache)[:, -1:]), axis=-1)
+    logits = model.logits(model.hidden(ids, cache)[:, -1:])
+    token = mx.argmax(logits, axis=-1)
     mx.eval(token, arrays(cache))
+    assert mx.isfinite(logits.astype(mx.float32)).all(), "the figures would be of nothing"
     return cache, token
 
 
@@ -154,7 +156,7 @@ def _theirs(model: Any, cache: list[Any], token: mx.array, tokens: int, kernels:
 
 
 # ----------------------------------------------------------------------------------- context
-def context(config: dict[str, Any], models: Any, repeats: int, tokens: int = 32) -> None:
+def context(config: dict[str, Any], models: Any, repeats: int, tokens: int = 16) -> None:
     """Seconds a token against what it must read, by context length; latents are random."""
     ours, theirs = models
     weights = _read_by_a_token(ours)

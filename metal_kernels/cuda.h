@@ -3,7 +3,8 @@
 // names below hide CUDA's own.
 //
 // Simdgroups must be whole, and every thread of a threadgroup must exist. An 8 x 8 product takes and
-// gives Apple's layout, by shuffles, and is exact as in float32: slower than this GPU could.
+// gives Apple's layout, by shuffles; kernels whose tiles are those of tiles.h have this GPU's own, which
+// cuda_tiles.h brings.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -204,59 +205,64 @@ struct simdgroup_matrix {
 };
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 
-// A lane holds elements (row, column) and (row, column + 1), with row = l / 16 * 4 + l / 2 % 4 and
-// column = l / 8 % 2 * 4 + l % 2 * 2.
-inline int lane_of(int row, int column) {
-  return row / 4 * 16 + column / 4 * 8 + row % 4 * 2 + column / 2 % 2;
-}
-
+// The product of tiles of which lane 4 g + t holds the elements (g, 2 t) and (g, 2 t + 1).
 #if __CUDA_ARCH__ >= 800
 // The part of x that a matrix unit reads: 11 bits of 24, which the mask cuts off, not rounds.
 inline uint upper(float x) { return __float_as_uint(x) & 0xffffe000u; }
 inline uint lower(float x) { return __float_as_uint(x - __uint_as_float(upper(x))); }
 
-// These have matrix units for such parts: lane 4 g + t brings a(g, 2 t + e) and b(2 t + e, g), for the
-// place t + 4 e of k, and gets the sums (g, 2 t) and (g, 2 t + 1) of 16 rows, of which 8 are zeros. Left
-// out is the product of both lower parts, 2^-22 of the whole.
+// A lane brings a(g, 2 t + e) and b(2 t + e, g), for the place t + 4 e of k, and gets the sums (g, 2 t)
+// and (g, 2 t + 1) of 16 rows, of which 8 are zeros.
 inline void add_parts(thread float4& sum, uint2 a, uint2 b) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %6, %5, %6}, {%7, %8}, "
       "{%0, %1, %2, %3};"
       : "+f"(sum.x), "+f"(sum.y), "+f"(sum.z), "+f"(sum.w)
       : "r"(a.x), "r"(a.y), "r"(0), "r"(b.x), "r"(b.y));
 }
+// What is left out, the product of both lower parts, is 2^-22 of the whole.
 inline float2 product(float2 a, float2 b) {
   const int g = lane() / 4, t = lane() % 4;
-  const int beside = lane_of(g, 2 * t), even_row = lane_of(2 * t, g), odd_row = lane_of(2 * t + 1, g);
-  const float2 left(simd_shuffle(a.x, beside), simd_shuffle(a.y, beside));
+  const int even_row = 8 * t + g / 2, odd_row = even_row + 4;
   const float2 even(simd_shuffle(b.x, even_row), simd_shuffle(b.y, even_row));
   const float2 odd(simd_shuffle(b.x, odd_row), simd_shuffle(b.y, odd_row));
   const float2 right(g % 2 ? even.y : even.x, g % 2 ? odd.y : odd.x);
-  const uint2 a_upper(upper(left.x), upper(left.y)), b_upper(upper(right.x), upper(right.y));
+  const uint2 a_upper(upper(a.x), upper(a.y)), b_upper(upper(right.x), upper(right.y));
   float4 sum(0, 0, 0, 0);
-  add_parts(sum, uint2(lower(left.x), lower(left.y)), b_upper);
+  add_parts(sum, uint2(lower(a.x), lower(a.y)), b_upper);
   add_parts(sum, a_upper, uint2(lower(right.x), lower(right.y)));
   add_parts(sum, a_upper, b_upper);
-  const int row = lane() / 16 * 4 + lane() / 2 % 4, pair = lane() / 8 % 2 * 2 + lane() % 2;
-  return float2(simd_shuffle(sum.x, 4 * row + pair), simd_shuffle(sum.y, 4 * row + pair));
+  return float2(sum.x, sum.y);
 }
 #else
 // By shuffles: a lane needs all of its row of a, and two columns of b.
 inline float2 product(float2 a, float2 b) {
-  const int row = lane() & 22, column = lane() & 9;  // the bits of a lane that say where it stands
+  const int g = lane() / 4, t = lane() % 4;
   float2 sum(0, 0);
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
-    const float left = simd_shuffle(a[k % 2], row | (k / 4 * 8) | (k / 2 % 2));
-    const int below = (k / 4 * 16) | (k % 4 * 2) | column;
-    sum += left * float2(simd_shuffle(b.x, below), simd_shuffle(b.y, below));
+    const float left = simd_shuffle(a[k % 2], 4 * g + k / 2);
+    sum += left * float2(simd_shuffle(b.x, 4 * k + t), simd_shuffle(b.y, 4 * k + t));
   }
   return sum;
 }
 #endif
 
+// Apple's lanes hold elements (row, column) and (row, column + 1), with row = l / 16 * 4 + l / 2 % 4 and
+// column = l / 8 % 2 * 4 + l % 2 * 2.
+inline float2 from_apple(float2 x) {
+  const int g = lane() / 4, t = lane() % 4;
+  const int from = g / 4 * 16 + t / 2 * 8 + g % 4 * 2 + t % 2;
+  return float2(simd_shuffle(x.x, from), simd_shuffle(x.y, from));
+}
+inline float2 to_apple(float2 x) {
+  const int row = lane() / 16 * 4 + lane() / 2 % 4, pair = lane() / 8 % 2 * 2 + lane() % 2;
+  return float2(simd_shuffle(x.x, 4 * row + pair), simd_shuffle(x.y, 4 * row + pair));
+}
+
 inline void simdgroup_multiply_accumulate(
     simdgroup_float8x8& d, simdgroup_float8x8 a, simdgroup_float8x8 b, simdgroup_float8x8 c) {
-  d.elements = c.elements + product(a.elements, b.elements);
+  const float2 sum = product(from_apple(a.elements), from_apple(b.elements));
+  d.elements = c.elements + to_apple(sum);
 }
 
 // Where a thread is, by the names that a kernel's text asks for.

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from hashlib import sha256
-from importlib.resources import files
 from math import prod
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.kernel import Kernel, Launch
+from mlx_kimi.metal_kernels.kernel import Kernel, Launch, text_of
 from mlx_kimi.metal_kernels.msl import Input, MetalText, metal_text
 
 # `threadgroup T x[N];` declares storage; a pointer has its `*` between T and x.
@@ -27,6 +26,7 @@ _ATTRIBUTE = re.compile(r"\[\[[^\]]*\]\]")
 _INSTANCE = re.compile(r"^template \[\[host_name.*$", re.MULTILINE)
 # MLX hashes the whole text at every launch: what only people read would cost it a microsecond.
 _FOR_PEOPLE = re.compile(r"[ \t]*//[^\n]*|^[ \t]+|(?<=\n)\n+", re.MULTILINE)
+_INSTEAD = {"tiles.h": "cuda_tiles.h"}  # the same functions for another layout of tiles
 _MACROS = ("device", "constant", "thread", "threadgroup")
 
 
@@ -121,7 +121,8 @@ def _scalar(x: bool | int | float) -> mx.array:
 @cache
 def cuda(kernel: Kernel) -> CudaKernel:
     """The backend of NVIDIA GPUs."""
-    return CudaKernel(kernel.name, kernel.inputs, kernel.outputs, kernel.source, kernel.header)
+    header = "\n".join(text_of(_INSTEAD.get(file, file)) for file in kernel.headers)
+    return CudaKernel(kernel.name, kernel.inputs, kernel.outputs, kernel.source, header)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def cuda_text(metal: MetalText, threads: int) -> CudaText:
     parameters = ", ".join(f"const void* {name}" for name in buffers)
     header = "\n".join(
         [
-            (files(__package__) / "cuda.h").read_text(encoding="utf-8"),
+            text_of("cuda.h"),
             "namespace msl {",
             text,
             f"inline void entry({parameters}) {{ {_call(metal)}; }}",

@@ -44,11 +44,11 @@ class Kernel:
 
     @property
     def source(self) -> str:
-        return _text(f"{self.name}.metal")
+        return text_of(f"{self.name}.metal")
 
     @property
     def header(self) -> str:
-        return "\n".join(map(_text, self.headers))
+        return "\n".join(map(text_of, self.headers))
 
     def __call__(self, **launch: Any) -> list[mx.array]:
         """Run it on the backend of this moment; arguments as of `Launch`."""
@@ -112,5 +112,6 @@ def _metal(kernel: Kernel) -> Launch:
 
 
 @cache
-def _text(file: str) -> str:
+def text_of(file: str) -> str:
+    """A file of this folder."""
     return (files(__package__) / file).read_text(encoding="utf-8")

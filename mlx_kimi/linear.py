@@ -60,15 +60,19 @@ class Linear(nn.Module):
         q = self.quantization
         return q is None or plain_pays(rows, self.weight.size * 32 // q.bits)
 
-    def _is_odd_stack(self) -> bool:
-        """Whether this is a stack: on NVIDIA GPUs MLX multiplies only some of them, by one row."""
-        return self.weight.ndim > 2 and mx.cuda.is_available()
+    def _is_refused_by_mlx(self) -> bool:
+        """Whether MLX's product on NVIDIA GPUs does not take this quantized matrix.
+
+        Of stacks it multiplies only some, by one row; of rows shorter than 128 it reads what is
+        beyond them, so that results may be NaN.
+        """
+        return mx.cuda.is_available() and (self.weight.ndim > 2 or self.matrix.columns < 128)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., T, in] -> [..., T, out]; a stack of W multiplies the matching stack of x."""
         if self.quantization is None:
             return times_transposed(x, self.weight)
-        if self._plain_for(x.shape[-2]) or self._is_odd_stack():
+        if self._plain_for(x.shape[-2]) or self._is_refused_by_mlx():
             return times_transposed(x, self.dequantized())
         return mx.quantized_matmul(
             x, self.weight, self.scales, self.get("biases"), transpose=True, **self._format()
@@ -76,7 +80,7 @@ class Linear(nn.Module):
 
     def from_outputs(self, y: mx.array) -> mx.array:
         """`y W`: y [..., T, out] -> [..., T, in]."""
-        if self._plain_for(y.shape[-2]) or self._is_odd_stack():
+        if self._plain_for(y.shape[-2]) or self._is_refused_by_mlx():
             return y @ self.dequantized()
         return mx.quantized_matmul(
             y, self.weight, self.scales, self.get("biases"), transpose=False, **self._format()
