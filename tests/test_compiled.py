@@ -113,6 +113,17 @@ def test_a_step_goes_on_from_many_tokens_and_they_from_a_step(
     assert_close("logits", mx.concatenate(logits, axis=1), expected, SAME)
 
 
+def test_projections_apart_are_projections_in_one(
+    pocket: KimiLinear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders whose parts are quantized differently keep them apart."""
+    monkeypatch.setattr("mlx_kimi.linear._alike", lambda parts: len(parts) == 1)
+    apart, tokens = load_model(pocket_folder()), ids(1, 40)
+    assert len(apart.layers[0].self_attn.in_proj.parts) == 6
+    assert len(pocket.layers[0].self_attn.in_proj.parts) == 1
+    assert_close("logits", apart(tokens), pocket(tokens), SAME)
+
+
 def test_what_cannot_be_traced_is_not(pocket: KimiLinear) -> None:
     cache = prompted(pocket, 1, 5)
     assert not pocket.compiled.takes(cache)  # nothing runs kernels

@@ -1,0 +1,92 @@
+"""How many kernels a GPU launches for one token of the 48B, counted from MLX's graph of it."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from checkpoints import PUBLISHED_48B, published_config, write_checkpoint
+
+from mlx_kimi.cache import CacheEntry, arrays
+from mlx_kimi.load import load_model
+from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
+from mlx_kimi.model import KimiLinear, Step
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from launches import launches
+
+LINEAR = PUBLISHED_48B["linear_attn_config"]
+MOST = 285
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> KimiLinear:
+    """All layers of the 48B, each of them small."""
+    sizes = {"moe_intermediate_size": 64, "num_experts_per_token": 8, "num_experts": 16}
+    config = published_config(LINEAR["kda_layers"], LINEAR["full_attn_layers"], **sizes)
+    folder = write_checkpoint(tmp_path_factory.mktemp("small"), config, 0)
+    return load_model(folder)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of our kernels as they are launched, and rms_norm: one launch on a GPU, many on a CPU."""
+    names: list[str] = []
+
+    def result(name: str, inputs: Any, shapes: Any, dtypes: Any) -> list[mx.array]:
+        names.append(name)
+        outputs = [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        mx.eval(outputs)
+        return mx.depends(outputs, [x for x in inputs if isinstance(x, mx.array)])
+
+    def kernels(kernel: Kernel) -> Launch:
+        def launch(*, inputs: Any, output_shapes: Any, output_dtypes: Any, **_: Any) -> Any:
+            return result(kernel.name, inputs, output_shapes, output_dtypes)
+
+        return launch
+
+    def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+        return result("rms_norm", (x, weight), [x.shape], [x.dtype])[0]
+
+    monkeypatch.setattr(mx.fast, "rms_norm", rms_norm)
+    with use_backend(kernels):
+        yield names
+
+
+def after_a_token(model: KimiLinear) -> list[CacheEntry]:
+    cache = model.make_cache()
+    with use_backend(None):
+        model(mx.array([[1]]), cache)
+    mx.eval(arrays(cache))
+    for entry in cache:  # as every token but the first of a tail finds it
+        if hasattr(entry, "roomy_tail"):
+            entry.tail = entry.roomy_tail(1, model.config.latent_width, mx.float32)
+    mx.eval(arrays(cache))
+    return cache
+
+
+def test_a_token_of_the_48b_is_few_launches(model: KimiLinear, counted: list[str]) -> None:
+    cache = after_a_token(model)
+    counted.clear()
+    token = mx.argmax(model.logits(model.run(mx.array([[1]]), cache, Step())), axis=-1)
+    found = launches(token, *arrays(cache))
+    # The first layer has a dense MLP. Then the embedding, the last norm, lm_head and the choice.
+    total = sum(found.values()) + len(counted)
+    assert total == 8 + 19 * 8 + 7 * 10 + 4
+    assert total + 3 <= MOST  # a quantized embedding has three arrays to look up, and is unpacked
+
+
+@pytest.mark.parametrize(("number", "most", "expected"), [(1, 9, 8), (3, 13, 10)])
+def test_a_layer_with_experts_is_few_launches(
+    model: KimiLinear, counted: list[str], number: int, most: int, expected: int
+) -> None:
+    cache = after_a_token(model)
+    x, part = (mx.ones((1, 1, model.config.hidden_size)) for _ in range(2))
+    mx.eval(x, part)
+    counted.clear()
+    layer = model.layers[number]
+    results = layer(x, part, cache[number], Step(), lambda y: y, lambda *_: None)
+    found = launches(*results, *cache[number].arrays())
+    assert sum(found.values()) + len(counted) == expected <= most, (found, counted)
