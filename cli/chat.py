@@ -18,8 +18,9 @@ from mlx_kimi.cli.options import (
     sampling_options,
     utf8,
 )
+from mlx_kimi.context import Context
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generate import Context, stream_generate
+from mlx_kimi.generate import stream_generate
 from mlx_kimi.load import load
 
 

@@ -11,8 +11,9 @@ from typing import Literal
 
 import mlx.core as mx
 
+from mlx_kimi.context import Context
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generate import PREFILL_STEP, Context, Stats, check_lengths, stream_generate
+from mlx_kimi.generate import PREFILL_STEP, Stats, check_lengths, stream_generate
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.tokenizer import Tokenizer
 
@@ -122,7 +123,7 @@ class Bench:
             progress("generating", repeat * self.tokens, self.repeats * self.tokens)
             # One token more is read, since a prompt needs one that its state has not read.
             runs.append(self._answer(self._context, length + 1, self.tokens))
-        self._rewind()
+            self._rewind()
         steps = self.tokens - 1
         return Row(
             context=length,
@@ -155,7 +156,7 @@ class Bench:
 
     def _rewind(self) -> None:
         """Back to the end of the context, and keep no other state."""
-        self._context.rewind_to_prefix_of(self._text.start(self.length + 1))
+        self._context.rewind_to_prefix_of(self._text.start(self.length))
         del self._context.kept[:-1]
 
 
