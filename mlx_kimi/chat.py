@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_kimi.calls import Call, CallReader
 from mlx_kimi.context import SNAPSHOT_MEMORY, Context
-from mlx_kimi.conversation import Conversation
+from mlx_kimi.conversation import Conversation, Turn
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generate import Chunk, prompt_ids, stream_generate
 from mlx_kimi.model import KimiLinear
@@ -53,6 +53,7 @@ class Chat:
         self.pending: list[Call] = []
         self.cut = ""
         self._retries = 0
+        self._before: list[Turn] = []  # the turns before the last message, retry or edit
 
     def _new_context(self) -> Context:
         return Context(self.model, self.latent_bits, memory=self.snapshot_memory)
@@ -60,27 +61,22 @@ class Chat:
     # ------------------------------------------------------------------------------------ talking
     def say(self, text: str) -> None:
         """Add a message, and keep it before it is answered."""
+        self._before = list(self.conversation.turns)
         self.conversation.say(text)
         self._turn_begins()
 
     def answer(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Chunk]:
         """Stream the answer to what was said last; stopped at any point, what was said is kept.
 
+        Stopped before the first token, what asked for the answer is taken back: nothing is lost.
+
         Raises:
             KimiError: the conversation cannot be answered, as it is longer than the context.
         """
         reader, said, begun = CallReader(self.tokenizer), "", False
         self.pending, self.cut = [], ""
-        stream = stream_generate(
-            self.model,
-            self.tokenizer,
-            self._prompt(),
-            context=self.context,
-            progress=progress,
-            **{**self.options, "seed": self._seed()},
-        )
         try:
-            for chunk in stream:
+            for chunk in self._stream(progress):
                 text = chunk.text if reader.in_text else ""  # a marker's own text was before it
                 reader.add(chunk.token)
                 said, begun = said + text, True
@@ -88,9 +84,20 @@ class Chat:
                 if reader.is_finished:
                     break
         finally:
-            stream.close()
             if begun:
                 self._record(said, reader.calls())
+            elif not self.conversation.turns[-1].replies:
+                self._withdraw()
+
+    def _stream(self, progress: Callable[[int, int], None] | None) -> Iterator[Chunk]:
+        return stream_generate(
+            self.model,
+            self.tokenizer,
+            self._prompt(),
+            context=self.context,
+            progress=progress,
+            **{**self.options, "seed": self._seed()},
+        )
 
     def tool_result(self, call: Call, result: str) -> None:
         """Answer a pending call."""
@@ -139,20 +146,27 @@ class Chat:
 
     def retry(self) -> None:
         """Take back what followed the last message, to be answered with another seed."""
-        retries = self._retries + 1
+        retries, self._before = self._retries + 1, list(self.conversation.turns)
         self.conversation.retry()
         self._turn_begins()
         self._retries = retries
 
     def edit(self, number: int, text: str) -> None:
         """Put `text` in the place of message `number` and take back what followed."""
+        before = list(self.conversation.turns)
         self.conversation.edit(number, text)
+        self._before = before
         self._turn_begins()
 
     def set_system(self, text: str | None) -> None:
         """Open the conversation with another system message, or none."""
         self.conversation.system = text
         self._turn_begins()
+
+    def _withdraw(self) -> None:
+        """As it was before the last message, retry or edit."""
+        self.conversation.turns = self._before
+        self._save_text()
 
     def _turn_begins(self) -> None:
         self._retries, self.pending = 0, []

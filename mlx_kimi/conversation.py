@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_kimi.errors import KimiError
 
+BETWEEN = "\n\n"  # the parts of a message
 Message = dict[str, Any]  # role, content, and for tools: tool_calls, tool_call_id, name
 
 
@@ -53,8 +54,11 @@ class Conversation:
         return bool(self.turns) and not self.turns[-1].replies
 
     def say(self, text: str) -> None:
-        """Begin a turn."""
-        self.turns.append(Turn(text))
+        """Begin a turn, or go on with the message that has no answer yet."""
+        if self.is_unanswered:
+            self.turns[-1] = Turn(self.turns[-1].text + BETWEEN + text.lstrip())
+        else:
+            self.turns.append(Turn(text))
 
     def undo(self) -> Turn:
         """Take back the last turn.

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_kimi import cache as caches
 from mlx_kimi.context import Context
-from mlx_kimi.errors import KimiError
+from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.sample import Sampler, Sampling
 from mlx_kimi.tokenizer import Tokenizer
@@ -105,7 +105,7 @@ def stream_generate(
     sampler = Sampler(sampling, ids, model.config.vocab_size)
     answer = _Answer(tokenizer, stop, min(max_tokens, room), len(ids), sampler.seed)
 
-    hidden = _prefill(context, ids, prefill_step, progress, answer)
+    hidden, answer.cached_tokens = prefill(context, ids, prefill_step, progress)
     token = sampler(model.logits(hidden[:, -1]))
     mx.async_eval(token, *caches.arrays(context.entries))
     while True:
@@ -146,7 +146,7 @@ def prompt_ids(
         raise KimiError("the prompt is empty")
     limit, vocab = model.config.model_max_length, model.config.vocab_size
     if len(ids) >= limit:
-        raise KimiError(
+        raise ContextFull(
             f"the prompt has {len(ids):,} tokens but the model's context (model_max_length) "
             f"holds {limit:,}, the answer included"
         )
@@ -156,16 +156,20 @@ def prompt_ids(
     return ids
 
 
-def _prefill(
+def prefill(
     context: Context,
     ids: list[int],
-    step: int,
-    progress: Callable[[int, int], None] | None,
-    answer: _Answer,
-) -> mx.array:
-    """Read what `context` has not read of the prompt; the last layer's output [1, 1, hidden]."""
+    step: int = PREFILL_STEP,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[mx.array, int]:
+    """Read what `context` has not read of the prompt `ids`.
+
+    Returns:
+        The last layer's output for the last token, [1, 1, hidden], and how many tokens had been
+        read before.
+    """
     last = context.rewind_to_prefix_of(ids)
-    answer.cached_tokens = len(context.ids)
+    known = len(context.ids)
     context.keep(last)  # where the turn begins
     while last is None:
         done = len(context.ids)
@@ -181,7 +185,7 @@ def _prefill(
         else:
             mx.eval(caches.arrays(context.entries))  # the last layer's output is not even computed
             context.keep_now_and_then()
-    return last
+    return last, known
 
 
 class _Answer:

@@ -63,22 +63,8 @@ class Session:
         Raises:
             KimiError: nothing of the conversation can be read.
         """
-        about, conversation, note = read_text(self.folder)
-        self.notes = [note] if note else []
-        unlike = differences(about.get("identity", {}), self.identity)
-        if unlike:
-            self.notes.append(f"the text is read again, since {unlike} changed")
-            return conversation
-        listed = _listed(about)
-        files = states.whole_part(self.folder, listed)
-        try:
-            states.restore_states(context, self.folder, files)
-        except KimiError as error:
-            self.notes.append(f"the text is read again: {error}")
-            return conversation
-        if len(files) < len(listed):
-            self.notes.append("a file of states is damaged: a part of the text is read again")
-        self._files, self._ids = files, list(context.ids)
+        conversation, self._files, self.notes = _read(self.folder, self.identity, context)
+        self._ids = list(context.ids)
         return conversation
 
     def save(self, conversation: Conversation, context: Context | None = None) -> None:
@@ -143,6 +129,44 @@ class Session:
                 path.unlink()
 
 
+def read_session(
+    folder: Path, identity: Mapping[str, Any], context: Context
+) -> tuple[Conversation, list[str]]:
+    """What `Session.load` reads, and its notes, of a session that is not changed.
+
+    Raises:
+        KimiError: there is none, nothing of it can be read, or a chat has it open.
+    """
+    if text_file(folder) is None:
+        raise KimiError(f"{folder}: no saved conversation or prompt cache")
+    lock = _locked(folder, fcntl.LOCK_SH) if (folder / LOCK).exists() else None
+    try:
+        conversation, _, notes = _read(folder, identity, context)
+        return conversation, notes
+    finally:
+        if lock:
+            lock.close()
+
+
+def _read(
+    folder: Path, identity: Mapping[str, Any], context: Context
+) -> tuple[Conversation, list[StateFile], list[str]]:
+    about, conversation, note = read_text(folder)
+    notes = [note] if note else []
+    unlike = differences(about.get("identity", {}), identity)
+    if unlike:
+        return conversation, [], [*notes, f"the text is read again, since {unlike} changed"]
+    listed = _listed(about)
+    files = states.whole_part(folder, listed)
+    try:
+        states.restore_states(context, folder, files)
+    except KimiError as error:
+        return conversation, [], [*notes, f"the text is read again: {error}"]
+    if len(files) < len(listed):
+        notes.append("a file of states is damaged: a part of the text is read again")
+    return conversation, files, notes
+
+
 def read_text(folder: Path) -> tuple[dict[str, Any], Conversation, str]:
     """What is said about the session, the conversation, and what had to be left out, if anything.
 
@@ -169,11 +193,11 @@ def text_file(folder: Path) -> Path | None:
     return next((folder / name for name in (TEXT, PREVIOUS) if (folder / name).is_file()), None)
 
 
-def _locked(folder: Path) -> IO[str]:
+def _locked(folder: Path, kind: int = fcntl.LOCK_EX) -> IO[str]:
     """The lock, which ends with this process however it ends."""
-    lock = (folder / LOCK).open("a")
+    lock = (folder / LOCK).open("a" if kind == fcntl.LOCK_EX else "r")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except OSError:
         lock.close()
         raise KimiError(f"the session {folder.name} is open in another chat") from None

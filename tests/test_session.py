@@ -309,7 +309,8 @@ def test_a_crash_at_any_point_of_saving_costs_at_most_the_last_turn(
         chat, notes = reopened(loaded, chat)
         assert not notes
         after = [t.text for t in chat.conversation.turns]
-        assert after[: len(before)] == before
+        # A message whose answer was lost is gone on with: every word is there.
+        assert "\n\n".join(after).startswith("\n\n".join(before))
         if survived == 2:
             break
     assert place > 8 and survived == 2, "places were hit, and then there was none left"
