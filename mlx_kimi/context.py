@@ -6,7 +6,7 @@ every prompt begins and ends, and every few thousand tokens between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -22,12 +22,12 @@ SNAPSHOT_MEMORY = 1 << 30  # bytes: 24 KDA states of the 48B
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state after the first `length` tokens."""
+    """The state after the first `length` tokens: in memory, or where `load` finds it."""
 
     length: int
-    entries: list[CacheEntry]
+    entries: list[CacheEntry] | None
     last: mx.array | None = None  # [1, 1, hidden]: the last layer's output, if the prompt ended
-    on_disk: bool = False  # its arrays are read when they are first used
+    load: Callable[[], list[CacheEntry] | None] = lambda: None
 
 
 @dataclass
@@ -95,12 +95,17 @@ class Context:
         shared = common_prefix(self.ids, ids)
         if shared == len(self.ids) < len(ids):
             return None
-        while self.kept and not _serves(self.kept[-1], shared, len(ids)):
-            self.kept.pop()
-        found = self.kept[-1] if self.kept else Snapshot(0, self._empty())
-        caches.restore(self.entries, found.entries)
-        del self.ids[found.length :]
-        return found.last if found.length == len(ids) else None
+        while self.kept:
+            found = self.kept.pop()
+            entries = found.entries or found.load() if _serves(found, shared, len(ids)) else None
+            if entries:
+                caches.restore(self.entries, entries)
+                del self.ids[found.length :]
+                self.keep(found.last)
+                return found.last if found.length == len(ids) else None
+        caches.restore(self.entries, self._empty())
+        self.ids.clear()
+        return None
 
     @property
     def snapshot_bytes(self) -> int:
@@ -109,8 +114,7 @@ class Context:
         held = {
             id(array): array.nbytes
             for snapshot in self.kept
-            if not snapshot.on_disk
-            for array in caches.arrays(snapshot.entries)
+            for array in caches.arrays(snapshot.entries or [])
         }
         return sum(size for name, size in held.items() if name not in frozen)
 

@@ -105,9 +105,7 @@ class Session:
         if len(context.ids) > start:
             self._files.append(states.write_state(self.folder, context, start))
         self._ids = list(context.ids)
-        for place, stored in enumerate(self._files[:-RETURN_POINTS]):
-            if stored.has_kda:
-                self._files[place] = states.without_kda(self.folder, stored)
+        self._files = states.compacted(self.folder, self._files, RETURN_POINTS)
 
     def _keep_previous(self) -> None:
         """The present text gets a second name; there is no moment without a whole text."""

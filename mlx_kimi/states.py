@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.metal_kernels.latents import is_packed, pack
 
 SUFFIX = ".safetensors"
+PARTS = ("frozen", "tail")  # of an MLA layer's latents, in this order
 Arrays = dict[str, mx.array]
 
 
@@ -50,14 +52,36 @@ def write_state(folder: Path, context: Context, start: int) -> StateFile:
     return _write(folder, arrays, start, len(context.ids), has_kda=True)
 
 
-def without_kda(folder: Path, stored: StateFile) -> StateFile:
-    """The same tokens in a new file that cannot be gone back to but is smaller."""
-    kept = {
-        name: array
-        for name, array in _load(folder / stored.file).items()
-        if not name.startswith(("conv.", "state."))
-    }
-    return _write(folder, kept, stored.start, stored.end, has_kda=False)
+def without_kda(folder: Path, files: Sequence[StateFile]) -> StateFile:
+    """The tokens of neighbouring files in one new file, whose end cannot be gone back to."""
+    loaded = [_load(folder / stored.file) for stored in files]
+    start, end = files[0].start, files[-1].end
+    arrays = {"ids": mx.concatenate([part["ids"] for part in loaded])}
+    layers = {name.split(".")[1] for part in loaded for name in part if name.startswith(PARTS)}
+    for layer in layers:
+        frozen, tail = _split(loaded, layer, start, end)
+        if any(is_packed(segment.latents) for segment in frozen):
+            frozen = [segment.packed() for segment in frozen]
+        for name, segments in zip(PARTS, (frozen, tail), strict=True):
+            if segments:
+                arrays[f"{name}.{layer}"] = Segment.concatenate(segments).latents
+    return _write(folder, arrays, start, end, has_kda=False)
+
+
+def compacted(folder: Path, files: Sequence[StateFile], return_points: int) -> list[StateFile]:
+    """`files` with KDA states in the latest alone, and few files before them.
+
+    Neighbours merge when the later one has grown as large, so that a token is rewritten as often as
+    its conversation doubles.
+    """
+    old: list[StateFile] = []
+    for stored in files[:-return_points]:
+        run = [stored]
+        while old and old[-1].end - old[-1].start <= run[-1].end - run[0].start:
+            run.insert(0, old.pop())
+        changed = len(run) > 1 or stored.has_kda
+        old.append(without_kda(folder, run) if changed else stored)
+    return [*old, *files[-return_points:]]
 
 
 def whole_part(folder: Path, files: Sequence[StateFile]) -> list[StateFile]:
@@ -89,9 +113,21 @@ def restore_states(context: Context, folder: Path, files: Sequence[StateFile]) -
     context.entries = entries
     for count, stored in enumerate(files[:-1], start=1):
         if stored.has_kda:
-            _, entries = _read(context, folder, files[:count])
-            context.kept.append(Snapshot(stored.end, entries, on_disk=True))
+            load = partial(_load_again, context, folder, files[:count])
+            context.kept.append(Snapshot(stored.end, None, load=load))
     context.keep()
+
+
+def _load_again(
+    context: Context, folder: Path, files: Sequence[StateFile]
+) -> list[CacheEntry] | None:
+    """An earlier state; None if its files have been replaced meanwhile."""
+    try:
+        _, entries = _read(context, folder, files)
+    except (KimiError, RuntimeError):  # MLX's own, for a file that is not there
+        return None
+    mx.eval([array for entry in entries for array in entry.arrays()])
+    return entries
 
 
 def _write(folder: Path, arrays: Arrays, start: int, end: int, has_kda: bool) -> StateFile:
@@ -150,21 +186,15 @@ def _latents(
     context: Context, loaded: Sequence[Arrays], layer: int, length: int, where: str
 ) -> LatentCache:
     """The cache as it was: whole multiples of TAIL are frozen, the rest is the tail."""
-    full = length // TAIL * TAIL
-    frozen: list[Segment] = []
-    tail: list[Segment] = []
-    end = 0
     for arrays in loaded:
-        for name in ("frozen", "tail"):
-            part = arrays.get(f"{name}.{layer}")
-            if part is None:
-                continue
-            _check_latents(context.model.config, f"{name}.{layer}", part, where)
-            # A tail was shorter than TAIL, and has been frozen as a whole or not at all.
-            (frozen if end < full else tail).append(Segment(part))
-            end += part.shape[1]
-    if end != length:
-        raise KimiError(f"{where}: layer {layer} has latents of {end} tokens, not of {length}")
+        for name in PARTS:
+            if f"{name}.{layer}" in arrays:
+                part = arrays[f"{name}.{layer}"]
+                _check_latents(context.model.config, f"{name}.{layer}", part, where)
+    frozen, tail = _split(loaded, str(layer), 0, length)
+    held = sum(segment.size for segment in (*frozen, *tail))
+    if held != length:
+        raise KimiError(f"{where}: layer {layer} has latents of {held} tokens, not of {length}")
     if context.latent_bits:
         frozen = [segment.packed() for segment in frozen]
     return LatentCache(
@@ -180,6 +210,23 @@ def _check_latents(config: ModelConfig, name: str, latents: mx.array, where: str
     plain = mx.zeros((1, 1, width))
     *_, width = (pack(plain) if is_packed(latents) else plain).shape
     _check_shape(name, latents, (1, latents.size // width, width), where)
+
+
+def _split(
+    loaded: Sequence[Arrays], layer: str, start: int, end: int
+) -> tuple[list[Segment], list[Segment]]:
+    """The latents from token `start` to `end`: those that are frozen at `end`, and its tail."""
+    full, at = end // TAIL * TAIL, start
+    frozen: list[Segment] = []
+    tail: list[Segment] = []
+    for arrays in loaded:
+        for name in PARTS:
+            if f"{name}.{layer}" in arrays:
+                segment = Segment(arrays[f"{name}.{layer}"])
+                # A tail was shorter than TAIL, and has been frozen as a whole or not at all.
+                (frozen if at < full else tail).append(segment)
+                at += segment.size
+    return frozen, tail
 
 
 def _array(arrays: Arrays, name: str, shape: tuple[int, ...], where: str) -> mx.array:

@@ -133,13 +133,13 @@ def _logits(context: Context, ids: list[int]) -> mx.array:
 def test_a_state_is_stored_turn_by_turn_and_comes_back_whole(loaded, tmp_path, bits) -> None:
     model, _ = loaded
     context, files, rng = Context(model, bits), [], Random(3)
-    for turn in range(9):
+    for _ in range(9):
         ids = [*context.ids, *(rng.randrange(1, 300) for _ in range(rng.choice((3, 90, 700))))]
         list(stream_generate(*loaded, ids, max_tokens=3, context=context))
         start = files[-1].end if files else 0
         files.append(states.write_state(tmp_path, context, start))
-        if turn == 4:
-            files[2] = states.without_kda(tmp_path, files[2])
+        files = states.compacted(tmp_path, files, 4)
+    assert len(files) < 9 and [f.has_kda for f in files[-4:]] == [True] * 4
     again = Context(model, bits)
     states.restore_states(again, tmp_path, files)
     assert again.ids == context.ids
@@ -151,7 +151,14 @@ def test_a_state_is_stored_turn_by_turn_and_comes_back_whole(loaded, tmp_path, b
             a = mx.concatenate([s.latents for s in ours.frozen], axis=1)
             b = mx.concatenate([s.latents for s in theirs.frozen], axis=1)
             assert mx.array_equal(a, b) and mx.array_equal(ours.tail.latents, theirs.tail.latents)
-    assert [s.length for s in again.kept] == [f.end for f in files if f.has_kda]
+    ends = [f.end for f in files if f.has_kda]
+    assert [s.length for s in again.kept] == ends
+    ids = [*context.ids[: ends[0]], 7]
+    assert again.rewind_to_prefix_of(ids) is None and len(again.ids) == ends[0]
+    whole = model.make_cache(bits)
+    expected = model(mx.array([ids]), whole)[:, -1]
+    # 8-bit latents differ by what a token in the tail, and not yet packed, was attended to with.
+    assert_close("logits", _logits(again, ids), expected, 5e-3 if bits else 1e-4)
 
 
 def test_a_turn_costs_its_own_length_on_disk(loaded, sessions) -> None:
@@ -169,12 +176,30 @@ def test_only_the_latest_turns_keep_their_kda_states_on_disk(loaded, sessions) -
     talk(chat, *(f"turn {n}" for n in range(RETURN_POINTS + 4)))
     assert chat.session
     kept = [f.has_kda for f in chat.session._files]
-    assert kept == [False] * 4 + [True] * RETURN_POINTS
+    assert kept[-RETURN_POINTS:] == [True] * RETURN_POINTS and not any(kept[:-RETURN_POINTS])
     again, notes = reopened(loaded, chat)
     assert not notes and again.context.ids == chat.context.ids
     listed = {f.file for f in again.session._files}
     on_disk = {p.name for p in again.session.folder.glob("*.safetensors")}
     assert listed <= on_disk and len(on_disk) <= len(listed) + 2, "only the last version's remain"
+
+
+def test_a_long_conversation_is_few_files(loaded, tmp_path) -> None:
+    """Small merges into as small: the number of files grows with the logarithm of the turns."""
+    context, files = Context(loaded[0]), []
+    written = 0
+    for turn in range(100):
+        ids = [*context.ids, *[turn % 50 + 1] * 12]
+        list(stream_generate(*loaded, ids, max_tokens=2, context=context))
+        files.append(states.write_state(tmp_path, context, files[-1].end if files else 0))
+        before = {f.file for f in files}
+        files = states.compacted(tmp_path, files, RETURN_POINTS)
+        written += sum(f.end - f.start for f in files if f.file not in before)
+    assert len(files) <= RETURN_POINTS + 8
+    assert written <= 8 * len(context.ids), "a token is rewritten as often as 100 doubles, or once"
+    again = Context(loaded[0])
+    states.restore_states(again, tmp_path, files)
+    assert again.ids == context.ids
 
 
 # ------------------------------------------------------------------------------------ going back
