@@ -76,6 +76,11 @@ def command(
     In a pipe every line is a message, answers go to stdout, and nothing is kept without /save NAME.
     """
     check_options(**options)
+    if resume is not None:
+        if system is not None:
+            raise click.UsageError("--system opens a new conversation and --resume goes on")
+        resume = resume or Sessions(sessions).latest().name
+        Sessions(sessions).existing(resume)  # before a model is loaded
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     latent_bits = options.pop("latent_bits")
     toolbox = load_tools(tools_file) if tools_file else None
@@ -83,7 +88,7 @@ def command(
     chat = Chat(
         *load(folder),
         sessions=Sessions(sessions),
-        identity=identity(folder, latent_bits),
+        identity=identity(folder, latent_bits, toolbox.schemas if toolbox else None),
         options=options,
         autosave=is_terminal,
         toolbox=toolbox,
@@ -92,9 +97,7 @@ def command(
     )
     loop = _on_terminal(chat) if is_terminal else Loop(chat, PlainScreen(), PipedLines())
     if resume is not None:
-        if system is not None:
-            raise click.UsageError("--system opens a new conversation and --resume goes on")
-        loop.resume(resume or None)
+        loop.resume(resume)
     elif system is not None:
         chat.set_system(system)
     loop.run()

@@ -42,7 +42,7 @@ class Input(Protocol):
         """The next message; `text` stands there to be changed. None: the chat ends."""
 
     def consents(self, question: str) -> bool:
-        """Whether the user allows something."""
+        """Whether the user allows something; KeyboardInterrupt if they rather stop it all."""
 
 
 class PipedLines:
@@ -98,7 +98,7 @@ class LineEditor:
         try:
             return click.confirm(question, default=False, err=True)
         except click.Abort:  # Ctrl-C or Ctrl-D
-            return False
+            raise KeyboardInterrupt from None
 
     def _was_empty(self) -> bool:
         return not self._session.default_buffer.text

@@ -16,6 +16,7 @@ from mlx_kimi.generate import Stats
 
 ROUNDS = 8  # answers in a row that may call tools, before the user is asked to go on
 DENIED = "The user did not allow this call."
+STOPPED = "The user stopped this call."
 RESULT_SHOWN = 200  # characters
 FULL = (
     "/undo takes back the last message, /edit N shortens message N, /reset begins anew; "
@@ -49,8 +50,8 @@ class Loop:
             except KeyboardInterrupt:
                 self.screen.note("[stopped]")
 
-    def resume(self, name: str | None) -> None:
-        """Go on with a session, or the latest, and show how it ended."""
+    def resume(self, name: str) -> None:
+        """Go on with a session, and show how it ended."""
         notes = self.chat.load(name)
         conversation = self.chat.conversation
         assert self.chat.session
@@ -73,9 +74,15 @@ class Loop:
             self._answer()
             if not self.chat.pending:
                 return
-            for call in list(self.chat.pending):
-                self.chat.tool_result(call, self._result(call))
-            self.chat.save()
+            try:
+                for call in list(self.chat.pending):
+                    self.chat.tool_result(call, self._result(call))
+            except KeyboardInterrupt:
+                for call in list(self.chat.pending):  # each call has a result, come what may
+                    self.chat.tool_result(call, STOPPED)
+                raise
+            finally:
+                self.chat.save()
         self.screen.note(f"[stopped after {ROUNDS} rounds of calls; a message goes on]")
 
     def used(self) -> str:

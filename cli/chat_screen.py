@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,7 +32,7 @@ class Screen(Protocol):
     """Where answers and everything else go."""
 
     def answer(self, stream: Callable[[Progress], Iterable[Chunk]]) -> Stats | None:
-        """Show an answer as it comes; its counts so far, None before the first token.
+        """Show an answer as it comes; its counts, or None where there is no token.
 
         Raises:
             KeyboardInterrupt: Ctrl-C, once what was said is shown whole.
@@ -88,10 +90,12 @@ class TerminalScreen:
 
     def said(self, text: str) -> None:
         text = show.printable(text)
-        self.console.print(Block(text) if self.markdown else Text(text))
+        with _whole():
+            self.console.print(Block(text) if self.markdown else Text(text))
 
     def note(self, text: str) -> None:
-        self.console.print(Text(show.printable(text)), style=QUIET, soft_wrap=True)
+        with _whole():
+            self.console.print(Text(show.printable(text)), style=QUIET, soft_wrap=True)
 
     def error(self, text: str) -> None:
         text = f"Error: {show.printable(text)}"
@@ -99,9 +103,12 @@ class TerminalScreen:
 
     def _formatted(self, stream: Callable[[Progress], Iterable[Chunk]]) -> Stats | None:
         answer = _GrowingAnswer(self.console, self.status)
-        with answer:
+        try:
+            answer.start()
             for chunk in stream(answer.reading):
                 answer.add(chunk)
+        finally:
+            answer.stop()
         return answer.stats
 
     def _as_it_comes(self, stream: Callable[[Progress], Iterable[Chunk]]) -> Stats | None:
@@ -127,14 +134,18 @@ class _GrowingAnswer:
         self._next_drawing = 0.0  # seconds, by the monotonic clock
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
-    def __enter__(self) -> None:
-        self._console.print()
-        self._live.start()
+    def start(self) -> None:
+        """Begin below what is on the screen."""
+        with _whole():
+            self._console.print()
+            self._live.start()
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Print what still grew, and leave no status line."""
         with self._at_once():
-            self._live.update("", refresh=True)
-            self._live.stop()
+            if self._live.is_started:
+                self._live.update("", refresh=True)
+                self._live.stop()
             if self._blocks.pending.strip():
                 self._print(self._blocks.pending)
 
@@ -146,8 +157,10 @@ class _GrowingAnswer:
     def add(self, chunk: Chunk) -> None:
         first, self.stats = self.stats is None, chunk.stats
         self._below = self._status(chunk.stats)
-        for block in self._blocks.add(show.printable(chunk.text)):
-            self._print(block)
+        if final := self._blocks.add(show.printable(chunk.text)):
+            with self._at_once():
+                for block in final:
+                    self._print(block)
         if first or time.monotonic() >= self._next_drawing:
             self._draw()
 
@@ -172,19 +185,29 @@ class _GrowingAnswer:
     @contextmanager
     def _at_once(self) -> Iterator[None]:
         """Terminals that know synchronized updates show no state in between."""
-        self._console.file.write("\x1b[?2026h")
-        try:
+        with _whole():
+            self._console.file.write("\x1b[?2026h")
             yield
-        finally:
             self._console.file.write("\x1b[?2026l")
             self._console.file.flush()
 
 
 @contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C waits for the end: a console that was left within printing would print no more."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
+
+
+@contextmanager
 def _no_echo() -> Iterator[None]:
     """What is typed during an answer waits for the next prompt, unseen."""
-    import termios
-
     handle = sys.stdin.fileno()
     before = termios.tcgetattr(handle)
     quiet = list(before)

@@ -210,13 +210,13 @@ class Chat:
             before.close()
         self.save()
 
-    def load(self, name: str | None = None) -> list[str]:
-        """Go on with another session, or with the latest; what the user should know of it.
+    def load(self, name: str) -> list[str]:
+        """Go on with another session; what the user should know of it.
 
         Raises:
             KimiError: there is none, it cannot be read, or it is open elsewhere.
         """
-        folder = self.sessions.latest() if name is None else self.sessions.existing(name)
+        folder = self.sessions.existing(name)
         if self.session and self.session.folder == folder:
             return []
         session, context = Session(folder, self.identity), self._new_context()

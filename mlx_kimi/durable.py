@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+# On macOS fsync hands the data to the drive, which may still lose it with the power.
+FULL_SYNC = getattr(fcntl, "F_FULLFSYNC", None)
 BLOCK = 1 << 22  # bytes read at once
 
 
@@ -39,5 +42,7 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+        if FULL_SYNC is not None and path.is_file():
+            fcntl.fcntl(handle, FULL_SYNC)
     finally:
         os.close(handle)

@@ -42,7 +42,7 @@ class Toolbox:
         except ValidationError as error:
             wrong = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             return f"error: {'; '.join(wrong)}"
-        except Exception as error:  # whatever a user's function raises
+        except (Exception, SystemExit) as error:  # whatever a user's function raises
             return f"error: {type(error).__name__}: {error}"
 
 
@@ -54,7 +54,7 @@ def load_tools(path: Path) -> Toolbox:
     """
     try:
         names = runpy.run_path(str(path), run_name=path.stem)
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise KimiError(f"{path}: {type(error).__name__}: {error}") from None
     functions = {
         name: value

@@ -38,6 +38,10 @@ def fails() -> None:
     """Fail."""
     raise RuntimeError("no luck")
 
+def leaves() -> None:
+    """End the program, or try to."""
+    raise SystemExit(3)
+
 def long() -> str:
     """A long result."""
     return "x" * 10**6
@@ -129,7 +133,7 @@ def test_text_that_spells_markers_is_no_call(tokenizer: Tokenizer) -> None:
 # ------------------------------------------------------------------------------------- functions
 def test_schemas_come_from_types_and_docstrings(module: Path) -> None:
     schemas = {s["function"]["name"]: s["function"] for s in load_tools(module).schemas}
-    assert sorted(schemas) == ["add", "fails", "get_weather", "long", "mode"]
+    assert sorted(schemas) == ["add", "fails", "get_weather", "leaves", "long", "mode"]
     assert schemas["get_weather"] == {
         "name": "get_weather",
         "description": "Get the weather of a city.",
@@ -151,6 +155,7 @@ def test_schemas_come_from_types_and_docstrings(module: Path) -> None:
         ("get_weather", '{"city": "北京"}', "sunny, 2 degrees"),
         ("mode", '{"kind": "x", "words": ["ä"]}', '{"kind": "x", "words": ["ä"]}'),
         ("fails", "", "error: RuntimeError: no luck"),
+        ("leaves", "{}", "error: SystemExit: 3"),
         ("lost", "{}", "error: there is no tool lost, only get_weather, add"),
         ("add", '{"a": "two"}', "error: a: Input should be a valid integer"),
         ("add", "{}", "error: a: Missing required argument"),

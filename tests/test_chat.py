@@ -281,7 +281,7 @@ def get_weather(city: str) -> str:
 '''
 
 
-def test_a_tool_is_called_with_consent_and_not_without(start, tmp_path) -> None:
+def test_a_tool_is_called_with_consent_and_not_without(start, folder, tmp_path) -> None:
     log = tmp_path / "log"
     (tmp_path / "weather.py").write_text(TOOLS.format(log=str(log)))
     terminal = start("--tools", tmp_path / "weather.py")
@@ -297,9 +297,17 @@ def test_a_tool_is_called_with_consent_and_not_without(start, tmp_path) -> None:
     terminal.say("What is the weather in Rome?")
     terminal.wait_for(r"Allow get_weather\(.*Rome.*\[y/N\]")
     terminal.say("")
-    terminal.wait_for("get_weather -> |The user did not allow|.")
     terminal.wait_for_prompt()
-    assert log.read_text() == "Paris\n"
+    replies = saved(folder).turns[1].replies
+    assert [reply["role"] for reply in replies] == ["assistant", "tool", "assistant"]
+    assert replies[1]["content"] == "The user did not allow this call."
+    terminal.say("What is the weather in Oslo?")
+    terminal.wait_for(r"Allow get_weather\(.*Oslo.*\[y/N\]")
+    terminal.type(CTRL_C)
+    terminal.wait_for(r"\[stopped\]")
+    terminal.wait_for_prompt()
+    assert [reply["role"] for reply in saved(folder).turns[2].replies] == ["assistant", "tool"]
+    assert log.read_text() == "Paris\n", "only what was allowed has run"
 
 
 # ------------------------------------------------------------------------------------------ safety

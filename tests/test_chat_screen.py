@@ -1,6 +1,9 @@
 """Markdown that streams: the same as at once, nothing above rewritten, nothing raw."""
 
 import io
+import os
+import signal
+import time
 from collections.abc import Iterator
 from random import Random
 
@@ -10,7 +13,7 @@ from rich.console import Console
 
 from mlx_kimi.cli import show
 from mlx_kimi.cli.chat_markdown import Block, Blocks
-from mlx_kimi.cli.chat_screen import TerminalScreen, _GrowingAnswer
+from mlx_kimi.cli.chat_screen import TerminalScreen, _GrowingAnswer, _whole
 from mlx_kimi.generate import Chunk, Stats
 
 TEXT = """\
@@ -118,11 +121,12 @@ def test_what_scrolled_away_is_printed_once_and_never_again(columns: int, rows: 
         assert now[: len(above)] == above
         return now
 
-    with answer:
-        for piece in pieces(text, Random(3)):
-            answer._next_drawing = 0  # draw every piece
-            answer.add(Chunk(piece, 0, None, STATS))
-            above = look()
+    answer.start()
+    for piece in pieces(text, Random(3)):
+        answer._next_drawing = 0  # draw every piece
+        answer.add(Chunk(piece, 0, None, STATS))
+        above = look()
+    answer.stop()
     above = look()
     shown = [*above, *(line.rstrip() for line in screen.display)]
     expected = rendered(split(text, Random(0)), columns)
@@ -132,6 +136,17 @@ def test_what_scrolled_away_is_printed_once_and_never_again(columns: int, rows: 
         expected.pop()
     assert shown[1:] == expected
     assert "the status line" not in "\n".join(shown)
+
+
+def test_ctrl_c_never_falls_into_a_drawing() -> None:
+    """Interrupted within, rich's console would hold back all that it prints from then on."""
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        with _whole():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            kept.append("drawn to its end")
+    assert kept and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_lines_have_no_padding_that_a_narrower_terminal_would_wrap() -> None:

@@ -349,6 +349,7 @@ def test_a_crash_at_any_point_of_saving_costs_at_most_the_last_turn(
         ("runtime", "the version of mlx_kimi changed"),
         ("device", "the device that computes changed"),
         ("latent_bits", "--latent-bits changed"),
+        ("tools", "the tools changed"),
     ],
 )
 def test_what_another_model_stored_is_read_again(loaded, sessions, field, said) -> None:
