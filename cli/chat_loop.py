@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_kimi.calls import Call
 from mlx_kimi.chat import Chat
 from mlx_kimi.cli import show
-from mlx_kimi.cli.chat_commands import is_command, run_command
+from mlx_kimi.cli.chat_commands import is_command, opening, run_command
 from mlx_kimi.cli.chat_input import Input
 from mlx_kimi.cli.chat_screen import Screen, TerminalScreen
 from mlx_kimi.cli.options import check_utf8
@@ -61,7 +61,7 @@ class Loop:
         for note in notes:
             self.screen.note(note)
         for turn in conversation.turns[-1:]:
-            self.screen.note(f"> {turn.text}")
+            self.screen.note(f"> {opening(turn.text)}")
             self.screen.said(turn.answer)
         if conversation.is_unanswered:
             self.screen.note(

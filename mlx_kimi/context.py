@@ -36,13 +36,13 @@ class Context:
 
     Attributes:
         latent_bits: of `KimiLinear.make_cache`.
-        every: tokens between two snapshots within a turn.
+        every: tokens between two snapshots within a turn; None takes none there.
         memory: bytes that snapshots may take above the cache itself. The newest always stays.
     """
 
     model: KimiLinear
     latent_bits: int | None = None
-    every: int = SNAPSHOT_EVERY
+    every: int | None = SNAPSHOT_EVERY
     memory: int = SNAPSHOT_MEMORY
     ids: list[int] = field(default_factory=list)
     entries: list[CacheEntry] = field(default_factory=list)
@@ -82,7 +82,8 @@ class Context:
 
     def keep_now_and_then(self) -> None:
         """Take a snapshot if the latest is many tokens ago."""
-        if len(self.ids) - (self.kept[-1].length if self.kept else 0) >= self.every:
+        latest = self.kept[-1].length if self.kept else 0
+        if self.every and len(self.ids) - latest >= self.every:
             self.keep()
 
     def rewind_to_prefix_of(self, ids: Sequence[int]) -> mx.array | None:
@@ -99,12 +100,11 @@ class Context:
             found = self.kept.pop()
             entries = found.entries or found.load() if _serves(found, shared, len(ids)) else None
             if entries:
-                caches.restore(self.entries, entries)
-                del self.ids[found.length :]
+                # In one step, which Ctrl-C cannot divide.
+                self.entries, self.ids = caches.snapshot(entries), self.ids[: found.length]
                 self.keep(found.last)
                 return found.last if found.length == len(ids) else None
-        caches.restore(self.entries, self._empty())
-        self.ids.clear()
+        self.entries, self.ids = self._empty(), []
         return None
 
     @property

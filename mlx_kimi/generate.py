@@ -101,7 +101,7 @@ def stream_generate(
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     ids = prompt_ids(model, tokenizer, prompt, tools)
     room = model.config.model_max_length - len(ids)
-    context = context or Context(model, latent_bits)
+    context = context or Context(model, latent_bits, every=None)
     sampler = Sampler(sampling, ids, model.config.vocab_size)
     answer = _Answer(tokenizer, stop, min(max_tokens, room), len(ids), sampler.seed)
 

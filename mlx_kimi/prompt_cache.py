@@ -34,7 +34,7 @@ def write_prompt_cache(
     if text_file(folder):
         raise KimiError(f"{folder}: there is a saved conversation or prompt cache already")
     ids = _before_any_question(model, tokenizer, conversation)
-    context = Context(model, latent_bits)
+    context = Context(model, latent_bits, every=None)
     prefill(context, ids, prefill_step, progress)
     session = Session(folder, identity)
     session.save(conversation, context)
