@@ -52,6 +52,7 @@ LATEST = ""
     metavar="FILE.py",
     help="Offer the file's documented functions to the model; each call asks you first.",
 )
+@click.option("--markdown/--no-markdown", default=True, help="Format answers on a terminal.")
 @click.option(
     "--snapshot-memory",
     type=click.FloatRange(min=0),
@@ -67,6 +68,7 @@ def command(
     system: str | None,
     resume: str | None,
     tools_file: Path | None,
+    markdown: bool,
     snapshot_memory: float,
     sessions: Path | None,
     **options: Any,
@@ -95,7 +97,7 @@ def command(
         latent_bits=latent_bits,
         snapshot_memory=int(snapshot_memory * 1e9),
     )
-    loop = _on_terminal(chat) if is_terminal else Loop(chat, PlainScreen(), PipedLines())
+    loop = _on_terminal(chat, markdown) if is_terminal else Loop(chat, PlainScreen(), PipedLines())
     if resume is not None:
         loop.resume(resume)
     elif system is not None:
@@ -103,8 +105,8 @@ def command(
     loop.run()
 
 
-def _on_terminal(chat: Chat) -> Loop:
-    screen = TerminalScreen(lambda stats: status(chat, stats))
+def _on_terminal(chat: Chat, markdown: bool) -> Loop:
+    screen = TerminalScreen(lambda stats: status(chat, stats), markdown)
     history = chat.sessions.folder / "history"
     try:
         editor = LineEditor(history, CommandCompleter(chat.sessions), lambda: toolbar(loop))

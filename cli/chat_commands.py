@@ -105,8 +105,8 @@ def save(loop: Loop, argument: str) -> None:
         raise KimiError("/save needs a name: nothing is kept of a chat in a pipe without one")
     else:
         loop.chat.save()
-    assert loop.chat.session
-    loop.screen.note(f"saved as {loop.chat.session.name}")
+    if loop.chat.session and not loop.chat.unsaved:
+        loop.screen.note(f"saved as {loop.chat.session.name}")
 
 
 def load(loop: Loop, argument: str) -> None:

@@ -49,6 +49,8 @@ class Loop:
                     self.screen.note(FULL)
             except KeyboardInterrupt:
                 self.screen.note("[stopped]")
+            if self.chat.unsaved:
+                self.screen.error(self.chat.unsaved)
 
     def resume(self, name: str) -> None:
         """Go on with a session, and show how it ended."""
@@ -125,11 +127,11 @@ class Loop:
         limit = chat.options["max_tokens"]
         if chat.cut:
             self.screen.note(f"[a call of {chat.cut} was cut off: it is left out]")
-        if stats is None:
+        if stats is None or chat.ended != "length":
             return
         if stats.prompt_tokens + stats.generated_tokens >= chat.model.config.model_max_length:
             self.screen.note(f"[the context is full, {self.used()}: {FULL}]")
-        elif stats.generated_tokens >= limit:
+        else:
             self.screen.note(f"[cut after {limit} tokens; /set max_tokens N allows more]")
 
     def _result(self, call: Call) -> str:

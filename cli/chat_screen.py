@@ -81,8 +81,8 @@ class TerminalScreen:
         status: the line below an answer that is being written.
     """
 
-    def __init__(self, status: Callable[[Stats], str]) -> None:
-        self.console, self.markdown, self.status = Console(), True, status
+    def __init__(self, status: Callable[[Stats], str], markdown: bool = True) -> None:
+        self.console, self.markdown, self.status = Console(), markdown, status
 
     def answer(self, stream: Callable[[Progress], Iterable[Chunk]]) -> Stats | None:
         with _no_echo():

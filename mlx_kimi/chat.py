@@ -10,7 +10,7 @@ from mlx_kimi.calls import Call, CallReader
 from mlx_kimi.context import SNAPSHOT_MEMORY, Context
 from mlx_kimi.conversation import Conversation, Turn
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generate import Chunk, prompt_ids, stream_generate
+from mlx_kimi.generate import Chunk, FinishReason, prompt_ids, stream_generate
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.session import Session
 from mlx_kimi.sessions import Sessions, is_automatic
@@ -27,6 +27,8 @@ class Chat:
     Attributes:
         options: of `stream_generate`: sampling, max_tokens, prefill_step.
         pending: calls of tools that the last answer asked for and that have no result yet.
+        ended: why the last answer did; None if it was stopped.
+        unsaved: why the conversation is not saved as it is; empty if it is.
         cut: the name of a call that was cut off in the last answer, and is not part of it.
         session: where it is kept; None until something is said, or if nothing is kept.
     """
@@ -51,7 +53,8 @@ class Chat:
         self.conversation, self.context = Conversation(), self._new_context()
         self.session: Session | None = None
         self.pending: list[Call] = []
-        self.cut = ""
+        self.cut = self.unsaved = ""
+        self.ended: FinishReason | None = None
         self._retries = 0
         self._before: list[Turn] = []  # the turns before the last message, retry or edit
 
@@ -74,12 +77,12 @@ class Chat:
             KimiError: the conversation cannot be answered, as it is longer than the context.
         """
         reader, said, begun = CallReader(self.tokenizer), "", False
-        self.pending, self.cut = [], ""
+        self.pending, self.cut, self.ended = [], "", None
         try:
             for chunk in self._stream(progress):
                 text = chunk.text if reader.in_text else ""  # a marker's own text was before it
                 reader.add(chunk.token)
-                said, begun = said + text, True
+                said, begun, self.ended = said + text, True, chunk.finish_reason
                 yield replace(chunk, text=text)
                 if reader.is_finished:
                     break
@@ -166,29 +169,27 @@ class Chat:
     def _withdraw(self) -> None:
         """As it was before the last message, retry or edit."""
         self.conversation.turns = self._before
-        self._save_text()
+        self._save(None)
 
     def _turn_begins(self) -> None:
         self._retries, self.pending = 0, []
-        self._save_text()
+        self._save(None)
 
     # -------------------------------------------------------------------------------------- keeping
     def save(self) -> None:
         """Keep text and state."""
-        if self._open():
-            assert self.session
-            self.session.save(self.conversation, self.context)
+        self._save(self.context)
 
-    def _save_text(self) -> None:
-        if self._open():
-            assert self.session
-            self.session.save(self.conversation)
-
-    def _open(self) -> bool:
-        """Whether there is a session to save to; one is made when something has been said."""
-        if self.session is None and self.autosave and self.conversation.turns:
-            self.session = Session(self.sessions.unused(), self.identity)
-        return self.session is not None
+    def _save(self, context: Context | None) -> None:
+        """A session is made when something has been said. A full disk ends no conversation."""
+        self.unsaved = ""
+        try:
+            if self.session is None and self.autosave and self.conversation.turns:
+                self.session = Session(self.sessions.unused(), self.identity)
+            if self.session:
+                self.session.save(self.conversation, context)
+        except KimiError as error:
+            self.unsaved = str(error)
 
     def save_as(self, name: str) -> None:
         """Keep the conversation under a name, and go on there.
@@ -203,7 +204,7 @@ class Chat:
             raise KimiError(f"there is a session {name} already")
         if self.session is None:
             self.session = Session(folder, self.identity)
-        elif is_automatic(self.session.folder):
+        elif is_automatic(self.session.folder) and folder.parent == self.session.folder.parent:
             self.session.rename(folder)
         else:
             before, self.session = self.session, self.session.fork(folder)

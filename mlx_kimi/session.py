@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -44,9 +45,12 @@ class Session:
         """Open a folder, made if need be.
 
         Raises:
-            KimiError: another chat has it open.
+            KimiError: another chat has it open, or it cannot be made.
         """
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise KimiError(f"{folder}: {error.strerror}") from None
         self.folder, self.identity = folder, dict(identity)
         self.notes: list[str] = []
         self._files: list[StateFile] = []
@@ -68,7 +72,17 @@ class Session:
         return conversation
 
     def save(self, conversation: Conversation, context: Context | None = None) -> None:
-        """Store the text and, with a `context`, the states that are not stored yet."""
+        """Store the text and, with a `context`, the states that are not stored yet.
+
+        Raises:
+            KimiError: the files cannot be written.
+        """
+        try:
+            self._save(conversation, context)
+        except (OSError, RuntimeError) as error:  # MLX raises the latter
+            raise KimiError(f"{self.folder}: cannot be saved: {error}") from None
+
+    def _save(self, conversation: Conversation, context: Context | None) -> None:
         if context is not None:
             self._store_states(context)
         about = {
@@ -86,7 +100,10 @@ class Session:
         """The same session in another folder. State files never change, so they are linked."""
         other = Session(folder, self.identity)
         for stored in self._files:
-            os.link(self.folder / stored.file, folder / stored.file)
+            try:
+                os.link(self.folder / stored.file, folder / stored.file)
+            except OSError:  # on another disk
+                shutil.copyfile(self.folder / stored.file, folder / stored.file)
         other._files, other._ids = list(self._files), list(self._ids)
         return other
 
@@ -101,6 +118,8 @@ class Session:
     def _store_states(self, context: Context) -> None:
         shared = common_prefix(self._ids, context.ids)
         self._files = [stored for stored in self._files if stored.end <= shared]
+        if self._files and not self._files[-1].has_kda and self._files[-1].end == len(context.ids):
+            self._files.pop()  # its end could not be gone back to
         start = self._files[-1].end if self._files else 0
         if len(context.ids) > start:
             self._files.append(states.write_state(self.folder, context, start))
@@ -224,6 +243,8 @@ def _parse(path: Path) -> tuple[dict[str, Any], Conversation]:
         if header["checksum"] != zlib.crc32(body):
             raise ValueError("damaged")
         about, *turns = map(json.loads, body.splitlines())
+        if not isinstance(about["system"], str | None):
+            raise ValueError("damaged")
         return about, Conversation(about["system"], [read_turn(turn) for turn in turns])
     except (KeyError, TypeError, RecursionError):
         raise ValueError("damaged") from None

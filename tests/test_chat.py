@@ -342,7 +342,11 @@ def test_files_go_with_a_message_and_answers_to_the_clipboard(start, folder, tmp
     terminal.say(f"/file {tmp_path / 'lost.md'}")
     terminal.wait_for(r"lost.md: no\s+such file")
     terminal.wait_for_prompt()
-    terminal.say(f"/file {tmp_path / 'notes.md'}")
+    terminal.type(f"/file {tmp_path / 'no'}")
+    terminal.wait_for(r"^ *notes\.md")  # the menu
+    terminal.type(TAB)
+    terminal.wait_for(r"/notes\.md")
+    terminal.say("")
     terminal.wait_for("characters go with the next message")
     terminal.wait_for_prompt()
     terminal.say("What is 2 + 3?")
@@ -374,6 +378,20 @@ def test_a_full_context_is_said_with_what_can_be_done(start, talker, folder) -> 
 
 
 # ----------------------------------------------------------------------------------------- a pipe
+def test_markdown_may_be_off(start, talker) -> None:
+    terminal = start("--no-markdown", *talker_options(talker, 12))
+    terminal.say("first")
+    terminal.wait_for("cut after 12 tokens")
+    assert b"\x1b[?2026h" not in terminal.raw, "text comes as it is, and nothing is drawn again"
+    terminal.wait_for_prompt()
+    terminal.say("/set markdown on")
+    terminal.wait_for("max_tokens +12")
+    terminal.wait_for_prompt()
+    terminal.say("second")
+    terminal.wait_until(lambda: terminal.text.count("cut after 12 tokens") == 2)
+    assert b"\x1b[?2026h" in terminal.raw
+
+
 def piped(talker: Path, folder: Path, stdin: bytes, *options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "mlx_kimi", "chat", "--sessions", folder]
     command += [*talker_options(talker, 4), *options]

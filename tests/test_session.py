@@ -1,5 +1,6 @@
 """Sessions: conversations on disk that survive crashes, damage and other versions."""
 
+import errno
 import json
 import os
 import subprocess
@@ -341,6 +342,37 @@ def test_a_crash_at_any_point_of_saving_costs_at_most_the_last_turn(
     assert place > 8 and survived == 2, "places were hit, and then there was none left"
 
 
+def test_a_full_disk_ends_no_conversation_and_loses_nothing(loaded, sessions, monkeypatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    chat = new_chat(loaded, sessions)
+    talk(chat, "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        talk(chat, "two")
+        assert "cannot be saved" in chat.unsaved and "No space left" in chat.unsaved
+    assert [turn.text for turn in chat.conversation.turns] == ["one", "two"]
+    talk(chat, "three")
+    assert not chat.unsaved
+    again, notes = reopened(loaded, chat)
+    assert not notes and again.conversation == chat.conversation
+
+
+def test_a_state_that_could_not_be_gone_back_to_is_stored_again(loaded, sessions) -> None:
+    """Stopped while a message is read, the context stands at an old turn's end."""
+    chat = new_chat(loaded, sessions)
+    talk(chat, *(f"turn {n}" for n in range(RETURN_POINTS + 4)))
+    assert chat.session
+    ends = [f.end for f in chat.session._files if not f.has_kda]
+    old = next(s for s in chat.context.kept if s.length == ends[-1])
+    chat.context.rewind_to_prefix_of([*chat.context.ids[: old.length], 7])
+    assert len(chat.context.ids) == ends[-1]
+    chat.save()
+    again, notes = reopened(loaded, chat)
+    assert not notes and again.context.ids == chat.context.ids
+
+
 # ------------------------------------------------------------------------------------ other models
 @pytest.mark.parametrize(
     ("field", "said"),
@@ -466,6 +498,14 @@ def answered_after(chat: Chat) -> int:
 def test_names_that_are_refused(sessions, name) -> None:
     with pytest.raises(KimiError, match="a session's name must be"):
         sessions.path(name)
+
+
+def test_a_folder_that_cannot_be_made_is_named(loaded, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    chat = new_chat(loaded, Sessions(tmp_path / "file"))
+    talk(chat, "one")
+    assert "Not a directory" in chat.unsaved and str(tmp_path) in chat.unsaved
+    assert chat.conversation.turns[0].answer
 
 
 def test_a_session_that_is_not_there(sessions) -> None:

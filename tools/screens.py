@@ -56,7 +56,7 @@ def main() -> None:
 
 def _going_back(sessions: Path) -> Terminal:
     """80 columns: an answer, a message taken up again, a saved conversation."""
-    terminal = Terminal("chat", "--sessions", sessions, columns=80, rows=36)
+    terminal = Terminal("chat", "--sessions", sessions, columns=80, rows=34)
     for keys in (
         "The code of the gate is 7731.",
         "Sort these numbers: 42 7 19 3",
