@@ -96,7 +96,7 @@ class LineEditor:
 
     def consents(self, question: str) -> bool:
         try:
-            return click.confirm(question, default=False, err=True)
+            return click.confirm(question, default=False)
         except click.Abort:  # Ctrl-C or Ctrl-D
             raise KeyboardInterrupt from None
 

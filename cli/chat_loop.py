@@ -16,6 +16,7 @@ from mlx_kimi.generate import Stats
 
 ROUNDS = 8  # answers in a row that may call tools, before the user is asked to go on
 DENIED = "The user did not allow this call."
+NO_TOOLS = "error: there are no tools here"
 STOPPED = "The user stopped this call."
 RESULT_SHOWN = 200  # characters
 FULL = (
@@ -136,7 +137,8 @@ class Loop:
 
     def _result(self, call: Call) -> str:
         """Ask the user, and run the function if it is allowed."""
-        assert self.chat.toolbox
+        if self.chat.toolbox is None:
+            return NO_TOOLS
         shown = show.printable(f"{call.name}({call.arguments})")
         if not self.input.consents(f"Allow {shown}?"):
             return DENIED

@@ -12,6 +12,12 @@ from pathlib import Path
 import pytest
 from terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, TAB, UP, Terminal
 
+from mlx_kimi import load
+from mlx_kimi.calls import Call
+from mlx_kimi.chat import Chat
+from mlx_kimi.cli.chat_input import PipedLines
+from mlx_kimi.cli.chat_loop import Loop
+from mlx_kimi.cli.chat_screen import PlainScreen
 from mlx_kimi.conversation import Conversation, Turn
 from mlx_kimi.session import Session, read_text
 from mlx_kimi.sessions import Sessions
@@ -24,6 +30,11 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "sessions"
+
+
+@pytest.fixture(scope="module")
+def loaded(talker: Path):
+    return load(talker)
 
 
 @pytest.fixture
@@ -139,11 +150,11 @@ def test_tab_completes_commands_and_a_wrong_one_is_told_the_nearest(start, talke
 
 
 def test_what_is_typed_during_an_answer_waits_unseen(start, talker) -> None:
-    terminal = start(*talker_options(talker, 300))
+    terminal = start(*talker_options(talker, 700))
     terminal.say("first")
     terminal.wait_for("Ctrl-C stops")
     terminal.type("typed ahead")
-    terminal.wait_for("cut after 300 tokens")
+    terminal.wait_for("cut after 700 tokens")
     terminal.wait_for("^> typed ahead$")
     assert terminal.text.count("typed ahead") == 1
 
@@ -154,7 +165,7 @@ def test_ctrl_c_while_the_message_is_read(start, talker, folder) -> None:
     terminal.say("first")
     terminal.wait_until(lambda: saved(folder).tokens)
     terminal.wait_for_prompt()
-    terminal.paste("many words " * 200)
+    terminal.paste("many words " * 380)
     terminal.type(ENTER)
     terminal.wait_for(r"^reading [1-9][\d,]* of [\d,]+ tokens")
     terminal.type(CTRL_C)
@@ -316,6 +327,13 @@ def test_a_tool_is_called_with_consent_and_not_without(start, folder, tmp_path) 
     terminal.wait_for_prompt()
     assert [reply["role"] for reply in saved(folder).turns[2].replies] == ["assistant", "tool"]
     assert log.read_text() == "Paris\n", "only what was allowed has run"
+
+
+def test_a_call_where_there_are_no_tools_is_answered_with_that(loaded, tmp_path) -> None:
+    """A model may write one all the same."""
+    chat = Chat(*loaded, sessions=Sessions(tmp_path), identity={}, options={}, autosave=False)
+    loop = Loop(chat, PlainScreen(), PipedLines())
+    assert loop._result(Call("functions.add:0", "{}", True)) == "error: there are no tools here"
 
 
 # ------------------------------------------------------------------------------------------ safety

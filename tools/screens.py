@@ -38,6 +38,7 @@ LIGHT = TerminalTheme(
     [(120, 126, 138), (205, 70, 80), (45, 145, 75), (170, 125, 25)]
     + [(40, 115, 210), (160, 80, 190), (25, 140, 155), (60, 64, 72)],
 )
+FONTS = "ui-monospace, Menlo, DejaVu Sans Mono, monospace"
 TOOL = '''
 def get_weather(city: str) -> str:
     """Get the weather of a city."""
@@ -107,7 +108,11 @@ def _write(terminal: Terminal, file: Path, theme: TerminalTheme) -> None:
             cell = screen.buffer[row][column]
             line.append(cell.data, _style(cell))
         console.print(line)
-    file.write_text(console.export_svg(title="mlx_kimi chat", theme=theme), encoding="utf-8")
+    picture = console.export_svg(title="mlx_kimi chat", theme=theme)
+    # A font of the reader's machine, and none from elsewhere.
+    picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
+    picture = picture.replace("Fira Code, monospace", FONTS)
+    file.write_text(picture, encoding="utf-8")
     terminal.close()
     print(f"{file}: {file.stat().st_size:,} bytes")
 
