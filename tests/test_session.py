@@ -156,10 +156,9 @@ def test_a_state_is_stored_turn_by_turn_and_comes_back_whole(loaded, tmp_path, b
     assert [s.length for s in again.kept] == ends
     ids = [*context.ids[: ends[0]], 7]
     assert again.rewind_to_prefix_of(ids) is None and len(again.ids) == ends[0]
-    whole = model.make_cache(bits)
-    expected = model(mx.array([ids]), whole)[:, -1]
-    # 8-bit latents differ by what a token in the tail, and not yet packed, was attended to with.
-    assert_close("logits", _logits(again, ids), expected, 5e-3 if bits else 1e-4)
+    assert ends[0] > 256, "some latents are frozen"
+    # The same state in memory; segments that are cut elsewhere add up in another order.
+    assert_close("logits", _logits(again, ids), _logits(context, ids), 1e-4)
 
 
 def test_a_turn_costs_its_own_length_on_disk(loaded, sessions) -> None:
