@@ -1,94 +1,116 @@
-"""`mlx_kimi chat`: a conversation in a plain terminal, read only once."""
+"""`mlx_kimi chat`: a conversation that is kept, and can be changed at any point."""
 
 from __future__ import annotations
 
+import os
 import sys
-from io import TextIOWrapper
+from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_kimi.cli import show
+from mlx_kimi.chat import Chat
+from mlx_kimi.cli.chat_completion import CommandCompleter
+from mlx_kimi.cli.chat_input import LineEditor, PipedLines
+from mlx_kimi.cli.chat_loop import Loop, status, toolbar
+from mlx_kimi.cli.chat_screen import PlainScreen, TerminalScreen
 from mlx_kimi.cli.options import (
     check_options,
-    check_utf8,
     length_options,
     model_option,
     model_or_pocket,
     sampling_options,
+    sessions_option,
     utf8,
 )
+from mlx_kimi.context import SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generate import Context, stream_generate
+from mlx_kimi.hub import local_folder
+from mlx_kimi.identity import identity
 from mlx_kimi.load import load
+from mlx_kimi.sessions import Sessions
+from mlx_kimi.tools import load_tools
+
+LATEST = ""
 
 
 @click.command("chat")
 @model_option
 @click.option("--system", callback=utf8, help="A system message that opens the conversation.")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value=LATEST,
+    metavar="[NAME]",
+    callback=utf8,
+    help="Go on with a session; the latest without a name.",
+)
+@click.option(
+    "--tools",
+    "tools_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE.py",
+    help="Offer the file's documented functions to the model; each call asks you first.",
+)
+@click.option("--markdown/--no-markdown", default=True, help="Format answers on a terminal.")
+@click.option(
+    "--snapshot-memory",
+    type=click.FloatRange(min=0),
+    default=SNAPSHOT_MEMORY / 1e9,
+    show_default="1.07",
+    help="GB that the states to go back to may take.",
+)
+@sessions_option
 @length_options
 @sampling_options
-def command(model: str | None, system: str | None, **options: Any) -> None:
-    """Talk with the model. Ctrl-C stops an answer; Ctrl-D, or /exit, ends the chat."""
+def command(
+    model: str | None,
+    system: str | None,
+    resume: str | None,
+    tools_file: Path | None,
+    markdown: bool,
+    snapshot_memory: float,
+    sessions: Path | None,
+    **options: Any,
+) -> None:
+    """Talk with the model. /help lists the commands; Ctrl-C stops an answer; Ctrl-D ends.
+
+    In a pipe every line is a message, answers go to stdout, and nothing is kept without /save NAME.
+    """
     check_options(**options)
-    if isinstance(sys.stdin, TextIOWrapper):  # what is not UTF-8 is refused by the message
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    network, tokenizer = load(model_or_pocket(model))
-    context = Context(network, options["latent_bits"])
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    while (text := _read_line()) is not None:
-        if not text.strip():
-            continue
-        messages.append({"role": "user", "content": text})
-        try:
-            check_utf8("the message", text)
-            said = _answer(network, tokenizer, messages, context, options)
-        except KimiError as error:  # the message cannot be answered; the conversation stays
-            click.echo(f"Error: {error}", err=True)
-            messages.pop()
-            continue
-        messages.append({"role": "assistant", "content": said})
+    if resume is not None:
+        if system is not None:
+            raise click.UsageError("--system opens a new conversation and --resume goes on")
+        resume = resume or Sessions(sessions).latest().name
+        Sessions(sessions).existing(resume)  # before a model is loaded
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    latent_bits = options.pop("latent_bits")
+    toolbox = load_tools(tools_file) if tools_file else None
+    folder = local_folder(model_or_pocket(model))
+    chat = Chat(
+        *load(folder),
+        sessions=Sessions(sessions),
+        identity=identity(folder, latent_bits, toolbox.schemas if toolbox else None),
+        options=options,
+        autosave=is_terminal,
+        toolbox=toolbox,
+        latent_bits=latent_bits,
+        snapshot_memory=int(snapshot_memory * 1e9),
+    )
+    loop = _on_terminal(chat, markdown) if is_terminal else Loop(chat, PlainScreen(), PipedLines())
+    if resume is not None:
+        loop.resume(resume)
+    elif system is not None:
+        chat.set_system(system)
+    loop.run()
 
 
-def _answer(
-    network: Any, tokenizer: Any, messages: list[dict[str, str]], context: Context, options: Any
-) -> str:
-    """Stream one answer and return what was said, whole or up to Ctrl-C."""
-    said, stats = "", None
-    stream = None
+def _on_terminal(chat: Chat, markdown: bool) -> Loop:
+    screen = TerminalScreen(lambda stats: status(chat, stats), markdown)
+    history = chat.sessions.folder / "history"
     try:
-        with show.prefill_progress() as progress:
-            stream = stream_generate(
-                network, tokenizer, messages, context=context, progress=progress, **options
-            )
-            chunk = next(stream)
-        while True:
-            said, stats = said + chunk.text, chunk.stats
-            show.answer(chunk.text)
-            if chunk.finish_reason:
-                break
-            chunk = next(stream)
-    except KeyboardInterrupt:
-        click.echo(" [stopped]", nl=False, err=True)
-    finally:
-        if stream is not None:
-            stream.close()
-    click.echo()
-    if stats:
-        click.echo(show.speeds(stats), err=True)
-    return said
-
-
-def _read_line() -> str | None:
-    """The next line typed; None at the end, at /exit, or at a second Ctrl-C in a row."""
-    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
-    for _ in range(2):
-        try:
-            text = input(prompt)
-            return None if text.strip() == "/exit" else text
-        except EOFError:
-            break
-        except KeyboardInterrupt:
-            click.echo("\n(Ctrl-C again, Ctrl-D or /exit ends the chat)", err=True)
-    click.echo(err=True)
-    return None
+        editor = LineEditor(history, CommandCompleter(chat.sessions), lambda: toolbar(loop))
+    except OSError as error:
+        raise KimiError(f"{history}: {error.strerror}") from None
+    loop = Loop(chat, screen, editor)
+    return loop

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,12 +15,17 @@ from mlx_kimi.cli.options import (
     length_options,
     model_option,
     model_or_pocket,
+    read_prompt,
     sampling_options,
     utf8,
 )
-from mlx_kimi.errors import KimiError
+from mlx_kimi.context import Context
+from mlx_kimi.conversation import Conversation
 from mlx_kimi.generate import Chunk, Prompt, stream_generate
+from mlx_kimi.hub import local_folder
+from mlx_kimi.identity import identity
 from mlx_kimi.load import load
+from mlx_kimi.session import read_session
 
 
 @click.command("generate")
@@ -29,6 +34,12 @@ from mlx_kimi.load import load
     "--prompt", "-p", required=True, callback=utf8, help="What to ask; - reads it from stdin."
 )
 @click.option("--system", callback=utf8, help="A system message before the prompt.")
+@click.option(
+    "--prompt-cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Ask after a prompt that `mlx_kimi cache` read, or a saved conversation.",
+)
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without a chat template.")
 @click.option(
     "--stop",
@@ -44,24 +55,32 @@ def command(
     model: str | None,
     prompt: str,
     system: str | None,
+    prompt_cache: Path | None,
     raw: bool,
     stop: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
     """Stream the answer to one prompt."""
-    text = _stdin() if prompt == "-" else prompt
-    if not text:
-        raise KimiError("the prompt is empty")
+    text = read_prompt(prompt)
     check_options(**options)
-    if raw and system:
-        raise click.UsageError("--system is part of a chat and --raw has none")
-    network, tokenizer = load(model_or_pocket(model))
-    asked = tokenizer.encode(text) if raw else _messages(text, system)
+    if raw and (system or prompt_cache):
+        which = "--system" if system else "--prompt-cache"
+        raise click.UsageError(f"{which} is part of a chat and --raw has none")
+    folder = local_folder(model_or_pocket(model))
+    network, tokenizer = load(folder)
+    context = Context(network, options["latent_bits"], every=None)
+    conversation = Conversation(system)
+    if prompt_cache:
+        conversation = _cached(prompt_cache, folder, context, system)
+    conversation.say(text)
+    asked: Prompt = tokenizer.encode(text) if raw else conversation.messages
 
     chunks: list[Chunk] = []
     with show.prefill_progress() as progress:
-        stream = stream_generate(network, tokenizer, asked, stop=stop, progress=progress, **options)
+        stream = stream_generate(
+            network, tokenizer, asked, stop=stop, progress=progress, context=context, **options
+        )
         chunks.append(next(stream))
     if not as_json:
         show.answer(chunks[0].text)
@@ -73,20 +92,15 @@ def command(
     click.echo(show.speeds(chunks[-1].stats), err=True)
 
 
-def _messages(text: str, system: str | None) -> Prompt:
-    before = [] if system is None else [{"role": "system", "content": system}]
-    return [*before, {"role": "user", "content": text}]
-
-
-def _stdin() -> str:
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
-        raise KimiError(
-            f"stdin is not UTF-8: byte 0x{byte:02x} at position {error.start}"
-        ) from None
+def _cached(file: Path, folder: Path, context: Context, system: str | None) -> Conversation:
+    """What `file` holds; `context` has read it if this model has."""
+    if system is not None:
+        raise click.UsageError("--prompt-cache has its own system message, or none")
+    same = identity(folder, context.latent_bits)
+    conversation, notes = read_session(file, same, context)
+    for note in notes:
+        click.echo(f"{file}: {note}", err=True)
+    return conversation
 
 
 def _json(chunks: list[Chunk]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,25 @@ def check_utf8(name: str, text: str) -> None:
         raise KimiError(f"{name} is not UTF-8 at character {error.start}") from None
 
 
+def read_prompt(prompt: str) -> str:
+    """The prompt that a command was given; `-` is stdin."""
+    text = _stdin() if prompt == "-" else prompt
+    if not text:
+        raise KimiError("the prompt is empty")
+    return text
+
+
+def _stdin() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = data[error.start]
+        raise KimiError(
+            f"stdin is not UTF-8: byte 0x{byte:02x} at position {error.start}"
+        ) from None
+
+
 def check_options(
     max_tokens: int, prefill_step: int, latent_bits: int | None, **sampling: Any
 ) -> None:
@@ -81,17 +101,28 @@ sampling_options = _together(
     click.option("--seed", type=int, show_default="random", help="Makes sampling reproducible."),
 )
 
+sessions_option = click.option(
+    "--sessions",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="MLX_KIMI_SESSIONS",
+    show_envvar=True,
+    show_default="the user's data folder",
+    help="The folder of saved conversations.",
+)
+
 prefill_step_option = click.option(
     "--prefill-step", type=int, default=PREFILL_STEP, help="Prompt tokens read at once."
+)
+
+latent_bits_option = click.option(
+    "--latent-bits",
+    type=int,
+    show_default="those of the model's dtype",
+    help="8 halves the memory that a long context takes.",
 )
 
 length_options = _together(
     click.option("--max-tokens", type=int, default=MAX_TOKENS, help="Longest answer, in tokens."),
     prefill_step_option,
-    click.option(
-        "--latent-bits",
-        type=int,
-        show_default="those of the model's dtype",
-        help="8 halves the memory that a long context takes.",
-    ),
+    latent_bits_option,
 )

@@ -1,8 +1,9 @@
-"""What commands print besides answers: progress and speeds, on stderr."""
+"""What commands print besides answers: progress and speeds, on stderr. What a terminal may get."""
 
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,14 +13,25 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_kimi.generate import Stats
 
+# Joiners of emoji and of Arabic and Indic scripts are format characters like those that turn the
+# direction of text, which could make it read as something else.
+JOINERS = "\u200c\u200d"
+REFUSED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, formats, lone surrogates, separators of lines
+
+
+def printable(text: str) -> str:
+    """`text` as a terminal may get it: no control codes but line breaks and tabs."""
+    return "".join(
+        c
+        if c.isprintable() or c in "\n\t" or c in JOINERS or unicodedata.category(c) not in REFUSED
+        else "\N{REPLACEMENT CHARACTER}"
+        for c in text
+    )
+
 
 def answer(text: str) -> None:
-    """Print a piece of the answer at once; a terminal gets no control codes but \\n and \\t."""
-    if sys.stdout.isatty():
-        text = "".join(
-            c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-        )
-    click.echo(text, nl=False)
+    """Print a piece of the answer at once, as it is where nobody looks."""
+    click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
 
 
 def speeds(stats: Stats) -> str:
@@ -31,6 +43,15 @@ def speeds(stats: Stats) -> str:
         f"first token {stats.time_to_first_token:.2f} s | "
         f"peak memory {stats.peak_memory / 1e9:.2f} GB"
     )
+
+
+def size(count: float) -> str:
+    """Bytes in a person's units."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from typing import Literal
 
 import mlx.core as mx
 
+from mlx_kimi.context import Context
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generate import PREFILL_STEP, Context, Stats, check_lengths, stream_generate
+from mlx_kimi.generate import PREFILL_STEP, Stats, check_lengths, stream_generate
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.tokenizer import Tokenizer
 
@@ -94,7 +95,7 @@ class Bench:
         self.weights_memory = mx.get_active_memory()
         self.length, self._reading = 0, 0.0  # tokens, seconds
         self._text = _Text(tokenizer, seed)
-        self._context = Context(model)
+        self._context = Context(model, every=None)
 
     def row(self, length: int, progress: Progress = lambda what, done, total: None) -> Row:
         """Measure at `length` tokens.
@@ -107,7 +108,7 @@ class Bench:
             raise ValueError(f"[Bench] length must be above {self.length} but is {length}.")
         check_fits(length, self.tokens, self.model.config.model_max_length)
         if not self.length:
-            self._answer(Context(self.model), min(length, WARM_UP), 4)
+            self._answer(Context(self.model, every=None), min(length, WARM_UP), 4)
         before, self.length = self.length, length
 
         mx.reset_peak_memory()
@@ -122,7 +123,7 @@ class Bench:
             progress("generating", repeat * self.tokens, self.repeats * self.tokens)
             # One token more is read, since a prompt needs one that its state has not read.
             runs.append(self._answer(self._context, length + 1, self.tokens))
-        self._rewind()
+            self._rewind()
         steps = self.tokens - 1
         return Row(
             context=length,
@@ -155,7 +156,7 @@ class Bench:
 
     def _rewind(self) -> None:
         """Back to the end of the context, and keep no other state."""
-        self._context.rewind_to_prefix_of(self._text.start(self.length + 1))
+        self._context.rewind_to_prefix_of(self._text.start(self.length))
         del self._context.kept[:-1]
 
 

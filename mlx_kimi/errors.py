@@ -1,4 +1,4 @@
-"""The one exception for what a user can act on."""
+"""The exception for what a user can act on."""
 
 
 class KimiError(Exception):
@@ -7,3 +7,7 @@ class KimiError(Exception):
     def __init__(self, message: str) -> None:
         # Names come from files: no line break or terminal code in them may reach the screen.
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
+
+class ContextFull(KimiError):
+    """A conversation is longer than the model's context."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
 
 from mlx_kimi import cache as caches
-from mlx_kimi.cache import CacheEntry
-from mlx_kimi.errors import KimiError
+from mlx_kimi.context import Context
+from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.sample import Sampler, Sampling
 from mlx_kimi.tokenizer import Tokenizer
@@ -22,7 +21,6 @@ FinishReason = Literal["stop", "length"]
 
 MAX_TOKENS = 2048
 PREFILL_STEP = 2048  # tokens
-KEPT_STATES = 4  # of a context: each holds up to 41 MiB of KDA state in the 48B
 
 
 @dataclass(frozen=True)
@@ -57,62 +55,6 @@ class Chunk:
     token: int
     finish_reason: FinishReason | None  # on the last chunk
     stats: Stats
-
-
-@dataclass
-class Context:
-    """A cache and the tokens it has read, so that a conversation is read only once.
-
-    Before each answer its present state is kept, for the last few answers; a prompt that continues
-    the conversation goes on from the longest part that is still true.
-    """
-
-    model: KimiLinear
-    latent_bits: int | None = None  # of `KimiLinear.make_cache`
-    ids: list[int] = field(default_factory=list)
-    entries: list[CacheEntry] = field(default_factory=list)
-    kept: list[tuple[int, list[CacheEntry]]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.entries = self._empty()
-
-    def _empty(self) -> list[CacheEntry]:
-        return self.model.make_cache(self.latent_bits)
-
-    def keep(self) -> None:
-        """Remember the present state, and forget the oldest of too many."""
-        self.kept.append((len(self.ids), caches.snapshot(self.entries)))
-        del self.kept[:-KEPT_STATES]
-
-    def rewind_to_prefix_of(self, ids: list[int]) -> int:
-        """Go back to the longest known state that `ids` continues; how many tokens it has read.
-
-        At least one token of `ids` is left to read, since its logits are wanted.
-        """
-        shared = min(len(self.ids), len(ids) - 1)
-        shared = next((i for i in range(shared) if self.ids[i] != ids[i]), shared)
-        if shared < len(self.ids):
-            while self.kept and self.kept[-1][0] > shared:
-                self.kept.pop()
-            length, entries = self.kept[-1] if self.kept else (0, self._empty())
-            caches.restore(self.entries, entries)
-            del self.ids[length:]
-        return len(self.ids)
-
-    @contextmanager
-    def whole_step(self) -> Iterator[None]:
-        """Interrupted within, by Ctrl-C or anything else, tokens and cache stay as they were."""
-        count, before = len(self.ids), caches.snapshot(self.entries)
-        try:
-            yield
-        except BaseException:
-            del self.ids[count:]
-            caches.restore(self.entries, before)
-            raise
-
-    def read(self, ids: mx.array) -> mx.array:
-        """Feed ids [1, T]; the last layer's output. The caller adds them to `self.ids`."""
-        return self.model.hidden(ids, self.entries)
 
 
 def generate(model: KimiLinear, tokenizer: Tokenizer, prompt: Prompt, **options: Any) -> str:
@@ -159,11 +101,11 @@ def stream_generate(
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     ids = prompt_ids(model, tokenizer, prompt, tools)
     room = model.config.model_max_length - len(ids)
-    context = context or Context(model, latent_bits)
+    context = context or Context(model, latent_bits, every=None)
     sampler = Sampler(sampling, ids, model.config.vocab_size)
     answer = _Answer(tokenizer, stop, min(max_tokens, room), len(ids), sampler.seed)
 
-    hidden = _prefill(context, ids, prefill_step, progress, answer)
+    hidden, answer.cached_tokens = prefill(context, ids, prefill_step, progress)
     token = sampler(model.logits(hidden[:, -1]))
     mx.async_eval(token, *caches.arrays(context.entries))
     while True:
@@ -178,6 +120,7 @@ def stream_generate(
             number = int(token.item())  # type: ignore[arg-type]
             if following is not None:
                 context.ids.append(number)
+        context.keep_now_and_then()
         chunk = answer.add(number)
         yield chunk
         if chunk.finish_reason or following is None:
@@ -203,7 +146,7 @@ def prompt_ids(
         raise KimiError("the prompt is empty")
     limit, vocab = model.config.model_max_length, model.config.vocab_size
     if len(ids) >= limit:
-        raise KimiError(
+        raise ContextFull(
             f"the prompt has {len(ids):,} tokens but the model's context (model_max_length) "
             f"holds {limit:,}, the answer included"
         )
@@ -213,16 +156,22 @@ def prompt_ids(
     return ids
 
 
-def _prefill(
+def prefill(
     context: Context,
     ids: list[int],
-    step: int,
-    progress: Callable[[int, int], None] | None,
-    answer: _Answer,
-) -> mx.array:
-    """Read what `context` has not read of the prompt; the last layer's output of the last step."""
-    answer.cached_tokens = context.rewind_to_prefix_of(ids)
-    while True:
+    step: int = PREFILL_STEP,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[mx.array, int]:
+    """Read what `context` has not read of the prompt `ids`.
+
+    Returns:
+        The last layer's output for the last token, [1, 1, hidden], and how many tokens had been
+        read before.
+    """
+    last = context.rewind_to_prefix_of(ids)
+    known = len(context.ids)
+    context.keep(last)  # where the turn begins
+    while last is None:
         done = len(context.ids)
         if progress:
             progress(done, len(ids))
@@ -231,9 +180,12 @@ def _prefill(
             hidden = context.read(mx.array([part]))
             context.ids += part
         if len(context.ids) == len(ids):
-            context.keep()
-            return hidden
-        mx.eval(caches.arrays(context.entries))  # the last layer's output is not even computed
+            last = mx.contiguous(hidden[:, -1:])
+            context.keep(last)
+        else:
+            mx.eval(caches.arrays(context.entries))  # the last layer's output is not even computed
+            context.keep_now_and_then()
+    return last, known
 
 
 class _Answer:

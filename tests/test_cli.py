@@ -5,11 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import pexpect
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -210,70 +208,3 @@ def test_check_finds_damaged_weights(talker: Path, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     done = run("check", tmp_path)
     assert done.returncode == 1 and b"NaN or infinity" in done.stdout
-
-
-# -------------------------------------------------------------------------------------------- chat
-def chat(talker: Path, *options: str) -> "pexpect.spawn[str]":
-    arguments = ["-m", "mlx_kimi", "chat", "--model", str(talker), *options]
-    return pexpect.spawn(
-        sys.executable, arguments, env=ENVIRONMENT, encoding="utf-8", timeout=60, echo=False
-    )
-
-
-def test_chat_keeps_what_was_read_between_turns(talker: Path) -> None:
-    terminal = chat(talker, "--max-tokens", "6")
-    terminal.expect("> ")
-    terminal.sendline("first")
-    terminal.expect(r"answer 6 tokens")
-    terminal.expect("> ")
-    terminal.sendline("second")
-    terminal.expect(r"prompt \d+ tokens \(\d+ kept\)")
-    terminal.expect("> ")
-    terminal.sendeof()
-    terminal.expect(pexpect.EOF)
-    assert terminal.wait() == 0
-
-
-def test_ctrl_c_in_chat_stops_the_answer_and_not_the_chat(talker: Path) -> None:
-    terminal = chat(talker, "--max-tokens", "3500")
-    terminal.expect("> ")
-    terminal.sendline("first")
-    time.sleep(1)
-    terminal.sendintr()
-    terminal.expect(r"\[stopped\]")
-    terminal.expect("> ")
-    terminal.sendline("second")
-    time.sleep(1)
-    terminal.sendintr()
-    terminal.expect(r"\[stopped\]")
-    terminal.expect("> ")
-    terminal.sendline("/exit")
-    terminal.expect(pexpect.EOF)
-    assert terminal.wait() == 0
-
-
-def test_ctrl_c_at_the_prompt_does_not_end_the_chat_at_once(talker: Path) -> None:
-    terminal = chat(talker, "--max-tokens", "4")
-    terminal.expect("> ")
-    terminal.send("half a line")
-    terminal.sendintr()
-    terminal.expect("Ctrl-C again")
-    terminal.expect("> ")
-    terminal.sendline("a whole line")
-    terminal.expect("answer 4 tokens")
-    terminal.expect("> ")
-    terminal.sendintr()
-    terminal.expect("> ")
-    terminal.sendintr()
-    terminal.expect(pexpect.EOF)
-    assert terminal.wait() == 0
-
-
-def test_chat_in_a_pipe_answers_each_line_on_stdout_alone(talker: Path) -> None:
-    options = ("--model", talker, "--max-tokens", "4")
-    done = run("chat", *options, stdin=b"one\n\nbad \xff\ntwo\n")
-    assert done.returncode == 0
-    assert done.stderr.count(b"answer 4 tokens") == 2
-    assert done.stderr.count(b"Error: the message is not UTF-8") == 1
-    alone = run("generate", *options, "-p", "one")
-    assert done.stdout.startswith(alone.stdout)

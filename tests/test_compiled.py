@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -13,9 +14,11 @@ from twins import twins
 from mlx_kimi import cache as caches
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cache import TAIL, CacheEntry
+from mlx_kimi.context import Context
 from mlx_kimi.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, is_traced, use_backend
 from mlx_kimi.model import KimiLinear
+from mlx_kimi.states import restore_states, write_state
 
 # Float32, added in another order: MLX joins operations in a compiled graph, and the kernels' twins
 # divide attention otherwise than the ops form.
@@ -97,6 +100,24 @@ def test_a_snapshot_is_where_it_was(pocket: KimiLinear, launched: list[str]) -> 
     first = one_by_one(pocket, tokens, cache)
     caches.restore(cache, saved)
     assert np.array_equal(one_by_one(pocket, tokens, cache), first)
+
+
+def test_a_state_on_disk_holds_no_spare_rows(
+    pocket: KimiLinear, launched: list[str], tmp_path: Path
+) -> None:
+    context = Context(pocket)
+    with use_backend(None):
+        context.read(ids(1, TAIL + 9))
+    for t in range(5):
+        context.read(ids(1, 5)[:, t : t + 1])
+    context.ids = ids(1, TAIL + 9)[0].tolist() + ids(1, 5)[0].tolist()
+    stored = write_state(tmp_path, context, 0)
+    again = Context(pocket)
+    restore_states(again, tmp_path, [stored])
+    assert again.ids == context.ids
+    tokens = ids(1, 3)
+    expected = one_by_one(pocket, tokens, context.entries)
+    assert_close("logits", one_by_one(pocket, tokens, again.entries), expected, SAME)
 
 
 def test_a_step_goes_on_from_many_tokens_and_they_from_a_step(

@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> KimiLinear:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names of our kernels as they are launched, and rms_norm: one launch on a GPU, many on a CPU."""
+    """Names of our kernels as they are launched, and rms_norm: one launch on a GPU."""
     names: list[str] = []
 
     def result(name: str, inputs: Any, shapes: Any, dtypes: Any) -> list[mx.array]:

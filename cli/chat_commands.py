@@ -1,0 +1,193 @@
+"""The commands of a chat. An argument is what stands behind the command's name."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlx_kimi import cache as caches
+from mlx_kimi.cli import chat_settings, show
+from mlx_kimi.cli.chat_clipboard import copy
+from mlx_kimi.cli.chat_file import file_message
+from mlx_kimi.errors import KimiError
+
+if TYPE_CHECKING:
+    from mlx_kimi.cli.chat_loop import Loop
+
+COMMAND = re.compile(r"/[a-zA-Z]*(?=\s|$)")  # /etc/hosts is none
+OPENING = 40  # characters of a message that stand for it
+
+
+@dataclass(frozen=True)
+class Command:
+    """`run` gets the argument. `takes` and `does` are for /help."""
+
+    run: Callable[[Loop, str], None]
+    takes: str
+    does: str
+
+
+def is_command(text: str) -> bool:
+    """Whether a message is for the program; one that begins with a space never is."""
+    return COMMAND.match(text) is not None
+
+
+def run_command(loop: Loop, text: str) -> None:
+    """Do what a command says.
+
+    Raises:
+        KimiError: there is no such command, or it cannot be done.
+    """
+    name = text[1:].split(maxsplit=1)[0] if text[1:].strip() else ""
+    argument = text[1 + len(name) :].strip()
+    if name not in COMMANDS:
+        nearest = get_close_matches(name, COMMANDS, n=1)
+        guess = f"did you mean /{nearest[0]}? " if nearest else ""
+        raise KimiError(
+            f"there is no command /{name}: {guess}/help lists them all, and a message that begins "
+            f"so is sent with a space before it"
+        )
+    COMMANDS[name].run(loop, argument)
+
+
+def show_help(loop: Loop, argument: str) -> None:
+    lines = [f"/{name} {c.takes}".ljust(24) + c.does for name, c in COMMANDS.items()]
+    loop.screen.note("\n".join(lines))
+
+
+def system(loop: Loop, argument: str) -> None:
+    if not argument:
+        loop.screen.note(loop.chat.conversation.system or "there is no system message")
+        return
+    loop.chat.set_system(None if argument == "-" else argument)
+    loop.screen.note("the conversation opens anew: it is read again with the next message")
+
+
+def undo(loop: Loop, argument: str) -> None:
+    loop.screen.note(f"taken back: {opening(loop.chat.undo())}")
+
+
+def retry(loop: Loop, argument: str) -> None:
+    loop.chat.retry()
+    loop.respond()
+
+
+def edit(loop: Loop, argument: str) -> None:
+    digits, _, rest = argument.partition(" ")
+    turns = loop.chat.conversation.turns
+    number, text = (int(digits), rest) if digits.isdecimal() else (len(turns), argument)
+    before = loop.chat.conversation.turn(number).text
+    new = text or loop.input.read(before)
+    if new is None or not new.strip() or new == before:
+        loop.screen.note("nothing is changed")
+        return
+    loop.chat.edit(number, new)
+    loop.respond()
+
+
+def reset(loop: Loop, argument: str) -> None:
+    kept = loop.chat.session
+    loop.chat.reset()
+    stays = f"; the last one stays as {kept.name}" if kept else ""
+    loop.screen.note(f"a new conversation{stays}")
+
+
+def save(loop: Loop, argument: str) -> None:
+    if argument:
+        loop.chat.save_as(argument)
+    elif loop.chat.session is None:
+        raise KimiError("/save needs a name: nothing is kept of a chat in a pipe without one")
+    else:
+        loop.chat.save()
+    if loop.chat.session and not loop.chat.unsaved:
+        loop.screen.note(f"saved as {loop.chat.session.name}")
+
+
+def load(loop: Loop, argument: str) -> None:
+    if not argument:
+        raise KimiError("/load needs the name of a session; /sessions lists them")
+    loop.resume(argument)
+
+
+def sessions(loop: Loop, argument: str) -> None:
+    listed = loop.chat.sessions.list()
+    lines = [
+        f"{one.name:<20} {time.strftime('%d %b %H:%M', time.localtime(one.changed))}  "
+        f"{one.turns:>3} turns {one.tokens:>9,} tokens  {opening(one.opening)}"
+        for one in listed
+    ]
+    loop.screen.note("\n".join(lines) or "there are no sessions yet")
+
+
+def stats(loop: Loop, argument: str) -> None:
+    chat, last = loop.chat, loop.stats
+    context = chat.context
+    cache = sum(array.nbytes for array in caches.arrays(context.entries))
+    lines = [
+        f"context    {loop.used()}",
+        f"state      {show.size(cache)}, and {len(context.kept)} snapshots to go back to: "
+        f"{show.size(context.snapshot_bytes)} of at most {show.size(context.memory)}",
+        f"memory     {show.size(mx.get_active_memory())} now, "
+        f"{show.size(mx.get_peak_memory())} at most",
+        f"session    {chat.session.name if chat.session else 'not kept'}",
+    ]
+    if last:
+        parts = show.speeds(last).split(" | ")
+        lines += [f"{'last' if part is parts[0] else '':<10} {part}" for part in parts]
+    loop.screen.note("\n".join(lines))
+
+
+def set_option(loop: Loop, argument: str) -> None:
+    name, _, value = argument.partition(" ")
+    if name == chat_settings.MARKDOWN:
+        loop.set_markdown(value.strip())
+    elif name:
+        loop.chat.options = chat_settings.changed(loop.chat.options, name, value.strip())
+    loop.screen.note(chat_settings.shown(loop.chat.options))
+
+
+def file(loop: Loop, argument: str) -> None:
+    text = file_message(argument)
+    loop.attached.append(text)
+    loop.screen.note(f"{len(text):,} characters go with the next message")
+
+
+def copy_answer(loop: Loop, argument: str) -> None:
+    turns = loop.chat.conversation.turns
+    if not turns or not turns[-1].answer:
+        raise KimiError("there is no answer to copy")
+    loop.screen.note(f"the last answer is {copy(turns[-1].answer)}")
+
+
+def leave(loop: Loop, argument: str) -> None:
+    loop.is_over = True
+
+
+COMMANDS = {
+    "help": Command(show_help, "", "this list"),
+    "system": Command(system, "[TEXT|-]", "show, set or remove the system message"),
+    "undo": Command(undo, "", "take back the last message and its answer"),
+    "retry": Command(retry, "", "answer the last message again, with another seed"),
+    "edit": Command(edit, "[N] [TEXT]", "change message N, or the last, and go on from there"),
+    "reset": Command(reset, "", "begin a new conversation; this one stays saved"),
+    "save": Command(save, "[NAME]", "keep the conversation under a name"),
+    "load": Command(load, "NAME", "go on with a saved conversation"),
+    "sessions": Command(sessions, "", "list what is saved"),
+    "stats": Command(stats, "", "context, memory and speeds"),
+    "set": Command(set_option, "[NAME VALUE]", "show or change sampling, max_tokens, markdown"),
+    "file": Command(file, "PATH", "put a file into the next message"),
+    "copy": Command(copy_answer, "", "copy the last answer to the clipboard"),
+    "exit": Command(leave, "", "leave, as Ctrl-D does"),
+}
+
+
+def opening(text: str) -> str:
+    """The beginning of a message, on one line."""
+    line = " ".join(text[: 4 * OPENING].split())
+    return line if len(line) <= OPENING else line[:OPENING] + "…"

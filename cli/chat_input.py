@@ -1,0 +1,119 @@
+"""Where a chat's messages come from: a line editor on a terminal, lines of a pipe elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Protocol
+
+import click
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import Completer
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
+from prompt_toolkit.formatted_text import FormattedText
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.styles import Style
+
+STYLE = Style.from_dict(  # the terminal's own colours, for dark and light ones
+    {
+        "prompt": "bold ansigreen",
+        "bottom-toolbar": "noreverse ansibrightblack",
+        "completion-menu": "bg:default",
+        "completion-menu.completion": "bg:default fg:default",
+        "completion-menu.completion.current": "noreverse bold ansigreen bg:default",
+        "completion-menu.meta.completion": "bg:default ansibrightblack",
+        "completion-menu.meta.completion.current": "bg:default fg:default",
+        "scrollbar.background": "bg:default",
+        "scrollbar.button": "bg:default",
+    }
+)
+PROMPT = FormattedText([("", "\n"), ("class:prompt", "> ")])  # apart from what stands above
+LEAVING = "(Ctrl-C again, Ctrl-D or /exit ends the chat)"
+
+
+class Input(Protocol):
+    """Messages, one after another."""
+
+    def read(self, text: str = "") -> str | None:
+        """The next message; `text` stands there to be changed. None: the chat ends."""
+
+    def consents(self, question: str) -> bool:
+        """Whether the user allows something; KeyboardInterrupt if they rather stop it all."""
+
+
+class PipedLines:
+    """A message a line. Nobody is there to consent."""
+
+    def __init__(self) -> None:
+        if isinstance(sys.stdin, TextIOWrapper):  # what is not UTF-8 is refused by the message
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+    def read(self, text: str = "") -> str | None:
+        try:
+            return input()
+        except (EOFError, KeyboardInterrupt):
+            return None
+
+    def consents(self, question: str) -> bool:
+        click.echo(f"{question} no: nobody can be asked", err=True)
+        return False
+
+
+class LineEditor:
+    """Keys as in a shell. Enter sends, Alt-Enter or Ctrl-J breaks the line, a paste is one text."""
+
+    def __init__(self, history: Path, completer: Completer, status: Callable[[], str]) -> None:
+        history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        history.touch(mode=0o600)
+        self._session: PromptSession[str] = PromptSession(
+            history=FileHistory(history),
+            completer=completer,
+            key_bindings=_keys(),
+            multiline=True,
+            prompt_continuation=lambda width, number, is_soft: " " * width,
+            bottom_toolbar=lambda: status(),
+            style=STYLE,
+            enable_open_in_editor=True,
+            reserve_space_for_menu=4,
+        )
+
+    def read(self, text: str = "") -> str | None:
+        for _ in range(2):
+            try:
+                return self._session.prompt(PROMPT, default=text)
+            except EOFError:
+                return None
+            except KeyboardInterrupt:
+                if not self._was_empty():
+                    return ""  # the line is dropped; the next Ctrl-C is a first one
+                click.echo(LEAVING, err=True)
+                text = ""
+        return None
+
+    def consents(self, question: str) -> bool:
+        try:
+            return click.confirm(question, default=False)
+        except click.Abort:  # Ctrl-C or Ctrl-D
+            raise KeyboardInterrupt from None
+
+    def _was_empty(self) -> bool:
+        return not self._session.default_buffer.text
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter", filter=has_focus(DEFAULT_BUFFER))  # elsewhere it ends a search
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys

@@ -1,0 +1,172 @@
+"""The conversation's loop: read a message or a command, answer it, until the user leaves."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_kimi.calls import Call
+from mlx_kimi.chat import Chat
+from mlx_kimi.cli import show
+from mlx_kimi.cli.chat_commands import is_command, opening, run_command
+from mlx_kimi.cli.chat_input import Input
+from mlx_kimi.cli.chat_screen import Screen, TerminalScreen
+from mlx_kimi.cli.options import check_utf8
+from mlx_kimi.errors import ContextFull, KimiError
+from mlx_kimi.generate import Stats
+
+ROUNDS = 8  # answers in a row that may call tools, before the user is asked to go on
+DENIED = "The user did not allow this call."
+NO_TOOLS = "error: there are no tools here"
+STOPPED = "The user stopped this call."
+RESULT_SHOWN = 200  # characters
+FULL = (
+    "/undo takes back the last message, /edit N shortens message N, /reset begins anew; "
+    "what was said stays saved"
+)
+
+
+class Loop:
+    """What commands act on.
+
+    Attributes:
+        attached: texts that go with the next message.
+        stats: of the last answer.
+    """
+
+    def __init__(self, chat: Chat, screen: Screen, input: Input) -> None:
+        self.chat, self.screen, self.input = chat, screen, input
+        self.attached: list[str] = []
+        self.stats: Stats | None = None
+        self.is_over = False
+
+    def run(self) -> None:
+        """Talk until the user leaves."""
+        while not self.is_over and (text := self.input.read()) is not None:
+            try:
+                self._handle(text)
+            except KimiError as error:
+                self.screen.error(str(error))
+                if isinstance(error, ContextFull):
+                    self.screen.note(FULL)
+            except KeyboardInterrupt:
+                self.screen.note("[stopped]")
+            if self.chat.unsaved:
+                self.screen.error(self.chat.unsaved)
+
+    def resume(self, name: str) -> None:
+        """Go on with a session, and show how it ended."""
+        notes = self.chat.load(name)
+        conversation = self.chat.conversation
+        assert self.chat.session
+        self.screen.note(
+            f"{self.chat.session.name}: {len(conversation.turns)} turns, {self.used()}"
+        )
+        for note in notes:
+            self.screen.note(note)
+        for turn in conversation.turns[-1:]:
+            self.screen.note(f"> {opening(turn.text)}")
+            self.screen.said(turn.answer)
+        if conversation.is_unanswered:
+            self.screen.note(
+                "this has no answer yet: /retry answers it, and a message goes on with it"
+            )
+
+    def respond(self) -> None:
+        """Let the model answer, call tools, and answer again."""
+        for _ in range(ROUNDS):
+            self._answer()
+            if not self.chat.pending:
+                return
+            try:
+                for call in list(self.chat.pending):
+                    self.chat.tool_result(call, self._result(call))
+            except KeyboardInterrupt:
+                for call in list(self.chat.pending):  # each call has a result, come what may
+                    self.chat.tool_result(call, STOPPED)
+                raise
+            finally:
+                self.chat.save()
+        self.screen.note(f"[stopped after {ROUNDS} rounds of calls; a message goes on]")
+
+    def used(self) -> str:
+        """How much of the context is used, in words."""
+        limit = self.chat.model.config.model_max_length
+        return _share(self.chat.conversation.tokens, limit)
+
+    def set_markdown(self, value: str) -> None:
+        """Turn formatting on or off."""
+        if value not in ("on", "off"):
+            raise KimiError(f"markdown must be on or off but is {value!r}")
+        if isinstance(self.screen, TerminalScreen):
+            self.screen.markdown = value == "on"
+
+    def _handle(self, text: str) -> None:
+        check_utf8("the message", text)
+        if is_command(text):
+            run_command(self, text)
+        elif text.strip():
+            self.chat.say("\n\n".join([*self.attached, text]))
+            self.attached = []
+            self.respond()
+
+    def _answer(self) -> None:
+        turns = len(self.chat.conversation.turns)
+        try:
+            self.stats = self.screen.answer(self.chat.answer) or self.stats
+        except KeyboardInterrupt:
+            if len(self.chat.conversation.turns) < turns:
+                self.screen.note("[stopped before the answer: the message is taken back]")
+            else:
+                self.screen.note("[stopped]")
+            self.chat.pending = []
+            return
+        self._explain_end()
+
+    def _explain_end(self) -> None:
+        """Say why an answer ended before its end."""
+        chat, stats = self.chat, self.stats
+        limit = chat.options["max_tokens"]
+        if chat.cut:
+            self.screen.note(f"[a call of {chat.cut} was cut off: it is left out]")
+        if stats is None or chat.ended != "length":
+            return
+        if stats.prompt_tokens + stats.generated_tokens >= chat.model.config.model_max_length:
+            self.screen.note(f"[the context is full, {self.used()}: {FULL}]")
+        else:
+            self.screen.note(f"[cut after {limit} tokens; /set max_tokens N allows more]")
+
+    def _result(self, call: Call) -> str:
+        """Ask the user, and run the function if it is allowed."""
+        if self.chat.toolbox is None:
+            return NO_TOOLS
+        shown = show.printable(f"{call.name}({call.arguments})")
+        if not self.input.consents(f"Allow {shown}?"):
+            return DENIED
+        result = self.chat.toolbox.run(call)
+        short = result if len(result) <= RESULT_SHOWN else f"{result[:RESULT_SHOWN]}…"
+        self.screen.note(f"{call.name} -> {short}")
+        return result
+
+
+def _share(tokens: int, limit: int) -> str:
+    return f"{tokens:,} of {limit:,} tokens ({tokens / limit:.0%})"
+
+
+def toolbar(loop: Loop) -> str:
+    """The line below the prompt."""
+    parts = [loop.used()]
+    if loop.stats:
+        parts.append(f"{loop.stats.generation_speed:.1f} tok/s")
+    parts.append(f"{show.size(mx.get_active_memory())} memory")
+    parts.append(f"{show.size(loop.chat.context.snapshot_bytes)} snapshots")
+    if loop.attached:
+        parts.append(f"{len(loop.attached)} files attached")
+    return " · ".join(parts)
+
+
+def status(chat: Chat, stats: Stats) -> str:
+    """The line below an answer that is being written."""
+    limit = chat.model.config.model_max_length
+    used = _share(stats.prompt_tokens + stats.generated_tokens, limit)
+    memory = show.size(mx.get_active_memory())
+    return f"{stats.generation_speed:.1f} tok/s · {used} · {memory} memory · Ctrl-C stops"

@@ -1,0 +1,63 @@
+"""Markdown that arrives in pieces: blocks that are final, and one that still grows."""
+
+from __future__ import annotations
+
+from markdown_it import MarkdownIt
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Markdown
+from rich.segment import Segment
+
+
+class Blocks:
+    """Splits a growing text at its top-level blocks: paragraphs, lists, tables, code.
+
+    Attributes:
+        pending: what may still change its meaning: the last block.
+    """
+
+    def __init__(self) -> None:
+        self.pending = ""
+        self._parser = MarkdownIt().enable("table")
+
+    def add(self, text: str) -> list[str]:
+        """Take more text; the blocks that have become final."""
+        self.pending += text
+        if "\n" not in text:
+            return []
+        # The last line may be half a marker. A block is final once the next has begun before it.
+        whole = self.pending[: self.pending.rindex("\n") + 1]
+        tokens = self._parser.parse(whole)
+        starts = [t.map[0] for t in tokens if t.level == 0 and t.map and t.nesting >= 0]
+        lines = self.pending.split("\n")
+        final = ["\n".join(lines[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+        if final:
+            self.pending = "\n".join(lines[starts[-1] :])
+        return final
+
+
+class Block:
+    """A block as it is printed, or its last lines while it grows beyond the screen.
+
+    Lines end where their text does: a terminal that is made narrower would wrap padding. Links show
+    where they lead, and are no escape codes.
+    """
+
+    def __init__(self, text: str, height: int | None = None) -> None:
+        self._markdown = Markdown(text, hyperlinks=False, code_theme="ansi_dark")
+        self._height = height
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._markdown, options.update(height=None), pad=False)
+        for line in lines if self._height is None else lines[-self._height :]:
+            yield from _without_padding(line)
+            yield Segment.line()
+
+
+def _without_padding(line: list[Segment]) -> list[Segment]:
+    kept = list(line)
+    while kept and not kept[-1].text.strip():
+        kept.pop()
+    if kept:
+        text, style, control = kept[-1]
+        kept[-1] = Segment(text.rstrip(), style, control)
+    return kept

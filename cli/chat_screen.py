@@ -1,0 +1,219 @@
+"""What a chat shows: on a terminal, streamed markdown above a status line; in a pipe, the text."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from mlx_kimi.cli import show
+from mlx_kimi.cli.chat_markdown import Block, Blocks
+from mlx_kimi.generate import Chunk, Stats
+
+REDRAW_SECONDS = 0.05  # at least, between two drawings of the block that grows
+REDRAW_SHARE = 5  # times what a drawing takes passes before the next: long blocks take longer
+ROWS_LEFT = 5  # of the screen, beside the block that grows
+
+QUIET = "bright_black"  # what is no answer
+
+Progress = Callable[[int, int], None]
+
+
+class Screen(Protocol):
+    """Where answers and everything else go."""
+
+    def answer(self, stream: Callable[[Progress], Iterable[Chunk]]) -> Stats | None:
+        """Show an answer as it comes; its counts, or None where there is no token.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, once what was said is shown whole.
+        """
+
+    def said(self, text: str) -> None:
+        """Show an answer of an earlier time."""
+
+    def note(self, text: str) -> None:
+        """Say something that is no answer."""
+
+    def error(self, text: str) -> None:
+        """Say what is wrong."""
+
+
+class PlainScreen:
+    """stdout is the answers, one after another; stderr is everything else."""
+
+    def answer(self, stream: Callable[[Progress], Iterable[Chunk]]) -> Stats | None:
+        stats = None
+        try:
+            for chunk in stream(lambda done, total: None):
+                show.answer(chunk.text)
+                stats = chunk.stats
+        finally:
+            if stats:
+                click.echo()
+                click.echo(show.speeds(stats), err=True)
+        return stats
+
+    def said(self, text: str) -> None:
+        """Scripts get new answers alone."""
+
+    def note(self, text: str) -> None:
+        click.echo(show.printable(text), err=True)
+
+    def error(self, text: str) -> None:
+        click.echo(f"Error: {show.printable(text)}", err=True)
+
+
+class TerminalScreen:
+    """Blocks of markdown are printed once they are final; only the last one is drawn again.
+
+    Attributes:
+        markdown: off prints the text as it comes.
+        status: the line below an answer that is being written.
+    """
+
+    def __init__(self, status: Callable[[Stats], str], markdown: bool = True) -> None:
+        self.console, self.markdown, self.status = Console(), markdown, status
+
+    def answer(self, stream: Callable[[Progress], Iterable[Chunk]]) -> Stats | None:
+        with _no_echo():
+            return (self._formatted if self.markdown else self._as_it_comes)(stream)
+
+    def said(self, text: str) -> None:
+        text = show.printable(text)
+        with _whole():
+            self.console.print(Block(text) if self.markdown else Text(text))
+
+    def note(self, text: str) -> None:
+        with _whole():
+            self.console.print(Text(show.printable(text)), style=QUIET, soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        text = f"Error: {show.printable(text)}"
+        Console(stderr=True).print(Text(text), style="red", soft_wrap=True)
+
+    def _formatted(self, stream: Callable[[Progress], Iterable[Chunk]]) -> Stats | None:
+        answer = _GrowingAnswer(self.console, self.status)
+        try:
+            answer.start()
+            for chunk in stream(answer.reading):
+                answer.add(chunk)
+        finally:
+            answer.stop()
+        return answer.stats
+
+    def _as_it_comes(self, stream: Callable[[Progress], Iterable[Chunk]]) -> Stats | None:
+        stats = None
+        try:
+            with show.prefill_progress() as progress:
+                for chunk in stream(progress):
+                    show.answer(chunk.text)
+                    stats = chunk.stats
+        finally:
+            if stats:
+                click.echo()
+        return stats
+
+
+class _GrowingAnswer:
+    """An answer being written: final blocks above, the last block and a status line below."""
+
+    def __init__(self, console: Console, status: Callable[[Stats], str]) -> None:
+        self.stats: Stats | None = None
+        self._console, self._status = console, status
+        self._blocks, self._has_blocks, self._below = Blocks(), False, ""
+        self._next_drawing = 0.0  # seconds, by the monotonic clock
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+
+    def start(self) -> None:
+        """Begin below what is on the screen."""
+        with _whole():
+            self._console.print()
+            self._live.start()
+
+    def stop(self) -> None:
+        """Print what still grew, and leave no status line."""
+        with self._at_once():
+            if self._live.is_started:
+                self._live.update("", refresh=True)
+                self._live.stop()
+            if self._blocks.pending.strip():
+                self._print(self._blocks.pending)
+
+    def reading(self, done: int, total: int) -> None:
+        """Say how much of the prompt is read."""
+        self._below = f"reading {done:,} of {total:,} tokens"
+        self._draw()
+
+    def add(self, chunk: Chunk) -> None:
+        first, self.stats = self.stats is None, chunk.stats
+        self._below = self._status(chunk.stats)
+        if final := self._blocks.add(show.printable(chunk.text)):
+            with self._at_once():
+                for block in final:
+                    self._print(block)
+        if first or time.monotonic() >= self._next_drawing:
+            self._draw()
+
+    def _print(self, block: str) -> None:
+        if self._has_blocks:
+            self._console.print()
+        self._console.print(Block(block))
+        self._has_blocks = True
+
+    def _draw(self) -> None:
+        began = time.monotonic()
+        parts: list[RenderableType] = []
+        if self._blocks.pending.strip():
+            height = max(1, self._console.height - ROWS_LEFT)
+            parts += [*([""] if self._has_blocks else []), Block(self._blocks.pending, height), ""]
+        status = Text(self._below, style=QUIET, no_wrap=True, overflow="ellipsis")
+        with self._at_once():
+            self._live.update(Group(*parts, status), refresh=True)
+        now = time.monotonic()
+        self._next_drawing = now + max(REDRAW_SECONDS, REDRAW_SHARE * (now - began))
+
+    @contextmanager
+    def _at_once(self) -> Iterator[None]:
+        """Terminals that know synchronized updates show no state in between."""
+        with _whole():
+            self._console.file.write("\x1b[?2026h")
+            yield
+            self._console.file.write("\x1b[?2026l")
+            self._console.file.flush()
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C waits for the end: a console that was left within printing would print no more."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _no_echo() -> Iterator[None]:
+    """What is typed during an answer waits for the next prompt, unseen."""
+    handle = sys.stdin.fileno()
+    before = termios.tcgetattr(handle)
+    quiet = list(before)
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(handle, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(handle, termios.TCSANOW, before)

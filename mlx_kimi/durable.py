@@ -1,0 +1,48 @@
+"""Files that are whole or absent, whenever the power goes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+# On macOS fsync hands the data to the drive, which may still lose it with the power.
+FULL_SYNC = getattr(fcntl, "F_FULLFSYNC", None)
+BLOCK = 1 << 22  # bytes read at once
+
+
+def write_durably(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file beside `path`, sync it, and give it its name.
+
+    The file made is private: conversations are nobody else's business.
+    """
+    made = path.with_name(f".{path.stem}.new{path.suffix}")
+    try:
+        write(made)
+        made.chmod(0o600)
+        _sync(made)
+        os.replace(made, path)
+    finally:
+        made.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file. It finds damage, not forgery."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+        if FULL_SYNC is not None and path.is_file():
+            fcntl.fcntl(handle, FULL_SYNC)
+    finally:
+        os.close(handle)

@@ -1,0 +1,54 @@
+"""A long prompt read once, for many questions: a session whose last message is not finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_kimi.context import Context, common_prefix
+from mlx_kimi.conversation import Conversation
+from mlx_kimi.errors import KimiError
+from mlx_kimi.generate import PREFILL_STEP, prefill, prompt_ids
+from mlx_kimi.model import KimiLinear
+from mlx_kimi.session import Session, text_file
+from mlx_kimi.tokenizer import Tokenizer
+
+
+def write_prompt_cache(
+    folder: Path,
+    model: KimiLinear,
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    identity: Mapping[str, Any],
+    *,
+    latent_bits: int | None = None,
+    prefill_step: int = PREFILL_STEP,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Read a conversation whose last message has no answer, and store it; the tokens read.
+
+    Raises:
+        KimiError: `folder` holds a conversation already, or this one is longer than the context.
+    """
+    if text_file(folder):
+        raise KimiError(f"{folder}: there is a saved conversation or prompt cache already")
+    ids = _before_any_question(model, tokenizer, conversation)
+    context = Context(model, latent_bits, every=None)
+    prefill(context, ids, prefill_step, progress)
+    session = Session(folder, identity)
+    session.save(conversation, context)
+    session.close()
+    return len(ids)
+
+
+def _before_any_question(
+    model: KimiLinear, tokenizer: Tokenizer, conversation: Conversation
+) -> list[int]:
+    """The tokens that the prompt begins with, whatever is asked after it."""
+    prompts = []
+    for question in ("a", "1"):
+        asked = Conversation(conversation.system, list(conversation.turns))
+        asked.say(question)
+        prompts.append(prompt_ids(model, tokenizer, asked.messages))
+    return prompts[0][: common_prefix(*prompts)]

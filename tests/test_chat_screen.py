@@ -1,0 +1,183 @@
+"""Markdown that streams: the same as at once, nothing above rewritten, nothing raw."""
+
+import io
+import os
+import signal
+import time
+from collections.abc import Iterator
+from random import Random
+
+import pyte
+import pytest
+from rich.console import Console
+
+from mlx_kimi.cli import show
+from mlx_kimi.cli.chat_markdown import Block, Blocks
+from mlx_kimi.cli.chat_screen import TerminalScreen, _GrowingAnswer, _whole
+from mlx_kimi.generate import Chunk, Stats
+
+TEXT = """\
+# A heading
+
+A paragraph with **bold** and `code`, long enough that it has to be wrapped at any width.
+Its second line.
+
+1. one
+2. two
+
+   still two
+- a
+- b
+
+```python
+def add(a, b):
+
+    return a + b
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+> a quote
+
+The end"""
+
+STATS = Stats(10, 0, 5, 0.1, 1.0, 0.0, 0, 1)
+
+
+def pieces(text: str, rng: Random) -> Iterator[str]:
+    while text:
+        size = rng.randint(1, 7)
+        yield text[:size]
+        text = text[size:]
+
+
+def split(text: str, rng: Random) -> list[str]:
+    blocks = Blocks()
+    final = [block for piece in pieces(text, rng) for block in blocks.add(piece)]
+    return [*final, blocks.pending]
+
+
+def test_blocks_do_not_depend_on_how_the_text_arrives() -> None:
+    first = split(TEXT, Random(0))
+    assert len(first) == 7, "what has no line break yet belongs to the last"
+    assert "".join(first).replace("\n", "") == TEXT.replace("\n", "")
+    assert all(split(TEXT, Random(seed)) == first for seed in range(1, 40))
+
+
+def test_blocks_of_random_markdown_lose_no_character() -> None:
+    rng = Random(1)
+    lines = [
+        "- x",
+        "  - y",
+        "1. z",
+        "",
+        "",
+        "```",
+        "text *a*",
+        "# h",
+        "| a |",
+        "|---|",
+        "> q",
+        "---",
+    ]
+    for _ in range(300):
+        text = "\n".join(rng.choices(lines, k=rng.randint(1, 15)))
+        joined = "\n".join(split(text, rng))
+        assert [x for x in joined.split("\n") if x] == [x for x in text.split("\n") if x]
+
+
+def rendered(blocks: list[str], width: int) -> list[str]:
+    """What the blocks look like when they are printed at once."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    for number, block in enumerate(blocks):
+        if number:
+            console.print()
+        console.print(Block(block))
+    return [line.rstrip() for line in console.file.getvalue().split("\n")]
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(40, 10), (80, 24), (120, 5)])
+def test_what_scrolled_away_is_printed_once_and_never_again(columns: int, rows: int) -> None:
+    """The screen is read after every piece: a line that scrolled away never changes."""
+    text = "\n\n".join([TEXT, "word " * 400, TEXT])
+    screen = pyte.HistoryScreen(columns, rows, history=10_000)
+    screen.set_mode(pyte.modes.LNM)
+    stream = pyte.Stream(screen)
+    console = Console(
+        file=io.StringIO(), force_terminal=True, width=columns, height=rows, color_system=None
+    )
+    answer = _GrowingAnswer(console, lambda stats: "the status line")
+    above: list[str] = []
+
+    def look() -> list[str]:
+        stream.feed(console.file.getvalue())
+        console.file.seek(0)
+        console.file.truncate()
+        now = [
+            "".join(line[x].data for x in range(columns)).rstrip() for line in screen.history.top
+        ]
+        assert now[: len(above)] == above
+        return now
+
+    answer.start()
+    for piece in pieces(text, Random(3)):
+        answer._next_drawing = 0  # draw every piece
+        answer.add(Chunk(piece, 0, None, STATS))
+        above = look()
+    answer.stop()
+    above = look()
+    shown = [*above, *(line.rstrip() for line in screen.display)]
+    expected = rendered(split(text, Random(0)), columns)
+    while shown and not shown[-1]:
+        shown.pop()
+    while expected and not expected[-1]:
+        expected.pop()
+    assert shown[1:] == expected
+    assert "the status line" not in "\n".join(shown)
+
+
+def test_ctrl_c_never_falls_into_a_drawing() -> None:
+    """Interrupted within, rich's console would hold back all that it prints from then on."""
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        with _whole():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            kept.append("drawn to its end")
+    assert kept and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_lines_have_no_padding_that_a_narrower_terminal_would_wrap() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    console.print(Block(TEXT))
+    lines = console.file.getvalue().split("\n")
+    assert max(map(len, lines)) > 60 and all(line == line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize("formatted", [True, False])
+def test_escape_codes_of_an_answer_are_not_the_terminals(formatted, capfd, monkeypatch) -> None:
+    """A link, a title and a colour: as the model writes them, and in markdown's own link."""
+    text = "\x1b]0;title\x07\x1b[31mred\x9b0m \u202e [x](http://a\x1b]8;;b) \x08\x08"
+    text += " e\u0301 👩\u200d👧"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    screen = TerminalScreen(lambda stats: "")
+    screen.console = Console(force_terminal=True, color_system=None, width=80)
+    for code in ("\x1b", "\x07", "\x9b", "\u202e", "\x08"):
+        assert code not in show.printable(text)
+    assert "e\u0301 👩\u200d👧" in show.printable(text), "accents and joined emoji stay"
+    chunks = [Chunk(c, 0, None, STATS) for c in text]
+    if formatted:
+        screen._formatted(lambda progress: chunks)
+    else:
+        for chunk in chunks:
+            show.answer(chunk.text)
+    written = capfd.readouterr().out
+    for code in ("\x1b]", "\x1b[31m", "\x07", "\x9b", "\u202e", "\x08"):
+        assert code not in written
+    assert "red" in written
+
+
+def test_a_message_keeps_its_line_breaks_and_tabs() -> None:
+    assert show.printable("a\n\tb\u00a0c\u3000d") == "a\n\tb\u00a0c\u3000d"

@@ -1,0 +1,89 @@
+"""Prompts read once: `mlx_kimi cache`, `generate --prompt-cache`, and sessions in their place."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_kimi.session import Session
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
+NOTES = "The password of the blue door is 4821. " * 12
+
+
+def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_kimi", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+    )
+
+
+def asked(talker: Path, *arguments: str | Path) -> dict:
+    done = run("generate", "--model", talker, "--max-tokens", "8", "--json", *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_cached_prompt_is_not_read_again_and_changes_no_answer(talker, tmp_path) -> None:
+    file = tmp_path / "notes"
+    done = run("cache", "-", file, "--model", talker, "--system", "be brief", stdin=NOTES)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    for question in ("What is it?", "1 or 2?", "\n再见"):
+        cached = asked(talker, "--prompt-cache", file, "-p", question)
+        whole = f"{NOTES}\n\n{question.lstrip()}"
+        plain = asked(talker, "--system", "be brief", "-p", whole)
+        assert cached["token_ids"] == plain["token_ids"]
+        assert plain["cached_tokens"] == 0
+        assert plain["prompt_tokens"] - cached["cached_tokens"] < 40
+
+
+def test_a_saved_conversation_is_a_prompt_cache_and_the_other_way_round(talker, tmp_path) -> None:
+    options = ("--model", talker, "--max-tokens", "4", "--sessions", tmp_path)
+    assert run("chat", *options, stdin=f"{NOTES}\n/save mine\nand?\n").returncode == 0
+    answer = asked(talker, "--prompt-cache", tmp_path / "mine", "-p", "so?")
+    assert answer["prompt_tokens"] - answer["cached_tokens"] < 60 < answer["cached_tokens"]
+
+    assert run("cache", NOTES, tmp_path / "notes", "--model", talker).returncode == 0
+    done = run("chat", *options, "--resume", f"{tmp_path}/notes", stdin="so?\n")
+    assert "a message goes on with it" in done.stderr and "kept)" in done.stderr
+
+
+def test_another_model_reads_the_prompt_again_and_says_so(talker, tmp_path) -> None:
+    assert run("cache", NOTES, tmp_path / "notes").returncode == 0  # the pocket model
+    options = ("generate", "--model", talker, "--max-tokens", "2", "-p", "x")
+    done = run(*options, "--prompt-cache", tmp_path / "notes")
+    assert done.returncode == 0
+    assert "the text is read again, since the model, its quantization or" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("cache", "", "FILE"), 1, "the prompt is empty"),
+        (("cache", "x", "USED"), 1, "there is a saved conversation or prompt cache already"),
+        (("cache", "x", "FILE", "--latent-bits", "4"), 1, "latent_bits must be 8"),
+        (("cache", "word " * 9000, "FILE"), 1, "tokens but the model's context"),
+        (("generate", "-p", "x", "--prompt-cache", "FILE"), 1, "no saved conversation or prompt"),
+        (("generate", "-p", "x", "--prompt-cache", "USED", "--raw"), 2, "--raw has none"),
+        (("generate", "-p", "x", "--prompt-cache", "USED", "--system", "s"), 2, "its own system"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(talker, tmp_path, arguments, code, said) -> None:
+    from mlx_kimi.conversation import Conversation
+
+    session = Session(tmp_path / "used", {})
+    session.save(Conversation())
+    session.close()
+    places = {"FILE": tmp_path / "file", "USED": tmp_path / "used"}
+    command = [places.get(argument, argument) for argument in arguments]
+    done = run(*command, "--model", talker)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    assert not (tmp_path / "file").exists(), "nothing half-done is left"
