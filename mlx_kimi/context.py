@@ -90,8 +90,8 @@ class Context:
         """Go to the longest known state that `ids` continues, and forget what it contradicts.
 
         Returns:
-            What `read` gave [1, 1, hidden] for the last of them, if all of `ids` has been read, with
-            the present state as it was then. None if at least one token is left to read.
+            If all of `ids` has been read: what `read` gave for the last, [1, 1, hidden], with the
+            present state as it was then. None if at least one token is left to read.
         """
         shared = common_prefix(self.ids, ids)
         if shared == len(self.ids) < len(ids):
