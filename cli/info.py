@@ -4,33 +4,78 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import chain
+from typing import Any
 
 import click
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
+from mlx_kimi.cache import check_latent_bits
+from mlx_kimi.cli import show
 from mlx_kimi.cli.options import model_or_pocket
+from mlx_kimi.errors import KimiError
 from mlx_kimi.hub import local_folder
 from mlx_kimi.kda import KimiDeltaAttention
 from mlx_kimi.layers import MLP
 from mlx_kimi.load import load_model
+from mlx_kimi.memory import Machine, needs
 from mlx_kimi.metal_kernels.kernel import OFF, backend
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.names import tensors
 
+LENGTHS = (4096, 32_768, 131_072)  # tokens of context
 Row = tuple[str, str, str]  # how many tokens, what runs, why
 
 
 @click.command("info")
 @click.argument("model", required=False, metavar="[FOLDER|HUB-ID]")
 @click.option("--kernels", is_flag=True, help="Which kernels run on this machine, and why.")
-def command(model: str | None, kernels: bool) -> None:
-    """Say what a model is made of. Reads headers, no weights.
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="What a context of so many tokens takes.",
+)
+@click.option("--latent-bits", type=int, help="8 packs the latents of that context.")
+def command(model: str | None, kernels: bool, context: int | None, latent_bits: int | None) -> None:
+    """Say what a model is made of, and whether it fits this machine. Reads headers, no weights.
 
     Without MODEL, it is about the pocket model.
     """
+    check_latent_bits(latent_bits)
     network = load_model(local_folder(model_or_pocket(model)), lazy=True)
-    for line in _kernels(network) if kernels else _facts(network):
+    if kernels:
+        lines = _kernels(network)
+    else:
+        lines = chain(_facts(network), _memory(network, context, latent_bits))
+    for line in lines:
         click.echo(line)
+
+
+def _memory(network: KimiLinear, context: int | None, latent_bits: int | None) -> Iterator[str]:
+    config = network.config
+    if context and context > config.model_max_length:
+        raise KimiError(
+            f"--context must be at most model_max_length = {config.model_max_length:,} "
+            f"but is {context:,}"
+        )
+    parameters: list[Any] = tree_flatten(network.parameters())  # type: ignore[assignment]
+    weights = sum(array.nbytes for _, array in parameters)
+    wanted, machine = needs(config, weights, latent_bits), Machine.here()
+    yield (
+        f"memory        {show.size(wanted.weights)} weights, {show.size(wanted.state)} state, "
+        f"{show.size(wanted.latent)} a token of context, about {show.size(wanted.work)} to work"
+    )
+    lengths = [n for n in LENGTHS if n < config.model_max_length] + [config.model_max_length]
+    for length in lengths if context is None else [context]:
+        total = wanted.at(length)
+        fits = "fits" if total <= machine.limit else "does not fit"
+        yield f"  {length:>11,} tokens  {show.size(total):>9}  {fits}"
+    longest = wanted.longest(machine.limit, config.model_max_length)
+    yield f"here          {machine}: " + (
+        f"up to {longest:,} tokens" if longest else "it does not fit; a load says what would"
+    )
 
 
 def _facts(network: KimiLinear) -> Iterator[str]:

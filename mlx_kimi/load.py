@@ -12,6 +12,7 @@ from mlx_kimi.config import ModelConfig, Quantization
 from mlx_kimi.errors import KimiError
 from mlx_kimi.hub import local_folder
 from mlx_kimi.linear import Linear
+from mlx_kimi.memory import refuse_what_does_not_fit, wire
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.names import Join, Tensor, tensors
 from mlx_kimi.tokenizer import Tokenizer, load_tokenizer
@@ -55,13 +56,17 @@ def load_model(
         lazy: read no weight until it is used.
 
     Raises:
-        KimiError: a tensor is missing, unknown, of the wrong shape or dtype.
+        KimiError: a tensor is missing, unknown, of the wrong shape or dtype, or the model does not
+            fit into this machine's memory.
     """
     folder = Path(folder)
     config = ModelConfig.read(folder)
     arrays = _Reader(config, Checkpoint(folder), shard).arrays()
     dtype = compute_dtype(arrays)
     arrays = {name: _in_dtype(name, array, dtype) for name, array in arrays.items()}
+    if not lazy:
+        refuse_what_does_not_fit(folder, config, sum(array.nbytes for array in arrays.values()))
+        wire()
     rank, ranks = shard
     weights = Weights(arrays, config, first_expert=rank * (config.num_experts // ranks))
     model = KimiLinear(config, weights, reduce)

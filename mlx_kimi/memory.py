@@ -1,0 +1,140 @@
+"""What a model needs of memory, what this machine gives, and what to do when that is too little."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import mlx.core as mx
+import psutil
+
+from mlx_kimi.config import ModelConfig
+from mlx_kimi.errors import KimiError
+from mlx_kimi.metal_kernels.attention import GPU_QUERY_BLOCK
+from mlx_kimi.metal_kernels.latents import GROUP, GROUP_WORDS
+from mlx_kimi.mla import LARGEST_BLOCK, SCORES
+from mlx_kimi.names import tensors
+
+STEP = 2048  # tokens of a prefill step, as `generate.PREFILL_STEP`
+ANY_SIZE = "MLX_KIMI_ANY_SIZE"  # set in the environment, models load whether they fit or not
+BITS = (8, 6, 5, 4, 3, 2)  # of `convert`
+SCALES = 0.5  # bits a weight, at `convert`'s group size: a scale and a bias of 16 bits for 64
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes. Weights, state and latents are exact; the work space is an estimate."""
+
+    weights: int
+    state: int  # of all KDA layers, however long the text is
+    latent: int  # of all MLA layers, for one token
+    work: int  # what a prefill step holds meanwhile, about
+
+    def at(self, context: int) -> int:
+        """All of it, for a context of so many tokens."""
+        return self.weights + self.state + self.latent * context + self.work
+
+    def longest(self, limit: int, most: int) -> int:
+        """The longest context, up to `most` tokens, that fits into `limit` bytes; 0: none."""
+        left = limit - self.at(0)
+        return max(0, min(most, left // self.latent if self.latent else most if left >= 0 else 0))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes that a model may take here, of how many, and who gives them."""
+
+    limit: int
+    total: int
+    what: str
+
+    @staticmethod
+    def here() -> Machine:
+        """The device that computes, as it is now."""
+        memory = psutil.virtual_memory()
+        if mx.default_device() == mx.Device(mx.cpu):
+            return Machine(memory.available, memory.total, "this machine has free")
+        info = mx.device_info()
+        if mx.cuda.is_available():
+            free, total = (int(info[f"{which}_memory"]) for which in ("free", "total"))
+            return Machine(free, total, "this GPU has free")
+        limit = int(info["max_recommended_working_set_size"])
+        return Machine(limit, int(info["memory_size"]), "this Mac gives its GPU")
+
+    def __str__(self) -> str:
+        return f"{self.what} {gigabytes(self.limit)} of {gigabytes(self.total)}"
+
+
+def needs(
+    config: ModelConfig, weights: int, latent_bits: int | None = None, number: int | None = None
+) -> Needs:
+    """Of a model whose weights take so many bytes in memory, for one text.
+
+    A KDA layer keeps a matrix a head in float32 and a few tokens of q | k | v; an MLA layer keeps a
+    latent a token, which `latent_bits` 8 packs. `number`: bytes of an activation; None: as here.
+    """
+    if number is None:
+        number = 4 if mx.default_device() == mx.Device(mx.cpu) else 2
+    kinds = [layer.attention for layer in config.layers]
+    keep = config.short_conv_kernel_size - 1
+    state = 4 * config.kda_width * config.kda_head_dim + number * keep * 3 * config.kda_width
+    packed = -(-config.latent_width // GROUP) * GROUP_WORDS * 4
+    latent = packed if latent_bits else number * config.latent_width
+    return Needs(
+        weights,
+        kinds.count("kda") * state,
+        kinds.count("mla") * latent,
+        _work(config, number),
+    )
+
+
+def _work(config: ModelConfig, number: int) -> int:
+    """Two halves of a layer at a time, as `model.SUBMITTED_FROM` says, and two blocks of scores."""
+    delta_rule = config.kda_width * (9 * number + 16)  # q, k, v thrice; decays, outputs in float32
+    experts = config.num_experts_per_token * (
+        2 * config.hidden_size + 3 * config.moe_intermediate_size
+    )
+    feed_forward = number * max(experts, 3 * config.intermediate_size)
+    scores = min(SCORES, config.num_attention_heads * GPU_QUERY_BLOCK * LARGEST_BLOCK)
+    return STEP * (delta_rule + feed_forward) + 2 * scores * (8 + number)
+
+
+def refuse_what_does_not_fit(folder: Path, config: ModelConfig, weights: int) -> None:
+    """Stop before memory is touched.
+
+    Raises:
+        KimiError: the weights and one prefill step do not fit.
+    """
+    wanted, machine = needs(config, weights), Machine.here()
+    if os.environ.get(ANY_SIZE) or wanted.at(STEP) <= machine.limit:
+        return
+    raise KimiError(
+        f"{folder}: needs {gigabytes(wanted.weights)} for its weights and about "
+        f"{gigabytes(wanted.at(STEP) - wanted.weights)} to work, but {machine}; "
+        f"{_advice(config, wanted, machine.limit)}"
+    )
+
+
+def _advice(config: ModelConfig, wanted: Needs, limit: int) -> str:
+    count = sum(prod(tensor.shape) for tensor in tensors(config))
+    room = limit - (wanted.at(STEP) - wanted.weights)
+    for bits in BITS:
+        size = int(count * (bits + SCALES) / 8)
+        if size <= room and size < wanted.weights:
+            return f"`mlx_kimi convert --bits {bits}` makes {gigabytes(size)} of it"
+    return f"no quantization of it fits; {ANY_SIZE}=1 in the environment loads it all the same"
+
+
+def wire() -> None:
+    """Let macOS keep as much of the GPU's memory in place as it recommends.
+
+    Without, it may page weights out between two tokens.
+    """
+    if mx.metal.is_available():
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

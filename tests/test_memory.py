@@ -1,0 +1,133 @@
+"""What a model is said to need is what it takes; what does not fit is refused unread."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from checkpoints import PUBLISHED_48B
+from click.testing import CliRunner
+from mlx.utils import tree_flatten
+
+from mlx_kimi import cache as caches
+from mlx_kimi.bundled import pocket_folder
+from mlx_kimi.cli import info
+from mlx_kimi.config import ModelConfig
+from mlx_kimi.errors import KimiError
+from mlx_kimi.load import load_model
+from mlx_kimi.memory import ANY_SIZE, Machine, Needs, needs, refuse_what_does_not_fit
+from mlx_kimi.model import KimiLinear
+
+GB = 10**9
+CONFIG_48B = ModelConfig.from_json(PUBLISHED_48B)
+BFLOAT16_48B = 98_245_363_456  # bytes
+
+
+@pytest.fixture(scope="module")
+def pocket() -> KimiLinear:
+    return load_model(pocket_folder())
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, limit: int, total: int) -> None:
+    there = Machine(limit, total, "this Mac gives its GPU")
+    monkeypatch.setattr(Machine, "here", staticmethod(lambda: there))
+
+
+# ------------------------------------------------------------------------------------ what it needs
+def test_the_48b_needs_what_its_sizes_say() -> None:
+    plain = needs(CONFIG_48B, 0, number=2)
+    assert plain.state == 20 * (32 * 128 * 128 * 4 + 3 * 3 * 4096 * 2)  # 41.4 MiB
+    assert plain.latent == 7 * 576 * 2
+    assert needs(CONFIG_48B, 0, latent_bits=8, number=2).latent == 7 * 648
+    # On an H200 the last step of 131,072 tokens took 2.09 GB, state and latents among it.
+    measured = 2.09e9 - plain.state - 131_072 * plain.latent
+    assert 0.75 * measured < plain.work < 1.25 * measured
+
+
+def test_weights_state_and_latents_are_exact(pocket: KimiLinear) -> None:
+    before = mx.get_active_memory()
+    model = load_model(pocket_folder())
+    taken = mx.get_active_memory() - before
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    assert abs(taken - weights) < 0.01 * weights
+    cache = model.make_cache()
+    mx.eval(model(mx.array([[1] * 700]), cache), caches.arrays(cache))
+    wanted = needs(model.config, weights)
+    held = sum(array.nbytes for array in caches.arrays(cache))
+    assert held == wanted.state + 700 * wanted.latent
+    assert wanted.at(700) == weights + held + wanted.work
+
+
+def test_the_work_space_is_about_what_a_step_takes(pocket: KimiLinear) -> None:
+    cache, wanted = pocket.make_cache(), needs(pocket.config, 0)
+    mx.eval(pocket.hidden(mx.array([[1] * 2048]), cache), caches.arrays(cache))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(pocket.hidden(mx.array([[2] * 2048]), cache), caches.arrays(cache))
+    assert wanted.work / 4 < mx.get_peak_memory() - before < wanted.work
+
+
+@pytest.mark.parametrize(
+    ("limit", "longest"), [(99, 0), (100, 0), (109, 0), (110, 1), (205, 10), (10**6, 50)]
+)
+def test_the_longest_context_is_what_still_fits(limit: int, longest: int) -> None:
+    wanted = Needs(weights=60, state=10, latent=10, work=30)
+    assert wanted.longest(limit, most=50) == longest
+    assert longest in (0, 50) or wanted.at(longest) <= limit < wanted.at(longest + 1)
+
+
+# -------------------------------------------------------------------------------- what does not fit
+def test_what_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 100 * GB, 128 * GB)
+    refuse_what_does_not_fit(Path("kimi"), CONFIG_48B, BFLOAT16_48B)
+
+
+@pytest.mark.parametrize(
+    ("limit", "advice"),
+    [
+        (60, "`mlx_kimi convert --bits 8` makes 52.19 GB of it"),
+        (30, "`mlx_kimi convert --bits 4` makes 27.63 GB of it"),
+        (18, "`mlx_kimi convert --bits 2` makes 15.35 GB of it"),
+        (8, f"no quantization of it fits; {ANY_SIZE}=1 in the environment loads it all the same"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_a_way_out(
+    limit: int, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, limit * GB, 64 * GB)
+    with pytest.raises(KimiError) as error:
+        refuse_what_does_not_fit(Path("kimi"), CONFIG_48B, BFLOAT16_48B)
+    assert str(error.value).startswith("kimi: needs 98.25 GB for its weights and about ")
+    assert f"this Mac gives its GPU {limit}.00 GB of 64.00 GB; {advice}" in str(error.value)
+    monkeypatch.setenv(ANY_SIZE, "1")
+    refuse_what_does_not_fit(Path("kimi"), CONFIG_48B, BFLOAT16_48B)
+
+
+def test_a_load_that_cannot_fit_reads_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 10 * 10**6, 20 * 10**6)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with pytest.raises(KimiError, match="needs 0.01 GB for its weights"):
+        load_model(pocket_folder())
+    assert mx.get_peak_memory() - before < 10**5
+
+
+def test_info_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(*options: str) -> str:
+        return CliRunner().invoke(info.command, options).output
+
+    machine(monkeypatch, 270 * 10**6, 500 * 10**6)
+    fits = [line.endswith(" fits") for line in said().splitlines() if " tokens  " in line]
+    assert fits == [True, False]  # 4,096 and 32,768
+    assert "1,000 tokens     248 MB  fits" in said("--context", "1000")
+    machine(monkeypatch, 10**6, 500 * 10**6)
+    assert "does not fit; a load says what would" in said()
+    result = CliRunner().invoke(info.command, ["--context", "40000"])
+    assert isinstance(result.exception, KimiError)
+    assert (
+        str(result.exception) == "--context must be at most model_max_length = 32,768 but is 40,000"
+    )
+
+
+def test_this_machine_has_memory() -> None:
+    here = Machine.here()
+    assert 0 < here.limit <= here.total
