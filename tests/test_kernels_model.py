@@ -10,9 +10,9 @@ from emulator import emulator
 
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cli import check, info
-from mlx_kimi.load import load_model
+from mlx_kimi.load import load, load_model
 from mlx_kimi.metal_kernels import kda_decode, mla_decode
-from mlx_kimi.metal_kernels.kernel import use_backend
+from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model import KimiLinear
 
 SPLIT = 1e-4  # of the largest logit: the two ways differ by rounding in float32
@@ -61,13 +61,29 @@ def test_unequal_rows_give_the_same_logits(model: Callable[[str], KimiLinear]) -
 
 
 def test_check_compares_the_kernels_with_the_ops_form() -> None:
-    pocket = load_model(pocket_folder())
-    assert check._kernels(pocket) == ("none run here", None)
+    pocket, tokenizer = load(pocket_folder())
+    assert check._kernels(pocket, tokenizer) == ("none run here", None)
     with use_backend(emulator):
-        found, wrong = check._kernels(pocket)
+        found, wrong = check._kernels(pocket, tokenizer)
     assert wrong is None and "of the largest logit" in found
     # In float32 both round the same numbers: far below the tolerance for 16 bits.
     assert float(found.split("by ")[1].split(" of")[0]) < SPLIT
+
+
+@pytest.mark.parametrize("name", ["kda_chunk_scan", "kda_sequential", "mla_output", "expert_down"])
+def test_check_finds_a_wrong_kernel(name: str) -> None:
+    """In whichever part of the text it runs."""
+    pocket, tokenizer = load(pocket_folder())
+
+    def wrong_in_one(kernel: Kernel) -> Launch:
+        run = emulator(kernel)
+        if kernel.name != name:
+            return run
+        return lambda **launch: [y * 0 if i == 0 else y for i, y in enumerate(run(**launch))]
+
+    with use_backend(wrong_in_one):
+        _, wrong = check._kernels(pocket, tokenizer)
+    assert wrong == f"expected at most {check.KERNEL_TOLERANCE}"
 
 
 def test_info_names_the_kernels_that_the_pocket_model_uses() -> None:
