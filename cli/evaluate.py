@@ -1,0 +1,87 @@
+"""`mlx_kimi evaluate`: perplexity on a text, and how far a model is from another."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from mlx_kimi.cli.options import model_or_pocket
+from mlx_kimi.errors import KimiError
+from mlx_kimi.evaluate import TOKENS, WINDOW, Evaluation, Prediction, evaluate
+from mlx_kimi.hub import local_folder
+
+
+@click.command("evaluate")
+@click.argument("model", required=False, metavar="[FOLDER|HUB-ID]")
+@click.option(
+    "--text",
+    "file",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A text file to predict.",
+)
+@click.option(
+    "--against",
+    metavar="FOLDER|HUB-ID",
+    help="The model to compare with, such as the unquantized one. It is read first, and let go.",
+)
+@click.option("--tokens", type=int, default=TOKENS, help="Tokens of the text.")
+@click.option("--window", type=int, default=WINDOW, help="Tokens that are read together.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    model: str | None, file: Path, against: str | None, tokens: int, window: int, as_json: bool
+) -> None:
+    """Measure how well a model predicts a text; lower is better.
+
+    With --against, also the KL divergence from that model's predictions to this one's. Without
+    MODEL, it is about the pocket model.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise KimiError(f"{file} is not UTF-8 at byte {error.start}") from None
+    found = evaluate(
+        local_folder(model_or_pocket(model)),
+        text,
+        local_folder(against) if against else None,
+        tokens=tokens,
+        window=window,
+        progress=_progress,
+    )
+    click.echo(_json(found) if as_json else "\n".join(_lines(found)))
+
+
+def _progress(what: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        click.echo(f"\r{what}: {done:,} of {total:,} tokens{end}", nl=False, err=True)
+
+
+def _lines(found: Evaluation) -> list[str]:
+    lines = [_of("model", found.model)]
+    if found.reference and found.distance:
+        d = found.distance
+        lines += [
+            _of("against", found.reference),
+            f"KL divergence   {d.mean_kl:.5f} nats a token; median {d.median_kl:.5f}, "
+            f"99 % below {d.high_kl:.5f}",
+            f"same likeliest  {d.agreement:.2%} of the tokens",
+        ]
+    return lines
+
+
+def _of(name: str, p: Prediction) -> str:
+    return f"{name:<15} perplexity {p.perplexity:.4f} over {p.tokens:,} tokens"
+
+
+def _json(found: Evaluation) -> str:
+    whole = asdict(found)
+    for name in ("model", "reference"):
+        prediction = getattr(found, name)
+        if prediction:
+            whole[name]["perplexity"] = prediction.perplexity
+    return json.dumps(whole)
