@@ -554,6 +554,16 @@ def test_the_commands_options_reach_the_conversion(source: Path, tmp_path: Path)
     assert "quantization" not in json.loads((tmp_path / "c" / "config.json").read_text())
 
 
+def test_quantize_takes_a_folder_in_the_mlx_layout(
+    source: Path, four_bits: Path, tmp_path: Path
+) -> None:
+    convert(source, tmp_path / "plain", None)
+    arguments = ["quantize", str(tmp_path / "plain"), str(tmp_path / "out")]
+    result = CliRunner().invoke(cli, [*arguments, "--bits", "4"])
+    assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "out") == contents(four_bits)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
