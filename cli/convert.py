@@ -21,9 +21,11 @@ from rich.progress import (
 )
 
 from mlx_kimi.config import QUANTIZATION_MODES
-from mlx_kimi.convert.convert import DTYPES, Report, convert, shown
-from mlx_kimi.convert.convert import Progress as OnProgress
+from mlx_kimi.convert.convert import Outlook, Report, convert, shown
+from mlx_kimi.convert.partial import partial_of
+from mlx_kimi.convert.plan import DTYPES
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
+from mlx_kimi.convert.write import Progress as OnProgress
 
 _AFFINE_GROUPS, _AFFINE_BITS = QUANTIZATION_MODES["affine"]
 _RECIPES = "\n\n".join(f"  {name}: {recipe.reason}." for name, recipe in RECIPES.items())
@@ -81,16 +83,22 @@ def command(
 ) -> None:
     """Convert SRC, a folder or a name on the hub, to the new folder OUT.
 
-    OUT is in the MLX layout, which mlx-lm reads too. SRC must not be quantized.
+    OUT is in the MLX layout, which mlx-lm reads too. SRC must not be quantized. What is
+    interrupted is kept in OUT.partial, and the same command goes on from there.
     """
     given = {"bits": bits, "group_size": group_size, "mode": mode, "recipe": recipe}
     chosen = _scheme(
         {name: value for name, value in given.items() if value is not None}, no_quantize
     )
-    signal.signal(signal.SIGTERM, _terminated)  # so that nothing half-done is left behind
-    console = Console(stderr=True)
-    with _bar(console) as progress:
-        report = convert(source, out, chosen, dtype, progress)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        with _bar(Console(stderr=True)) as progress:
+            report = convert(source, out, chosen, dtype, progress, _print_outlook)
+    except (KeyboardInterrupt, SystemExit):
+        if partial_of(out).exists():
+            kept = f"{partial_of(out)} keeps what is done; the same command goes on from there"
+            click.echo(f"\n{kept}", err=True)
+        raise
     _print_report(report)
 
 
@@ -124,6 +132,17 @@ def _bar(console: Console) -> Iterator[OnProgress]:
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task("converting", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_outlook(outlook: Outlook) -> None:
+    size = shown(outlook.out_bytes)
+    if outlook.left_bytes < outlook.out_bytes:
+        size = f"going on: {shown(outlook.left_bytes)} of {size}"
+    click.echo(
+        f"{size} to write, {shown(outlook.free)} free on that disk; "
+        f"at most {shown(outlook.memory)} of memory",
+        err=True,
+    )
 
 
 def _print_report(report: Report) -> None:

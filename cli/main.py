@@ -12,7 +12,10 @@ import click
 from mlx_kimi import __version__, backend
 from mlx_kimi.errors import KimiError
 
-COMMANDS = ("generate", "chat", "cache", "convert", "check", "info", "evaluate", "bench")
+COMMANDS = (
+    *("generate", "chat", "cache", "convert", "quantize"),
+    *("check", "info", "evaluate", "bench"),
+)
 
 # As shells report a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
 INTERRUPTED, BROKEN_PIPE = 130, 141

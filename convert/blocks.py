@@ -53,25 +53,42 @@ class Source:
         """What reading `tensor` reads."""
         return sum(self._nbytes(name) for name in self.names(tensor))
 
-    def blocks(self, tensor: Tensor) -> Iterator[Block]:
-        """All rows of `tensor` in the MLX layout, in order, in the dtype of the file.
+    def block_bytes(self, tensor: Tensor) -> int:
+        """The most that is read of `tensor` at once."""
+        names = self.names(tensor)
+        largest = max(self._nbytes(name) for name in names)
+        if self._is_half(tensor, names):
+            return largest
+        row = largest // math.prod(self.checkpoint.tensors[names[0]].shape) * tensor.shape[-1]
+        return min(largest, max(BLOCK, row))
+
+    def blocks(self, tensor: Tensor, from_row: int = 0) -> Iterator[Block]:
+        """The rows of `tensor` in the MLX layout, in order, in the dtype of the file.
+
+        Args:
+            tensor: of the model.
+            from_row: the first that is read, as some block before ended there.
 
         Raises:
             KimiError: a file cannot be read or ends too early.
         """
         names = self.names(tensor)
-        if tensor.join in (Join.KEY_HALF, Join.VALUE_HALF) and names != [tensor.name]:
-            yield self._half(tensor, names[0])
+        if self._is_half(tensor, names):
+            if from_row == 0:
+                yield self._half(tensor, names[0])
             return
         # Every other join keeps the elements in their order.
         width, first_row = tensor.shape[-1], 0
         for name in names:
             rows = math.prod(self.checkpoint.tensors[name].shape) // width
             step = max(BLOCK * rows // self._nbytes(name), 1)
-            for start in range(0, rows, step):
+            for start in range(max(from_row - first_row, 0), rows, step):
                 array = self._read(name, start * width, min(step, rows - start) * width)
                 yield Block(name, first_row + start, array.reshape(-1, width), array.nbytes)
             first_row += rows
+
+    def _is_half(self, tensor: Tensor, names: list[str]) -> bool:
+        return tensor.join in (Join.KEY_HALF, Join.VALUE_HALF) and names != [tensor.name]
 
     def _half(self, tensor: Tensor, name: str) -> Block:
         """One half of kv_b_proj, which is read whole: 8 MB in the 48B."""

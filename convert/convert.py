@@ -4,57 +4,37 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import mlx.core as mx
+from typing import Any
 
 from mlx_kimi.checkpoint import Checkpoint
-from mlx_kimi.config import ModelConfig, Quantization, read_json
-from mlx_kimi.convert.blocks import Block, Source
+from mlx_kimi.config import ModelConfig, read_json
+from mlx_kimi.convert.blocks import Source
 from mlx_kimi.convert.folder import converted_config, copied_files, copy_files
+from mlx_kimi.convert.partial import check_out, opened
+from mlx_kimi.convert.plan import DTYPES, Plan, peak_memory, plan_of, written_bytes
 from mlx_kimi.convert.quantize import Scheme
-from mlx_kimi.convert.shards import MAX_SHARD, Part, Shard, lay_out, write_index
+from mlx_kimi.convert.request import request
+from mlx_kimi.convert.shards import MAX_SHARD, Shard, lay_out, write_index
+from mlx_kimi.convert.write import Progress, write_weights
 from mlx_kimi.errors import KimiError
 from mlx_kimi.hub import local_folder
 from mlx_kimi.load import check
 from mlx_kimi.names import Tensor, tensors
 
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # --dtype -> safetensors
-MLX_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
-
-# --dtype leaves these as they are in the file, here as in mlx-lm.
-KEPT_DTYPE = (".A_log", ".dt_bias", ".e_score_correction_bias")
-
-Progress = Callable[[int, int], None]  # (bytes read, bytes to read)
-
 
 @dataclass(frozen=True)
-class Plan:
-    """What becomes of one tensor."""
+class Outlook:
+    """What a conversion is about to do, in bytes."""
 
-    tensor: Tensor
-    dtype: str  # of its elements or its scales, as safetensors spells it
-    quantization: Quantization | None
-    refused: bool  # it should have been quantized, but the group does not divide its last axis
-
-    @property
-    def parts(self) -> list[Part]:
-        """The tensors that are written."""
-        tensor, quantization = self.tensor, self.quantization
-        if quantization is None:
-            return [Part(tensor.name, self.dtype, tensor.shape)]
-        scales = self.dtype if quantization.mode == "affine" else "U8"
-        return [
-            Part(f"{tensor.module}.{part}", "U32" if part == "weight" else scales, shape)
-            for part, shape in quantization.packed(tensor.shape).items()
-        ]
+    out_bytes: int  # of the result
+    left_bytes: int  # still to be written; less than all where an earlier run was interrupted
+    memory: int  # that the process takes at most
+    free: int  # on the disk of the result
 
 
 @dataclass(frozen=True)
@@ -80,12 +60,14 @@ def convert(
     scheme: Scheme | None,
     dtype: str | None = None,
     progress: Progress = lambda done, total: None,
+    outlook: Callable[[Outlook], None] = lambda outlook: None,
     max_shard: int = MAX_SHARD,
 ) -> Report:
     """Write `source` to the new folder `out` in the MLX layout, for mlx_kimi and mlx-lm.
 
-    Two runs give the same bytes. Until everything is written, the folder is called
-    `<out>.partial`; after a failure or Ctrl-C it is removed.
+    Two runs give the same bytes, and so does one that was interrupted, however often, and called
+    again: until everything is written the result lies in `<out>.partial`, which the next call
+    with the same arguments takes up.
 
     Args:
         source: an unquantized folder, published, written by transformers 5 or in the MLX layout,
@@ -95,17 +77,19 @@ def convert(
         dtype: "bfloat16", "float16" or "float32" for scales and what is not quantized; None keeps
             each tensor's own.
         progress: called after every block.
+        outlook: called once, before the first block.
         max_shard: bytes of data in one file.
 
     Raises:
-        KimiError: the source is not a whole unquantized model, holds NaN or infinity, or the result
-            cannot be written.
+        KimiError: the source is not a whole unquantized model, holds NaN or infinity, the result
+            cannot be written or its disk is too small, or `<out>.partial` is of another source,
+            other arguments or another version, or in use.
         ValueError: an unknown dtype.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"[convert] dtype must be one of {', '.join(DTYPES)} but is {dtype}.")
     out = Path(out)
-    _check_out(out)
+    check_out(out)
     folder = local_folder(source)
     if out.resolve().is_relative_to(folder.resolve()):
         raise KimiError(f"{out}: the result cannot lie inside its source {folder}")
@@ -116,18 +100,20 @@ def convert(
 
     began = time.monotonic()
     reader = Source(checkpoint, config)
-    plans = [_plan(tensor, reader, config, scheme, dtype) for tensor in tensors(config)]
+    plans = [plan_of(tensor, reader, config, scheme, dtype) for tensor in tensors(config)]
     shards = lay_out([plan.parts for plan in plans], max_shard)
-    _check_space(out, shards, folder)
     settings = _config(folder, config, scheme, dtype, plans)
     parameters = sum(math.prod(plan.tensor.shape) for plan in plans)
-    with _whole_or_nothing(out) as partial:
-        _write_weights(partial, shards, plans, reader, progress)
-        write_index(partial, shards, parameters)
-        copy_files(folder, partial)
+    beside = copied_files(folder)
+    with opened(out, request(checkpoint, beside, scheme, dtype, max_shard)) as partial:
+        written = written_bytes(plans, *partial.position)
+        outlook(_outlook(out, shards, beside, written, peak_memory(plans, reader)))
+        write_weights(partial, shards, plans, reader, progress)
+        write_index(partial.folder, shards, parameters)
+        copy_files(folder, partial.folder)
         # Last: without it nothing takes the folder for a model.
         text = json.dumps(settings, indent=4) + "\n"
-        (partial / "config.json").write_text(text, encoding="utf-8")
+        (partial.folder / "config.json").write_text(text, encoding="utf-8")
     return Report(
         out=out,
         source_bytes=sum((folder / file).stat().st_size for file in checkpoint.files),
@@ -144,13 +130,6 @@ def shown(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
-def _check_out(out: Path) -> None:
-    if os.path.lexists(out):
-        raise KimiError(f"{out}: already exists; remove it or choose another name")
-    if not out.parent.is_dir():
-        raise KimiError(f"{out.parent}: no such folder, so that {out.name} cannot be made in it")
-
-
 def _check_unquantized(folder: Path, config: ModelConfig) -> None:
     found = config.quantization
     if found is not None:
@@ -160,24 +139,17 @@ def _check_unquantized(folder: Path, config: ModelConfig) -> None:
         )
 
 
-def _check_space(out: Path, shards: list[Shard], source: Path) -> None:
-    needed = sum(shard.nbytes for shard in shards)
-    needed += sum(path.stat().st_size for path in copied_files(source))
+def _outlook(
+    out: Path, shards: list[Shard], beside: list[Path], written: int, memory: int
+) -> Outlook:
+    """Sizes, and a refusal where the disk is too small."""
+    whole = sum(shard.nbytes for shard in shards) + sum(path.stat().st_size for path in beside)
+    left = whole - written
     free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise KimiError(f"{out}: needs {shown(needed)} but its disk has {shown(free)} free")
-
-
-def _plan(
-    tensor: Tensor, source: Source, config: ModelConfig, scheme: Scheme | None, dtype: str | None
-) -> Plan:
-    if dtype is None or tensor.name.endswith(KEPT_DTYPE):
-        stored = source.dtype(tensor)
-    else:
-        stored = DTYPES[dtype]
-    asked = None if scheme is None else scheme.asked_for(tensor, config)
-    refused = asked is not None and tensor.shape[-1] % asked.group_size != 0
-    return Plan(tensor, stored, None if refused else asked, refused)
+    if left > free:
+        rest = f"{shown(left)} of {shown(whole)}" if written else shown(left)
+        raise KimiError(f"{out}: needs {rest} but its disk has {shown(free)} free")
+    return Outlook(whole, left, memory, free)
 
 
 def _config(
@@ -195,82 +167,3 @@ def _config(
     }
     written = read_json(folder / "config.json")
     return converted_config(written, config, dtype, default, overrides)
-
-
-@contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`: becomes `out` if the block succeeds and is removed if not."""
-    partial = out.with_name(out.name + ".partial")
-    try:
-        partial.mkdir()
-    except FileExistsError:
-        raise KimiError(
-            f"{partial}: already exists: another conversion is at work, or one was killed; "
-            "if none is, remove it"
-        ) from None
-    except OSError as error:
-        raise KimiError(f"{partial}: cannot be made: {error.strerror}") from None
-    try:
-        yield partial
-        partial.rename(out)
-    except OSError as error:
-        where, why = error.filename or out, error.strerror or error
-        raise KimiError(f"{where}: {why}; nothing of the conversion is kept") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # after a rename there is nothing to remove
-
-
-def _write_weights(
-    folder: Path, shards: list[Shard], plans: list[Plan], source: Source, progress: Progress
-) -> None:
-    total = sum(source.nbytes(plan.tensor) for plan in plans)
-    done = 0
-    waiting = iter(plans)
-    for shard in shards:
-        with open(folder / shard.file, "wb") as file:
-            file.write(shard.header)
-            written = 0
-            while written < len(shard.parts):  # a module's parts are never in two shards
-                plan = next(waiting)
-                for block in source.blocks(plan.tensor):
-                    _write_block(file, shard, plan, block, source)
-                    done += block.source_bytes
-                    progress(done, total)
-                written += len(plan.parts)
-                mx.clear_cache()
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _write_block(file: BinaryIO, shard: Shard, plan: Plan, block: Block, source: Source) -> None:
-    rows = block.rows.astype(MLX_DTYPES[plan.dtype])
-    _check_finite(block, rows, source)
-    for part, array in zip(plan.parts, _stored(rows, plan.quantization), strict=True):
-        data = memoryview(mx.contiguous(array))  # type: ignore[arg-type]  # it is a buffer
-        shard.write_rows(file, part, block.first_row, data)
-
-
-def _stored(rows: mx.array, quantization: Quantization | None) -> Sequence[mx.array]:
-    """[rows, in] as it is written: packed, scales and (in affine mode) biases, or itself.
-
-    A group lies within a row, so that a matrix quantized in blocks of rows is the same.
-    """
-    if quantization is None:
-        return [rows]
-    return mx.quantize(
-        rows,
-        group_size=quantization.group_size,
-        bits=quantization.bits,
-        mode=quantization.mode,
-    )
-
-
-def _check_finite(block: Block, rows: mx.array, source: Source) -> None:
-    # The sum is five times as fast, and finite unless an element is not or very many are huge.
-    if mx.isfinite(mx.sum(rows)).item() or mx.all(mx.isfinite(rows)).item():
-        return
-    file = source.checkpoint.tensors[block.source].file
-    if mx.all(mx.isfinite(block.rows)).item():
-        dtype = str(rows.dtype).removeprefix("mlx.core.")
-        raise KimiError(f"{file}: {block.source} has values beyond {dtype}; choose another dtype")
-    raise KimiError(f"{file}: {block.source} holds NaN or infinity")

@@ -22,11 +22,11 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(made)
         made.chmod(0o600)
-        _sync(made)
+        sync(made)
         os.replace(made, path)
     finally:
         made.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def checksum(path: Path) -> int:
@@ -38,7 +38,8 @@ def checksum(path: Path) -> int:
     return crc
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return once what was written to a file, or which names a folder holds, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

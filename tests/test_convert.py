@@ -381,10 +381,10 @@ def test_it_refuses_to_overwrite(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_partial_folder_of_another_run_is_left_alone(source: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_conversions_is_left_alone(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "model.safetensors").write_text("theirs")
-    refused(source, tmp_path / "out", "out.partial: already exists: another conversion")
+    refused(source, tmp_path / "out", "out.partial: exists and is no conversion's")
     assert (tmp_path / "out.partial" / "model.safetensors").read_text() == "theirs"
 
 
@@ -423,7 +423,7 @@ def test_a_disk_that_fills_up_leaves_nothing(source: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("at", [1, 30])
-def test_ctrl_c_leaves_nothing(source: Path, tmp_path: Path, at: int) -> None:
+def test_ctrl_c_before_a_record_leaves_nothing(source: Path, tmp_path: Path, at: int) -> None:
     calls = []
 
     def interrupt(done: int, total: int) -> None:
@@ -552,6 +552,16 @@ def test_the_commands_options_reach_the_conversion(source: Path, tmp_path: Path)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert run(source, tmp_path / "c", "--no-quantize").exit_code == 0
     assert "quantization" not in json.loads((tmp_path / "c" / "config.json").read_text())
+
+
+def test_quantize_takes_a_folder_in_the_mlx_layout(
+    source: Path, four_bits: Path, tmp_path: Path
+) -> None:
+    convert(source, tmp_path / "plain", None)
+    arguments = ["quantize", str(tmp_path / "plain"), str(tmp_path / "out")]
+    result = CliRunner().invoke(cli, [*arguments, "--bits", "4"])
+    assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "out") == contents(four_bits)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from checkpoints import PUBLISHED_48B, TINY
 
 from mlx_kimi.config import ModelConfig, Quantization
-from mlx_kimi.convert.convert import Plan
+from mlx_kimi.convert.plan import Plan
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
 from mlx_kimi.names import Tensor, tensors
 

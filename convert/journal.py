@@ -1,0 +1,76 @@
+"""How far a conversion came, in a file that is right whenever the power goes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from mlx_kimi.durable import sync
+
+
+class Journal:
+    """Records, each a line with its CRC-32. What follows a torn line does not count.
+
+    Whoever has it open holds its lock, which the system takes back from a process that dies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open it, or make it, and cut off what is torn.
+
+        Raises:
+            BlockingIOError: another process has it open.
+            OSError: it cannot be opened, or the disk knows no locks.
+        """
+        self._path = path
+        self._file = open(path, "a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.records = self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a record; it is on the disk when this returns."""
+        text = json.dumps(record).encode()
+        self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+        self._file.flush()
+        sync(self._path)
+        self.records.append(record)
+
+    def restart(self, record: dict[str, Any]) -> None:
+        """Forget all records but this new one."""
+        self._file.truncate(0)
+        self.records = []
+        self.append(record)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the file still has its name: its last holder may have deleted it."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._file.close()
+
+    def _read(self) -> list[dict[str, Any]]:
+        records, end = [], 0
+        self._file.seek(0)
+        for line in self._file:
+            if not _is_whole(line):
+                break
+            records.append(json.loads(line[9:]))
+            end += len(line)
+        self._file.truncate(end)
+        return records
+
+
+def _is_whole(line: bytes) -> bool:
+    return line.endswith(b"\n") and line[:9] == b"%08x " % zlib.crc32(line[9:-1])

@@ -1,0 +1,157 @@
+"""A result that is not whole yet: a folder beside OUT, taken up again by the next run.
+
+`OUT.partial` holds the journal and `model`, which is renamed to OUT when all is written and synced.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlx_kimi.convert.journal import Journal
+from mlx_kimi.convert.request import Request, difference
+from mlx_kimi.durable import sync
+from mlx_kimi.errors import KimiError
+
+JOURNAL, MODEL = "journal", "model"
+
+
+def partial_of(out: Path) -> Path:
+    """Where the result lies until it is whole."""
+    return out.with_name(out.name + ".partial")
+
+
+class Partial:
+    """What is written so far: all tensors before `tensor`, and the first `rows` rows of that."""
+
+    def __init__(self, out: Path, journal: Journal, asked: Request) -> None:
+        self._out, self._journal = out, journal
+        self.folder = partial_of(out) / MODEL
+        if len(journal.records) > 1:
+            self._go_on(asked)
+        else:  # nothing that was written counts
+            shutil.rmtree(self.folder, ignore_errors=True)
+            journal.restart(asked)
+            self.folder.mkdir()
+            sync(self.folder.parent)
+            sync(out.parent)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of it counts."""
+        return len(self._journal.records) == 1
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """`tensor` and `rows`."""
+        if self.is_empty:
+            return 0, 0
+        last = self._journal.records[-1]
+        return last["tensor"], last["rows"]
+
+    def record(self, tensor: int, rows: int, file: Path) -> None:
+        """So much is written, the last of it to `file`, and the caller has synced it."""
+        size = file.stat().st_size
+        self._journal.append({"tensor": tensor, "rows": rows, "file": file.name, "size": size})
+
+    def publish(self) -> None:
+        """Make it OUT, when the weights are recorded and the other files written."""
+        for path in sorted(self.folder.iterdir()):
+            sync(path)
+        sync(self.folder)
+        self.folder.rename(self._out)
+        sync(self._out.parent)
+
+    def _go_on(self, asked: Request) -> None:
+        if changed := difference(self._journal.records[0], asked):
+            raise KimiError(
+                f"{self.folder.parent}: a conversion begun with {changed}; "
+                "repeat it as it was begun, or delete that folder to begin anew"
+            )
+        sizes = {record["file"]: record["size"] for record in self._journal.records[1:]}
+        for name, size in sizes.items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size < size:
+                raise KimiError(
+                    f"{path}: has lost what was written; delete {self.folder.parent} to begin anew"
+                )
+
+
+@contextmanager
+def opened(out: Path, asked: Request) -> Iterator[Partial]:
+    """The partial result of `out`, new or taken up again, for one process at a time.
+
+    After the block it is gone, having been published. After an error or Ctrl-C it is kept if
+    anything of it counts, and an error says so.
+
+    Raises:
+        KimiError: `out` exists, another process is at it, it was begun with another request, it is
+            no conversion's folder, or the disk fails.
+    """
+    folder = partial_of(out)
+    journal = _journal(out, folder)
+    published = False
+    try:
+        partial = Partial(out, journal, asked)
+        yield partial
+        partial.publish()
+        published = True
+    except (KimiError, OSError) as error:
+        raise KimiError(_in_words(error, out, journal)) from None
+    finally:
+        if published or len(journal.records) < 2:
+            shutil.rmtree(folder, ignore_errors=True)
+        journal.close()
+
+
+def _in_words(error: KimiError | OSError, out: Path, journal: Journal) -> str:
+    text = str(error)
+    if isinstance(error, OSError):
+        text = f"{error.filename or out}: {error.strerror or error}"
+    kept = len(journal.records) > 1
+    if isinstance(error, OSError) and not kept:
+        return f"{text}; nothing of the conversion is kept"
+    if not kept or str(partial_of(out)) in text:
+        return text
+    return f"{text}; {partial_of(out)} keeps what is done"
+
+
+def check_out(out: Path) -> None:
+    """Refuse what exists, and what could not be made.
+
+    Raises:
+        KimiError: so it is.
+    """
+    folder = partial_of(out)
+    if os.path.lexists(out):
+        if (folder / JOURNAL).is_file() and not (folder / MODEL).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # killed after OUT had got its name
+        raise KimiError(f"{out}: already exists; remove it or choose another name")
+    if not out.parent.is_dir():
+        raise KimiError(f"{out.parent}: no such folder, so that {out.name} cannot be made in it")
+
+
+def _journal(out: Path, folder: Path) -> Journal:
+    """The journal in `folder`, locked."""
+    busy = KimiError(f"{folder}: another conversion is at work in it; wait or choose another name")
+    path = folder / JOURNAL
+    try:
+        folder.mkdir(exist_ok=True)
+        if not path.exists() and any(folder.iterdir()):
+            raise KimiError(f"{folder}: exists and is no conversion's; remove it or rename it")
+        journal = Journal(path)
+    except BlockingIOError:
+        raise busy from None
+    except OSError as error:
+        raise KimiError(f"{folder}: cannot be made: {error.strerror}") from None
+    try:
+        check_out(out)
+        if not journal.is_current:
+            raise busy
+    except KimiError:
+        journal.close()
+        raise
+    return journal

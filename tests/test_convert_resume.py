@@ -1,0 +1,263 @@
+"""Conversions that are interrupted: the same bytes in the end, nothing mixed, one at a time."""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from checkpoints import FULL_WIDTH, write_checkpoint
+
+from mlx_kimi.convert import partial, write
+from mlx_kimi.convert.convert import Outlook, convert
+from mlx_kimi.convert.journal import Journal
+from mlx_kimi.convert.quantize import scheme
+from mlx_kimi.errors import KimiError
+
+# Experts of the 48B's width, and little else: 150M parameters.
+WIDE = FULL_WIDTH | {
+    "num_experts": 8,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "linear_attn_config": FULL_WIDTH["linear_attn_config"] | {"num_heads": 8},
+}
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """WIDE in bfloat16, two shards. Not to be changed."""
+    return write_checkpoint(tmp_path_factory.mktemp("wide"), WIDE, dtype="bfloat16", shards=2)
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an uninterrupted run writes."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    convert(source, out, scheme())
+    return contents(out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def started(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    code = "from mlx_kimi.cli.main import cli; cli()"
+    command = [sys.executable, "-c", code, "convert", str(source), str(out), *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_record(out: Path, process: subprocess.Popen[str]) -> None:
+    """Until something of the conversion counts."""
+    journal = out.with_name("out.partial") / "journal"
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.005)
+
+
+class Stop(Exception):
+    """Ends a conversion as nothing of ours does."""
+
+
+def interrupted(source: Path, out: Path) -> list[int]:
+    """Convert until a few blocks are recorded; what had been read then, block by block."""
+    seen: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append(done)
+        if done > total / 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        convert(source, out, scheme(), progress=stop)
+    assert out.with_name("out.partial").is_dir() and not out.exists()
+    return seen
+
+
+def test_kill_9_at_random_moments_changes_no_byte(
+    source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    moments = random.Random(5)
+    began = time.monotonic()
+    started(source, tmp_path / "whole").communicate()
+    duration = time.monotonic() - began  # seconds, most of them before the first block
+    shutil.rmtree(tmp_path / "whole")
+    out, kills, ends, resumed = tmp_path / "out", 0, 0, 0
+    while kills < KILLS or not out.exists():
+        process = started(source, out)
+        try:
+            # From before the first block until after the last one.
+            limit = moments.uniform(0.4, 1.1) * duration if kills < KILLS else None
+            _, said = process.communicate(timeout=limit)
+            assert process.returncode == 0, said
+            resumed += "going on" in said
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+        if out.exists():
+            ends += 1
+            assert contents(out) == whole
+            if kills < KILLS:
+                shutil.rmtree(out)
+                shutil.rmtree(partial.partial_of(out), ignore_errors=True)
+    print(f"{kills} kills, {ends} results, {resumed} of them resumed")
+    assert resumed
+    assert [path.name for path in tmp_path.iterdir()] in (["out"], ["out", "out.partial"])
+
+
+@pytest.mark.parametrize("loss", ["deleted", "cut"])
+def test_weights_that_were_lost_meanwhile_are_not_trusted(
+    source: Path, tmp_path: Path, loss: str
+) -> None:
+    out = tmp_path / "out"
+    interrupted(source, out)
+    (weights, *_) = sorted((tmp_path / "out.partial" / "model").glob("*.safetensors"))
+    if loss == "deleted":
+        weights.unlink()
+    else:
+        with weights.open("r+b") as file:
+            file.truncate(weights.stat().st_size // 2)
+    with pytest.raises(KimiError, match="has lost what was written; delete .*out.partial to begin"):
+        convert(source, out, scheme())
+    assert not out.exists()
+
+
+def test_ctrl_c_keeps_what_is_done(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = started(source, out)
+    wait_for_record(out, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert "out.partial keeps what is done; the same command goes on from there" in said
+    assert "Traceback" not in said
+    process = started(source, out)
+    _, said = process.communicate()
+    assert process.returncode == 0 and said.startswith("going on: ")
+    assert contents(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_finished_blocks_are_not_read_again(
+    source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    before = interrupted(source, tmp_path / "out")[-1]
+    seen: list[tuple[int, int]] = []
+    outlooks: list[Outlook] = []
+    convert(
+        source,
+        tmp_path / "out",
+        scheme(),
+        progress=lambda done, total: seen.append((done, total)),
+        outlook=outlooks.append,
+    )
+    assert before - write.SYNC <= seen[0][0] and seen[-1][0] == seen[-1][1]
+    assert 0.3 < outlooks[0].left_bytes / outlooks[0].out_bytes < 0.7
+    assert contents(tmp_path / "out") == whole
+
+
+def test_what_was_not_recorded_is_not_trusted(
+    source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A power cut may leave anything beyond the last record, and half a record."""
+    interrupted(source, tmp_path / "out")
+    folder = tmp_path / "out.partial"
+    lines = (folder / "journal").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 3
+    (folder / "journal").write_bytes(b"".join(lines[:2]) + lines[2][:-4])
+    journal = Journal(folder / "journal")
+    assert len(journal.records) == 2
+    journal.close()
+    convert(source, tmp_path / "out", scheme())
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"bits": 8}, "--bits 4, now 8"),
+        ({"recipe": "router-8bit"}, "--recipe default, now router-8bit"),
+        (None, "quantization some, now none"),
+    ],
+    ids=str,
+)
+def test_other_options_are_not_mixed_in(
+    source: Path, tmp_path: Path, options: dict[str, object] | None, rule: str
+) -> None:
+    interrupted(source, tmp_path / "out")
+    before = contents(tmp_path / "out.partial" / "model")
+    chosen = None if options is None else scheme(**options)  # type: ignore[arg-type]
+    message = f"out.partial: a conversion begun with {rule}; repeat it as .* or delete"
+    with pytest.raises(KimiError, match=message):
+        convert(source, tmp_path / "out", chosen)
+    assert contents(tmp_path / "out.partial" / "model") == before
+
+
+def test_another_source_or_version_is_not_mixed_in(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(source, tmp_path / "out")
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    (copy / "model-00002-of-00002.safetensors").touch()
+    with pytest.raises(KimiError, match="begun with the source .*, now .*copy; repeat"):
+        convert(copy, tmp_path / "out", scheme())
+    monkeypatch.setattr("mlx_kimi.convert.request.__version__", "9.9")
+    with pytest.raises(KimiError, match=r"begun with mlx_kimi .*, now 9\.9; repeat"):
+        convert(source, tmp_path / "out", scheme())
+
+
+def test_two_at_a_time_are_refused(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    first = started(source, tmp_path / "out")
+    wait_for_record(tmp_path / "out", first)
+    first.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(KimiError, match="out.partial: another conversion is at work in it"):
+            convert(source, tmp_path / "out", scheme())
+    finally:
+        first.send_signal(signal.SIGCONT)
+    first.communicate()
+    assert first.returncode == 0 and contents(tmp_path / "out") == whole
+
+
+class Usage(NamedTuple):
+    """What shutil.disk_usage says, as far as convert reads it."""
+
+    free: int
+
+
+def test_only_what_is_left_must_fit_the_disk(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def free(count: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(count))
+
+    interrupted(source, tmp_path / "out")
+    free(10**6)
+    rule = r"out: needs [\d.]+ MB of [\d.]+ MB but its disk has 1.00 MB free; .*partial keeps"
+    with pytest.raises(KimiError, match=rule):
+        convert(source, tmp_path / "out", scheme())
+    free(70 * 10**6)  # of 87 MB
+    convert(source, tmp_path / "out", scheme())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is Linux's")
+def test_memory_stays_under_what_is_stated(source: Path, tmp_path: Path) -> None:
+    """Of the whole process, seen from outside."""
+    process, peak = started(source, tmp_path / "out"), 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        if "VmHWM:" in status:
+            peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+        time.sleep(0.002)
+    _, said = process.communicate()
+    plan = said.splitlines()[0]
+    print(f"{plan}; took {peak / 1e6:.0f} MB")
+    assert " free on that disk; at most 0.29 GB of memory" in plan
+    assert 50e6 < peak < 0.29e9
