@@ -82,7 +82,7 @@ def backend() -> Backend | None:
 def is_traced() -> bool:
     """Whether kernels run here, and `mx.compile` may hold them in a graph: GPUs' own backends."""
     chosen = _CHOSEN.get()
-    return backend() is not None if chosen is None else chosen[1]
+    return backend() is not None and (chosen is None or chosen[1])
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class DecoderLayer(nn.Module):
         """
         x, normed = self.input_layernorm.of_sum(x, part)
         part = reduce(self.attend(normed, entry, step))
-        submit(x, part)
+        submit(x, part, *entry.arrays())  # (which would keep what they are made of alive)
         x, part = self.mlp.after(self.post_attention_layernorm, x, part)
         return x, reduce(part)
 
@@ -152,7 +152,8 @@ class KimiLinear(nn.Module):
         Many tokens are computed layer by layer, all but the last, which only some calls need.
         """
         x, part = self.embed_tokens.rows(ids), None
-        submit = Ahead().submit if ids.size >= SUBMITTED_FROM else _nothing
+        many = ids.shape[1] > 1 and ids.size >= SUBMITTED_FROM  # (one token may be in a graph)
+        submit = Ahead().submit if many else _nothing
         for layer, entry in zip(self.layers, cache, strict=True):
             if part is not None:
                 submit(x, part)

@@ -17,7 +17,7 @@ from mlx_kimi.cache import TAIL, CacheEntry
 from mlx_kimi.context import Context
 from mlx_kimi.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, is_traced, use_backend
-from mlx_kimi.model import KimiLinear
+from mlx_kimi.model import SUBMITTED_FROM, KimiLinear
 from mlx_kimi.states import restore_states, write_state
 
 # Float32, added in another order: MLX joins operations in a compiled graph, and the kernels' twins
@@ -79,6 +79,15 @@ def test_is_the_ops_form_across_the_freezing_of_a_tail(
             assert [s.size for s in one.segments] == [s.size for s in other.segments]
             kept, expected = (np.array(e.segments[-1].latents) for e in (one, other))
             assert_close("latents", kept, expected, SAME)
+
+
+def test_takes_a_large_batch(pocket: KimiLinear, launched: list[str]) -> None:
+    """As many tokens as make a prefill step go layer by layer."""
+    B, token = SUBMITTED_FROM, ids(SUBMITTED_FROM, 1)
+    cache, plain = prompted(pocket, B, 2), prompted(pocket, B, 2)
+    ours = pocket(token, cache)
+    with use_backend(None):
+        assert_close("logits", ours, pocket(token, plain), SAME)
 
 
 def test_is_built_once_for_a_tail(pocket: KimiLinear, launched: list[str]) -> None:
@@ -148,8 +157,9 @@ def test_projections_apart_are_projections_in_one(
 def test_what_cannot_be_traced_is_not(pocket: KimiLinear) -> None:
     cache = prompted(pocket, 1, 5)
     assert not pocket.compiled.takes(cache)  # nothing runs kernels
-    with use_backend(twins):
-        assert not is_traced() and not pocket.compiled.takes(cache)
+    for backend, traced in ((twins, False), (None, True)):
+        with use_backend(backend, traced):
+            assert not is_traced() and not pocket.compiled.takes(cache)
     with use_backend(twins, traced=True):
         assert pocket.compiled.takes(cache)
         assert not pocket.compiled.takes(pocket.make_cache())  # has read nothing

@@ -63,7 +63,7 @@ def test_the_work_space_is_about_what_a_step_takes(pocket: KimiLinear) -> None:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval(pocket.hidden(mx.array([[2] * 2048]), cache), caches.arrays(cache))
-    assert wanted.work / 4 < mx.get_peak_memory() - before < wanted.work
+    assert wanted.work / 8 < mx.get_peak_memory() - before < wanted.work
 
 
 @pytest.mark.parametrize(

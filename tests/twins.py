@@ -150,6 +150,11 @@ def _expert_down(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
     return (y,)
 
 
+def _expert_combine(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    y = (x["y"][x["places"]] * x["weights"][..., None]).sum(axis=-2).astype(x["y"].dtype)
+    return (y + x["shared"] if n["Shared"] else y,)
+
+
 TWINS = {
     "add_norm": _add_norm,
     "kda_decode": _kda_decode,
@@ -160,4 +165,5 @@ TWINS = {
     "expert_select": _expert_select,
     "expert_gate_up": _expert_gate_up,
     "expert_down": _expert_down,
+    "expert_combine": _expert_combine,
 }
