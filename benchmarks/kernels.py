@@ -58,6 +58,7 @@ ONE_BFLOAT16: Tolerance = (2.5e-3, 4e-3)  # one rounding of the output
 TWO_BFLOAT16: Tolerance = (3.6e-3, 8e-3)  # and one of what lies between two kernels
 LOGITS = 4e-2  # of a token's largest: bfloat16, rounded at other places in each layer
 SPLIT = 1e-4  # of the largest: the same numbers in float32, added in another order
+PROMPT = 32  # tokens before those that are forced one by one
 Rule = Callable[..., tuple[mx.array, mx.array]]
 
 
@@ -299,7 +300,7 @@ def _models() -> Comparisons:
     for how, ours, expected in _forced(load_model(pocket_folder()), ids):
         errors = mx.abs(ours - expected).max(axis=-1) / mx.abs(expected).max(axis=-1)
         others = mx.argmax(ours, axis=-1) != mx.argmax(expected, axis=-1)
-        name = f"pocket model, bfloat16, {ids.size} forced tokens, {how}"
+        name = f"pocket model, bfloat16, {ids.size - PROMPT} forced tokens, {how}"
         found = float(mx.sort(errors.flatten())[errors.size // 2]), float(others.mean())
         yield name, found, (LOGITS, 0.1)
 
@@ -313,7 +314,7 @@ def _forced(model: KimiLinear, ids: mx.array) -> Iterator[tuple[str, mx.array, m
             yield how, _one_by_one(model, ids), expected
 
 
-def _one_by_one(model: KimiLinear, ids: mx.array, prompt: int = 32) -> mx.array:
+def _one_by_one(model: KimiLinear, ids: mx.array, prompt: int = PROMPT) -> mx.array:
     cache = model.make_cache()
     logits = [model(ids[:, :prompt], cache)[:, -1:]]
     for t in range(prompt, ids.shape[1]):

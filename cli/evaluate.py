@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from mlx_kimi.cli import show
 from mlx_kimi.cli.options import model_or_pocket
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluate import TOKENS, WINDOW, Evaluation, Prediction, evaluate
@@ -44,21 +44,16 @@ def command(
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise KimiError(f"{file} is not UTF-8 at byte {error.start}") from None
-    found = evaluate(
-        local_folder(model_or_pocket(model)),
-        text,
-        local_folder(against) if against else None,
-        tokens=tokens,
-        window=window,
-        progress=_progress,
-    )
+    with show.prefill_progress() as progress:
+        found = evaluate(
+            local_folder(model_or_pocket(model)),
+            text,
+            local_folder(against) if against else None,
+            tokens=tokens,
+            window=window,
+            progress=progress,
+        )
     click.echo(_json(found) if as_json else "\n".join(_lines(found)))
-
-
-def _progress(what: str, done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        click.echo(f"\r{what}: {done:,} of {total:,} tokens{end}", nl=False, err=True)
 
 
 def _lines(found: Evaluation) -> list[str]:

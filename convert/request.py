@@ -12,7 +12,6 @@ from mlx_kimi import __version__
 from mlx_kimi.checkpoint import INDEX, Checkpoint
 from mlx_kimi.convert.quantize import RECIPES, Scheme
 
-SAMPLE = 1 << 16  # bytes of each weights file, from its middle
 Request = dict[str, str]  # what it is, in the user's words -> its value
 
 SOURCE, CONTENT = "the source", "the content of the source"
@@ -79,9 +78,7 @@ def _fingerprint(checkpoint: Checkpoint, beside: list[Path]) -> str:
     for name, stored in sorted(checkpoint.tensors.items()):
         digest.update(repr((name, stored.file, stored.dtype, stored.shape)).encode())
     for file in checkpoint.files:
-        with open(checkpoint.folder / file, "rb") as weights:
-            status = (checkpoint.folder / file).stat()
-            digest.update(repr((file, status.st_size, status.st_mtime_ns)).encode())
-            weights.seek(status.st_size // 2)
-            digest.update(weights.read(SAMPLE))
+        status = (checkpoint.folder / file).stat()
+        digest.update(repr((file, status.st_size, status.st_mtime_ns)).encode())
+        digest.update(checkpoint.sample(file))
     return digest.hexdigest()[:32]

@@ -13,7 +13,7 @@ KERNEL = Kernel("add_norm", inputs=("x", "part", "weight", "eps"), outputs=("sum
 def naive_add_norm(
     x: mx.array, part: mx.array, weight: mx.array, eps: float
 ) -> tuple[mx.array, mx.array]:
-    """`s = x + part` and `s / sqrt(mean(s^2) + eps) * weight`, both [..., W] in x's dtype."""
+    """`s = x + part` and `s / sqrt(mean(s^2) + eps) * weight`, all [..., W] of one dtype."""
     x = x + part
     return x, mx.fast.rms_norm(x, weight, eps)
 

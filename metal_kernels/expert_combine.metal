@@ -1,6 +1,6 @@
 // What the chosen experts say of each token, weighted and summed in router order, and the shared expert.
 //
-//   y             [Rows, W] of any float type: outputs of experts, sorted by expert
+//   y             [Rows, W] of any float type: outputs of experts, in any order
 //   places        [N, TopK] int: where in y the outputs for a token stand, in router order
 //   weights       [N, TopK] float
 //   shared        [N, W] of y's type; not read where Shared is false

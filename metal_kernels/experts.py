@@ -20,6 +20,7 @@ LARGEST_BATCH = 8  # tokens; beyond it sorting by expert reads less
 BITS = (0, 4, 8)  # 0: plain
 SCORED = 4  # experts of a threadgroup of add_norm_scores: 64 threadgroups for 256
 WIDEST = 7168  # elements of a token, which add_norm_scores keeps in 28 of a threadgroup's 32 KB
+FEWEST_SCALES = 8  # MLX passes a smaller array in Metal's constant address space
 MOST_EXPERTS = 15  # of a token: with the shared one 16 simdgroups of a threadgroup
 
 
@@ -67,7 +68,7 @@ def expert_combine(
     """Each token's weighted sum of its experts' outputs, and the shared expert's.
 
     Args:
-        y: [N * k, W], sorted by expert. places: [N, k] int32, where a token's outputs stand in y.
+        y: [N * k, W], in any order. places: [N, k] int32, where a token's outputs stand in y.
         weights: [N, k] float32. shared: [N, W] in y's dtype.
 
     Returns:
@@ -199,6 +200,8 @@ def refused(router: Matrix, routed: Gated, shared: Gated | None, top_k: int) -> 
             return f"{name} has {matrix.bits} bits, not 4, 8 or 16"
         if not matrix.is_affine:
             return f"{name} is quantized in another mode than affine"
+        if matrix.bits and matrix.scales.size < FEWEST_SCALES:
+            return f"{name} has only {matrix.scales.size} scales"
         if matrix.columns % 8 or (matrix.rows % 4 and matrix is not router):
             return f"{name} is no multiple of 4 rows and 8 columns"
     return None

@@ -25,7 +25,7 @@ TOKENS = 2048  # of the text
 ROWS = 128  # tokens whose predictions are in memory at once: 84 MB for the 48B
 LAST = 0.99  # of the tokens: the KL that no more than 1 % exceed
 
-Progress = Callable[[str, int, int], None]  # what is done, tokens done, tokens in all
+Progress = Callable[[int, int], None]  # tokens done, tokens in all; once for each model
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def evaluate(
     *,
     tokens: int = TOKENS,
     window: int = WINDOW,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Evaluation:
     """Let a model predict a text and, with `against`, compare it with that folder's model.
 
@@ -83,14 +83,14 @@ def evaluate(
             raise KimiError(f"{name} must be at least 2 but is {value}")
     if against is None:
         ids, model = _opened(folder, text, tokens)
-        losses = [part for part, _ in _predictions(model, ids, window, folder.name, progress)]
+        losses = [part for part, _ in _predictions(model, ids, window, progress)]
         return Evaluation(_prediction(losses))
     ids, reference = _opened(against, text, tokens)
     vocab = reference.config.vocab_size
     with tempfile.TemporaryDirectory() as place:
         kept = _kept(Path(place), ids, window, vocab)
         losses, row = [], 0
-        for part, log_p in _predictions(reference, ids, window, against.name, progress):
+        for part, log_p in _predictions(reference, ids, window, progress):
             kept[row : row + len(log_p)] = log_p
             losses.append(part)
             row += len(log_p)
@@ -102,7 +102,7 @@ def evaluate(
             raise KimiError(
                 f"{folder} and {against} have other tokenizers: they cannot be compared"
             )
-        return _compared(model, ids, window, folder.name, kept, expected, progress)
+        return _compared(model, ids, window, kept, expected, progress)
 
 
 def _opened(folder: Path, text: str, tokens: int) -> tuple[list[int], KimiLinear]:
@@ -120,7 +120,7 @@ def _windows(ids: list[int], window: int) -> Iterator[list[int]]:
 
 
 def _predictions(
-    model: KimiLinear, ids: list[int], window: int, name: str, progress: Progress
+    model: KimiLinear, ids: list[int], window: int, progress: Progress
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Of up to ROWS tokens at a time: -log p of what came [n], and log p of all [n, vocab]."""
     done = 0
@@ -134,7 +134,7 @@ def _predictions(
             losses = -mx.take_along_axis(log_p, came[:, None], axis=-1)[:, 0]
             yield np.array(losses), np.array(log_p)
         done += len(part)
-        progress(name, done, len(ids))
+        progress(done, len(ids))
 
 
 def _prediction(losses: list[np.ndarray]) -> Prediction:
@@ -158,13 +158,12 @@ def _compared(
     model: KimiLinear,
     ids: list[int],
     window: int,
-    name: str,
     kept: Any,
     expected: Prediction,
     progress: Progress,
 ) -> Evaluation:
     losses, divergences, same, row = [], [], 0, 0
-    for part, log_p in _predictions(model, ids, window, name, progress):
+    for part, log_p in _predictions(model, ids, window, progress):
         reference = np.array(kept[row : row + len(log_p)], np.float64)
         divergences.append((np.exp(reference) * (reference - log_p)).sum(-1))
         same += int((reference.argmax(-1) == log_p.argmax(-1)).sum())

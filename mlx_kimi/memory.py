@@ -12,12 +12,12 @@ import psutil
 
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.errors import KimiError
+from mlx_kimi.generate import PREFILL_STEP
 from mlx_kimi.metal_kernels.attention import GPU_QUERY_BLOCK
 from mlx_kimi.metal_kernels.latents import GROUP, GROUP_WORDS
 from mlx_kimi.mla import LARGEST_BLOCK, SCORES
 from mlx_kimi.names import tensors
 
-STEP = 2048  # tokens of a prefill step, as `generate.PREFILL_STEP`
 ANY_SIZE = "MLX_KIMI_ANY_SIZE"  # set in the environment, models load whether they fit or not
 BITS = (8, 6, 5, 4, 3, 2)  # of `convert`
 SCALES = 0.5  # bits a weight, at `convert`'s group size: a scale and a bias of 16 bits for 64
@@ -98,7 +98,7 @@ def _work(config: ModelConfig, number: int) -> int:
     )
     feed_forward = number * max(experts, 3 * config.intermediate_size)
     scores = min(SCORES, config.num_attention_heads * GPU_QUERY_BLOCK * LARGEST_BLOCK)
-    return STEP * (delta_rule + feed_forward) + 2 * scores * (8 + number)
+    return PREFILL_STEP * (delta_rule + feed_forward) + 2 * scores * (8 + number)
 
 
 def refuse_what_does_not_fit(folder: Path, config: ModelConfig, weights: int) -> None:
@@ -108,18 +108,18 @@ def refuse_what_does_not_fit(folder: Path, config: ModelConfig, weights: int) ->
         KimiError: the weights and one prefill step do not fit.
     """
     wanted, machine = needs(config, weights), Machine.here()
-    if os.environ.get(ANY_SIZE) or wanted.at(STEP) <= machine.limit:
+    if os.environ.get(ANY_SIZE) or wanted.at(PREFILL_STEP) <= machine.limit:
         return
     raise KimiError(
         f"{folder}: needs {gigabytes(wanted.weights)} for its weights and about "
-        f"{gigabytes(wanted.at(STEP) - wanted.weights)} to work, but {machine}; "
+        f"{gigabytes(wanted.at(PREFILL_STEP) - wanted.weights)} to work, but {machine}; "
         f"{_advice(config, wanted, machine.limit)}"
     )
 
 
 def _advice(config: ModelConfig, wanted: Needs, limit: int) -> str:
     count = sum(prod(tensor.shape) for tensor in tensors(config))
-    room = limit - (wanted.at(STEP) - wanted.weights)
+    room = limit - (wanted.at(PREFILL_STEP) - wanted.weights)
     for bits in BITS:
         size = int(count * (bits + SCALES) / 8)
         if size <= room and size < wanted.weights:

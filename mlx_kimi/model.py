@@ -34,8 +34,8 @@ class Step:
 
     @staticmethod
     def padded(T: int, lengths: Sequence[int]) -> Step:
-        real = mx.arange(T) < mx.array(list(lengths))[:, None]
-        return Step(real, mx.array(list(lengths)))
+        counts = mx.array(list(lengths))
+        return Step(mx.arange(T) < counts[:, None], counts)
 
 
 class DecoderLayer(nn.Module):

@@ -102,6 +102,11 @@ class Experts(nn.Module):
         self.up_proj = weights.linear("up_proj")
         self.down_proj = weights.linear("down_proj")
 
+    @property
+    def count(self) -> int:
+        """The experts that are here."""
+        return self.gate_proj.weight.shape[0]
+
     def __call__(
         self, x: mx.array, experts: mx.array, weights: mx.array, shared: mx.array | None
     ) -> mx.array:
@@ -171,13 +176,17 @@ class MixtureOfExperts(nn.Module):
             (few, "ops form", refused)
             if refused
             else (few, "add_norm_scores, expert_select, expert_gate_up, expert_down", "its domain"),
-            ("more tokens", "ops form", "sorted by expert, MLX's own gather_qmm"),
+            ("more tokens", "ops form", "sorted by expert, MLX's own gather_qmm, expert_combine"),
         ]
+
+    @property
+    def _has_all(self) -> bool:
+        """Whether no other rank has experts."""
+        return self.switch_mlp.count == self.router.gate.out_features
 
     def after(self, norm: RMSNorm, x: mx.array, part: mx.array) -> tuple[mx.array, mx.array]:
         """x, part [B, T, hidden] -> `x + part`, and the experts of its norm."""
-        count, here = self.router.gate.out_features, self.switch_mlp.gate_proj.weight.shape[0]
-        if here == count and self.kernels.refused(x.shape[0] * x.shape[1]) is None:
+        if self._has_all and self.kernels.refused(x.shape[0] * x.shape[1]) is None:
             rows = (y.reshape(-1, x.shape[-1]) for y in (x, part))
             total, y = self.kernels.after(norm, *rows)
             return total.reshape(x.shape), y.reshape(x.shape)
@@ -186,9 +195,9 @@ class MixtureOfExperts(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [B, T, hidden] -> [B, T, hidden]. With a range of the experts, its part of the sum."""
-        count, here = self.router.gate.out_features, self.switch_mlp.gate_proj.weight.shape[0]
         experts, weights = self.router(x)
-        if here < count:
+        if not self._has_all:
+            here = self.switch_mlp.count
             experts = experts.astype(mx.int32) - self.first_expert
             weights = mx.where((experts >= 0) & (experts < here), weights, 0)
             experts = mx.clip(experts, 0, here - 1)

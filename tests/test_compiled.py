@@ -63,7 +63,9 @@ def one_by_one(model: KimiLinear, tokens: mx.array, cache: list[CacheEntry]) -> 
     return np.array(mx.concatenate(logits, axis=1))
 
 
-@pytest.mark.parametrize(("B", "prompt", "bits"), [(1, 250, None), (1, 600, 8), (2, 3, None)])
+@pytest.mark.parametrize(
+    ("B", "prompt", "bits"), [(1, 250, None), (2, 250, None), (1, 600, 8), (2, 3, None)]
+)
 def test_is_the_ops_form_across_the_freezing_of_a_tail(
     pocket: KimiLinear, launched: list[str], B: int, prompt: int, bits: int | None
 ) -> None:
@@ -82,12 +84,36 @@ def test_is_the_ops_form_across_the_freezing_of_a_tail(
 
 
 def test_takes_a_large_batch(pocket: KimiLinear, launched: list[str]) -> None:
-    """As many tokens as make a prefill step go layer by layer."""
+    """So many tokens make a prefill step submit layers one by one, which a graph cannot."""
     B, token = SUBMITTED_FROM, ids(SUBMITTED_FROM, 1)
     cache, plain = prompted(pocket, B, 2), prompted(pocket, B, 2)
+    assert pocket.compiled.takes(cache)
     ours = pocket(token, cache)
+    assert launched
     with use_backend(None):
         assert_close("logits", ours, pocket(token, plain), SAME)
+
+
+def test_latents_freeze_in_8_bits_as_layer_by_layer(pocket: KimiLinear) -> None:
+    """(Not as in the ops form, which packs a full tail before it attends to it.)"""
+    tokens = ids(1, 20)
+    with use_backend(twins, traced=True):
+        compiled = one_by_one(pocket, tokens, prompted(pocket, 1, TAIL - 6, 8))
+    with use_backend(twins):
+        apart = one_by_one(pocket, tokens, prompted(pocket, 1, TAIL - 6, 8))
+    assert_close("logits", compiled, apart, 1e-6)
+
+
+def test_conversations_that_take_turns_keep_their_graphs(
+    pocket: KimiLinear, launched: list[str]
+) -> None:
+    first, second = prompted(pocket, 1, 5), prompted(pocket, 1, TAIL + 5)
+    for cache in (first, second):
+        one_by_one(pocket, ids(1, 1), cache)
+    built = len(launched)
+    for cache in (first, second, first, second):
+        one_by_one(pocket, ids(1, 1), cache)
+    assert len(launched) == built
 
 
 def test_is_built_once_for_a_tail(pocket: KimiLinear, launched: list[str]) -> None:
