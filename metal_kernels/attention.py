@@ -97,31 +97,20 @@ class _Rows:
     def __init__(self, queries: mx.array, first: int) -> None:
         T = queries.shape[2]
         self.queries, self.first, self.end = queries, first, first + T
-        self.padded = False
-        self.sums: tuple[mx.array, mx.array, mx.array] | None = None  # highest, total, output
+        self.sums: tuple[mx.array, mx.array] | None = None  # log of the total, output
 
     def meet(self, blocks: Sequence[Block]) -> None:
-        """Take some blocks into the softmax, with one pass over the scores of all of them."""
+        """Take some blocks into the softmax, with one product for the scores of each."""
         seen = [block.first_columns(self.end - block.start) for block in blocks]
         seen = [block for block in seen if block.size]
         if not seen:
             return
-        masks = [self._visible(block) for block in seen]
-        scores = _joined([self._scores(*pair) for pair in zip(seen, masks, strict=True)])
-        highest = scores.max(axis=-1, keepdims=True)
-        if any(mask is not None for mask in masks):
-            highest = mx.maximum(highest, NO_KEY)
-        if self.sums is not None:
-            highest = mx.maximum(self.sums[0], highest)
-        shares = mx.exp(scores - highest)
-        total = shares.sum(axis=-1, keepdims=True)
+        scores = _joined([self._scores(block, self._visible(block)) for block in seen])
+        shares, log_total = _softmax(scores, seen[0].values)
         output = _weighed(shares, [block.values for block in seen])
         if self.sums is not None:
-            before, total_before, output_before = self.sums
-            fading = mx.exp(before - highest)
-            total, output = total + total_before * fading, output + output_before * fading
-        self.sums = highest, total, output
-        self.padded = self.padded or any(block.real is not None for block in seen)
+            log_total, output = _together(*self.sums, log_total, output)
+        self.sums = log_total, output
 
     def _scores(self, block: Block, visible: mx.array | None) -> mx.array:
         """[B, H, T, S] float32; -inf where the query may not see the column."""
@@ -140,9 +129,37 @@ class _Rows:
 
     def result(self) -> mx.array:
         assert self.sums is not None, "the queries' own columns are always among the blocks"
-        _, total, output = self.sums
-        # Only padding can hide every key from a query; one that is seen adds 1 for the highest.
-        return output / (mx.maximum(total, 1e-30) if self.padded else total)
+        return self.sums[1]
+
+
+def _softmax(scores: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    """Of each row its softmax, in the dtype of the values that it weighs, and its total's log.
+
+    A GPU is bound by how often scores are read and written, a CPU by how many exponentials it
+    takes: each has the form that suits it.
+    """
+    if mx.default_device() == mx.Device(mx.cpu):
+        highest = mx.maximum(scores.max(axis=-1, keepdims=True), NO_KEY)
+        shares = mx.exp(scores - highest)
+        total = mx.maximum(shares.sum(axis=-1, keepdims=True), 1e-30)  # (0 where no key is seen)
+        return (shares / total).astype(values.dtype), highest + mx.log(total)
+    log_total = mx.maximum(mx.logsumexp(scores, axis=-1, keepdims=True), NO_KEY)
+    return _shares(scores, log_total, values), log_total
+
+
+@mx.compile
+def _shares(scores: mx.array, log_total: mx.array, values: mx.array) -> mx.array:
+    return mx.exp(scores - log_total).astype(values.dtype)
+
+
+@mx.compile
+def _together(
+    log_total: mx.array, output: mx.array, other_log_total: mx.array, other_output: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The softmax over two groups of columns, from those over each."""
+    both = mx.logaddexp(log_total, other_log_total)
+    share, other_share = mx.exp(log_total - both), mx.exp(other_log_total - both)
+    return both, output * share + other_output * other_share
 
 
 def _groups(blocks: Iterable[Block], columns: int) -> Iterator[list[Block]]:
@@ -166,7 +183,7 @@ def _weighed(shares: mx.array, values: list[mx.array]) -> mx.array:
     ends = list(accumulate(v.shape[2] for v in values))[:-1]
     parts = mx.split(shares, ends, axis=-1) if ends else [shares]
     output = [
-        _product(part.astype(v.dtype), v, mx.matmul).astype(mx.float32)
+        _product(part, v, mx.matmul).astype(mx.float32)
         for part, v in zip(parts, values, strict=True)
     ]
     return reduce(mx.add, output)
