@@ -34,12 +34,18 @@ def random_arrays(config: ModelConfig, dtype: mx.Dtype = mx.bfloat16) -> Arrays:
     mx.random.seed(0)
     arrays: Arrays = {}
     for tensor in tensors(config):
-        quantization = config.quantization_of(tensor.module)
-        if tensor.matrix and quantization and not tensor.module.endswith("mlp.gate"):
-            arrays |= _codes(tensor, quantization, dtype)
-        else:
-            arrays[tensor.name] = _plain(tensor).astype(dtype)
-        mx.eval(arrays)
+        arrays |= random_tensor(tensor, config, dtype)
+    return arrays
+
+
+def random_tensor(tensor: Tensor, config: ModelConfig, dtype: mx.Dtype) -> Arrays:
+    """One tensor as it is stored: itself, or its codes, scales and biases."""
+    quantization = config.quantization_of(tensor.module)
+    if tensor.matrix and quantization and not tensor.module.endswith("mlp.gate"):
+        arrays = _codes(tensor, quantization, dtype)
+    else:
+        arrays = {tensor.name: _plain(tensor).astype(dtype)}
+    mx.eval(arrays)
     return arrays
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Stored:
     file: str
     dtype: str  # as safetensors spells it: F32, BF16, U32…
     shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
 
 
 class Checkpoint:
@@ -141,11 +143,19 @@ def _unindexed(folder: Path) -> list[str]:
 
 def _header(folder: Path, file: str) -> dict[str, Stored]:
     try:
-        with safe_open(str(folder / file), framework="numpy") as opened:
-            stored = {}
-            for name in opened.keys():  # noqa: SIM118 - no dict
-                part = opened.get_slice(name)
-                stored[name] = Stored(file, part.get_dtype(), tuple(part.get_shape()))
-            return stored
+        with safe_open(str(folder / file), framework="numpy") as opened:  # checks all of it
+            names = list(opened.keys())
+        with (folder / file).open("rb") as weights:
+            size = int.from_bytes(weights.read(8), "little")
+            header = json.loads(weights.read(size))
+        return {
+            name: Stored(
+                file,
+                header[name]["dtype"],
+                tuple(header[name]["shape"]),
+                8 + size + header[name]["data_offsets"][0],
+            )
+            for name in names
+        }
     except (SafetensorError, OSError) as error:
         raise KimiError(f"{folder / file}: not a whole safetensors file: {error}") from None

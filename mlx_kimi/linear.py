@@ -101,6 +101,15 @@ class Linear(nn.Module):
             **self._format(),
         )
 
+    def member(self, index: int) -> Linear:
+        """One matrix of the stack, where it lies."""
+        parts = (self.weight, self.get("scales"), self.get("biases"))
+        weight, scales, biases = (
+            None if part is None else part[index : index + 1].squeeze(0) for part in parts
+        )
+        assert weight is not None
+        return Linear(weight, scales, biases, self.quantization)
+
     def rows(self, ids: mx.array) -> mx.array:
         """The rows `ids` [...] of W -> [..., in]: an embedding table's look-up."""
         if self.quantization is None:

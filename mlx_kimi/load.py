@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,11 +11,13 @@ import mlx.core as mx
 from mlx_kimi.checkpoint import FLOATS, Checkpoint, Stored, collapsed
 from mlx_kimi.config import ModelConfig, Quantization
 from mlx_kimi.errors import KimiError
+from mlx_kimi.expert_files import ExpertFiles, Part
 from mlx_kimi.hub import local_folder
 from mlx_kimi.linear import Linear
 from mlx_kimi.memory import refuse_what_does_not_fit, wire
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.names import Join, Tensor, tensors
+from mlx_kimi.streaming import Budget, Streaming, slots_for
 from mlx_kimi.tokenizer import Tokenizer, load_tokenizer
 from mlx_kimi.weights import Weights
 
@@ -23,19 +26,20 @@ from mlx_kimi.weights import Weights
 ALWAYS_FLOAT32 = (".A_log", ".dt_bias", ".e_score_correction_bias", ".mlp.gate")
 
 
-def load(path_or_hub_id: str | Path) -> tuple[KimiLinear, Tokenizer]:
+def load(path_or_hub_id: str | Path, budget: Budget | None = None) -> tuple[KimiLinear, Tokenizer]:
     """Load a model and its tokenizer.
 
     Args:
         path_or_hub_id: a folder (published, converted, or written by transformers 5), or a name
             such as `moonshotai/Kimi-Linear-48B-A3B-Instruct`, which is downloaded first.
+        budget: see `load_model`.
 
     Raises:
         KimiError: the folder does not hold a whole Kimi Linear model.
     """
     folder = local_folder(path_or_hub_id)
     tokenizer = load_tokenizer(folder)  # first: it fails in milliseconds
-    return load_model(folder), tokenizer
+    return load_model(folder, budget=budget), tokenizer
 
 
 def load_model(
@@ -43,6 +47,7 @@ def load_model(
     shard: tuple[int, int] = (0, 1),
     reduce: Callable[[mx.array], mx.array] = lambda part: part,
     lazy: bool = False,
+    budget: Budget | None = None,
 ) -> KimiLinear:
     """Load a model from a folder that may have no tokenizer.
 
@@ -54,22 +59,35 @@ def load_model(
         shard: (rank, ranks): this rank's slice of heads, inner channels and experts.
         reduce: adds up a layer's output over the ranks.
         lazy: read no weight until it is used.
+        budget: of memory. As many routed experts as fit stay in it, the others are read from the
+            folder's files when a token needs them; the model's context is the budget's.
 
     Raises:
         KimiError: a tensor is missing, unknown, of the wrong shape or dtype, or the model does not
-            fit into this machine's memory.
+            fit into this machine's memory or into the budget.
     """
     folder = Path(folder)
     config = ModelConfig.read(folder)
-    arrays = _Reader(config, Checkpoint(folder), shard).arrays()
+    reader = _Reader(config, Checkpoint(folder), shard)
+    arrays = reader.arrays()
     dtype = compute_dtype(arrays)
     arrays = {name: _in_dtype(name, array, dtype) for name, array in arrays.items()}
-    if not lazy:
+    streaming = None
+    if budget is not None:
+        if shard[1] > 1:
+            raise KimiError(f"a memory budget is for a whole model, not one of {shard[1]} ranks")
+        config = replace(config, model_max_length=budget.tokens(config))
+        streaming = _streaming(budget, reader, arrays, dtype)
+        arrays |= streaming.arrays
+    elif not lazy:
         refuse_what_does_not_fit(folder, config, sum(array.nbytes for array in arrays.values()))
+    if not lazy:
         wire()
     rank, ranks = shard
-    weights = Weights(arrays, config, first_expert=rank * (config.num_experts // ranks))
-    model = KimiLinear(config, weights, reduce)
+    first_expert = rank * (config.num_experts // ranks)
+    banks = streaming.banks if streaming else {}
+    weights = Weights(arrays, config, first_expert=first_expert, banks=banks)
+    model = KimiLinear(config, weights, reduce, streaming)
     del arrays, weights  # fused matrices are copies: their parts must not outlive each layer
     if lazy:
         return model
@@ -78,6 +96,22 @@ def load_model(
         mx.eval(layer.parameters())
     mx.eval(model.parameters())
     return model
+
+
+def _streaming(
+    budget: Budget, reader: _Reader, arrays: Mapping[str, mx.array], dtype: mx.Dtype
+) -> Streaming:
+    """Banks for the routed experts of `arrays`, with the slots that the budget has room for."""
+    files = ExpertFiles(reader.checkpoint)
+    layers: dict[str, list[Part]] = {}
+    for tensor in tensors(reader.config):
+        if tensor.join is Join.STACK:
+            path = tensor.module.rsplit(".", 1)[0]
+            for name, stored in reader.stored(tensor).items():
+                layers.setdefault(path, []).append(files.part(name, stored, dtype))
+    routed = {part.name for parts in layers.values() for part in parts}
+    resident = sum(array.nbytes for name, array in arrays.items() if name not in routed)
+    return Streaming(files, layers, slots_for(budget, reader.config, resident, layers))
 
 
 def check(config: ModelConfig, checkpoint: Checkpoint) -> None:
@@ -124,6 +158,15 @@ class _Reader:
                 array = self._slice(tensor, array)
                 found[f"{tensor.module}.{suffix}" if suffix else tensor.module] = array
         return found
+
+    def stored(self, tensor: Tensor) -> dict[str, list[str]]:
+        """The arrays that `tensor` is in memory, and the stored tensors that each is made of."""
+        scales = f"{tensor.module}.scales" in self.checkpoint
+        if not scales and tensor.name not in self.checkpoint:
+            return {tensor.name: tensor.found_in(self.checkpoint.tensors)}
+        parts = ("weight", "scales", "biases") if scales else ("weight",)
+        names = [f"{tensor.module}.{part}" for part in parts]
+        return {name: [name] for name in names if name in self.checkpoint}
 
     def plans(self) -> list[tuple[Tensor, Callable[[], dict[str, mx.array]]]]:
         """Every tensor and how to build it, once all are known to be there and right."""

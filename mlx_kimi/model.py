@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +19,9 @@ from mlx_kimi.metal_kernels.mla_decode import Plan
 from mlx_kimi.mla import MultiHeadLatentAttention
 from mlx_kimi.moe import MixtureOfExperts
 from mlx_kimi.weights import Weights
+
+if TYPE_CHECKING:
+    from mlx_kimi.streaming import Streaming
 
 # Tokens from which half a layer is submitted as soon as it is built: the device works while the
 # host builds the next half, and what they need for their work is held for two at a time.
@@ -94,10 +98,15 @@ class KimiLinear(nn.Module):
         config: ModelConfig,
         weights: Weights,
         reduce: Callable[[mx.array], mx.array] = lambda part: part,
+        streaming: Streaming | None = None,
     ) -> None:
-        """`reduce` adds up the parts of a layer's output over the ranks of a sharded model."""
+        """`reduce` adds up the parts of a layer's output over the ranks of a sharded model.
+
+        `streaming` fills the banks that `weights` names; None: there are none.
+        """
         super().__init__()
         self.config = config
+        self.streaming = streaming
         self.reduce = reduce
         self.embed_tokens = weights.linear("model.embed_tokens")
         self.layers = [

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
 
+from mlx_kimi.bank import Bank
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.layers import MLP, RMSNorm, swiglu
 from mlx_kimi.metal_kernels.experts import (
@@ -122,6 +125,13 @@ class Experts(nn.Module):
         y = self._mlp(x[order // k][:, None], flat[order], True)[:, 0]
         return expert_combine(y, mx.argsort(order).reshape(-1, k), weights, shared)
 
+    def one(self, x: mx.array, index: int) -> mx.array:
+        """x [R, hidden] through one expert of the stacks -> [R, hidden]."""
+        gate, up, down = (
+            linear.member(index) for linear in (self.gate_proj, self.up_proj, self.down_proj)
+        )
+        return down(swiglu(gate(x), up(x)))
+
     def _mlp(self, x: mx.array, experts: mx.array, sorted_indices: bool) -> mx.array:
         gate = self.gate_proj.gather(x, experts, sorted_indices)
         up = self.up_proj.gather(x, experts, sorted_indices)
@@ -149,20 +159,25 @@ class FewTokens:
             return f"{tokens} tokens are more than {LARGEST_BATCH}: sorted by expert"
         return self._unsuited
 
-    def after(self, norm: RMSNorm, x: mx.array, part: mx.array) -> tuple[mx.array, mx.array]:
-        """x, part [B, hidden] -> `x + part`, and the experts of its norm."""
-        x, normed, experts, weights = self.router.after(norm, x, part)
-        return x, expert_mlp(normed, experts, weights, self.routed, self.shared)
+    def __call__(self, normed: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+        """normed [B, hidden]; experts, weights [B, k] -> [B, hidden]."""
+        return expert_mlp(normed, experts, weights, self.routed, self.shared)
 
 
 class MixtureOfExperts(nn.Module):
-    """The weighted sum of the chosen experts, plus the shared experts unweighted."""
+    """The weighted sum of the chosen experts, plus the shared experts unweighted.
+
+    With a `bank` the stacks hold only some experts, and an expert's place in them is its slot. One
+    token then takes the way that it takes without; many tokens visit one expert after another, so
+    that each is read once. The form of a product never depends on what the bank holds.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         super().__init__()
         self.router = Router(config, weights)
         self.switch_mlp = Experts(weights.at("switch_mlp"))
         self.first_expert = weights.first_expert
+        self.bank = weights.bank("switch_mlp")
         self.shared_experts = (
             MLP(weights.at("shared_experts")) if config.num_shared_experts else None
         )
@@ -170,25 +185,31 @@ class MixtureOfExperts(nn.Module):
 
     def forms(self) -> list[tuple[str, str, str]]:
         """For a step of few and many tokens: how many, what runs, and why."""
-        few = f"1 to {LARGEST_BATCH} tokens"
+        most = 1 if self.bank else LARGEST_BATCH
+        few = f"1 to {most} tokens" if most > 1 else "1 token"
         refused = self.kernels.refused(1)
+        many = "one expert after another, from the files" if self.bank else "sorted by expert"
         return [
             (few, "ops form", refused)
             if refused
             else (few, "add_norm_scores, expert_select, expert_gate_up, expert_down", "its domain"),
-            ("more tokens", "ops form", "sorted by expert, MLX's own gather_qmm, expert_combine"),
+            ("more tokens", "ops form", f"{many}, then expert_combine"),
         ]
 
     @property
-    def _has_all(self) -> bool:
-        """Whether no other rank has experts."""
-        return self.switch_mlp.count == self.router.gate.out_features
+    def _is_part(self) -> bool:
+        """Whether other ranks have the other experts."""
+        return self.bank is None and self.switch_mlp.count < self.router.gate.out_features
 
     def after(self, norm: RMSNorm, x: mx.array, part: mx.array) -> tuple[mx.array, mx.array]:
         """x, part [B, T, hidden] -> `x + part`, and the experts of its norm."""
-        if self._has_all and self.kernels.refused(x.shape[0] * x.shape[1]) is None:
+        tokens = x.shape[0] * x.shape[1]
+        few = not self._is_part and (tokens == 1 or not self.bank)
+        if few and self.kernels.refused(tokens) is None:
             rows = (y.reshape(-1, x.shape[-1]) for y in (x, part))
-            total, y = self.kernels.after(norm, *rows)
+            total, normed, experts, weights = self.router.after(norm, *rows)
+            y = self.kernels(normed, self._slots(experts), weights)
+            self._submit(y)
             return total.reshape(x.shape), y.reshape(x.shape)
         x, normed = norm.of_sum(x, part)
         return x, self(normed)
@@ -196,7 +217,7 @@ class MixtureOfExperts(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """x [B, T, hidden] -> [B, T, hidden]. With a range of the experts, its part of the sum."""
         experts, weights = self.router(x)
-        if not self._has_all:
+        if self._is_part:
             here = self.switch_mlp.count
             experts = experts.astype(mx.int32) - self.first_expert
             weights = mx.where((experts >= 0) & (experts < here), weights, 0)
@@ -204,4 +225,49 @@ class MixtureOfExperts(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         shared = None if self.shared_experts is None else self.shared_experts(rows)
         experts, weights = (y.reshape(len(rows), -1) for y in (experts, weights))
-        return self.switch_mlp(rows, experts, weights, shared).reshape(x.shape)
+        if self.bank and shared is not None:
+            mx.async_eval(shared)  # while the host waits for files
+        if self.bank and len(rows) > 1:
+            y = self._by_expert(self.bank, rows, experts, weights, shared)
+        else:
+            y = self.switch_mlp(rows, self._slots(experts), weights, shared)
+            self._submit(y)
+        return y.reshape(x.shape)
+
+    def _slots(self, experts: mx.array) -> mx.array:
+        """One token's experts [1, k] -> where they are in the stacks, once they are there."""
+        if self.bank is None or self.bank.holds_all:
+            return experts
+        return mx.array(self.bank.slots_of(np.array(experts[0]).astype(np.int64))[None], mx.int32)
+
+    def _submit(self, y: mx.array) -> None:
+        """What reads slots is before all later work in the device's queue, so that whoever has
+        results of later work may write the slots."""
+        if self.bank and not self.bank.holds_all:
+            mx.async_eval(y)
+
+    def _by_expert(
+        self,
+        bank: Bank,
+        rows: mx.array,
+        experts: mx.array,
+        weights: mx.array,
+        shared: mx.array | None,
+    ) -> mx.array:
+        """As `Experts` does: rows, shared [N, hidden]; experts, weights [N, k] -> [N, hidden]."""
+        chosen = np.array(experts).astype(np.int64)
+        k, flat = chosen.shape[1], chosen.reshape(-1)
+        order = np.argsort(flat, kind="stable")  # of (token, expert) pairs, by expert
+        ends = np.searchsorted(flat[order], np.arange(len(bank.slot_of) + 1))
+
+        def pairs(expert: int) -> npt.NDArray[np.int64]:
+            return order[ends[expert] : ends[expert + 1]]
+
+        def compute(expert: int, slot: int) -> mx.array:
+            return self.switch_mlp.one(rows[mx.array(pairs(expert) // k)], slot)
+
+        visited, outputs = bank.visit(chosen, compute)
+        places = np.empty_like(flat)
+        places[np.concatenate([pairs(expert) for expert in visited])] = np.arange(len(flat))
+        y, where = mx.concatenate(outputs), mx.array(places.reshape(-1, k), mx.int32)
+        return expert_combine(y, where, weights, shared)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import mlx.core as mx
 
+from mlx_kimi.bank import Bank
 from mlx_kimi.config import ModelConfig, Quantization
 from mlx_kimi.linear import Linear
 
@@ -19,12 +21,20 @@ class Weights:
         config: ModelConfig,
         path: str = "",
         first_expert: int = 0,
+        banks: Mapping[str, Bank] = MappingProxyType({}),
     ) -> None:
+        """`first_expert` is the number of the first in the stacks. `banks`: of stacks that hold
+        only some experts at a time, by the stacks' path."""
         self.arrays, self.config, self.path = arrays, config, path
-        self.first_expert = first_expert  # the number of the first expert in the stacks
+        self.first_expert, self.banks = first_expert, banks
 
     def at(self, name: str) -> Weights:
-        return Weights(self.arrays, self.config, f"{self.path}{name}.", self.first_expert)
+        path = f"{self.path}{name}."
+        return Weights(self.arrays, self.config, path, self.first_expert, self.banks)
+
+    def bank(self, name: str) -> Bank | None:
+        """The bank of the stacks below `name`; None: they hold all experts."""
+        return self.banks.get(self.path + name)
 
     def array(self, name: str) -> mx.array:
         return self.arrays[self.path + name]

@@ -1,0 +1,100 @@
+"""A model in less memory than it has weights: routed experts come from the files on demand."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import psutil
+
+from mlx_kimi.bank import Bank, Counts
+from mlx_kimi.config import ModelConfig
+from mlx_kimi.errors import KimiError
+from mlx_kimi.expert_files import ExpertFiles, Part
+from mlx_kimi.memory import ANY_SIZE, Machine, gigabytes, needs
+from mlx_kimi.readers import Readers
+
+CONTEXT = 32_768  # tokens that a budget leaves room for, unless told
+BUFFERS = 256 << 20  # bytes that MLX may keep of freed arrays, to use again
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the whole process may take, in bytes, with a text of so many tokens at most."""
+
+    memory: int
+    context: int | None = None  # None: CONTEXT, or the model's if that is shorter
+    latent_bits: int | None = None
+
+    def tokens(self, config: ModelConfig) -> int:
+        """The longest text."""
+        most = config.model_max_length
+        return min(most, CONTEXT) if self.context is None else min(most, self.context)
+
+
+class Streaming:
+    """The banks of all layers, the threads that fill them, and what that has cost.
+
+    Attributes:
+        banks: by the path of the stacks, `model.layers.3.mlp.switch_mlp`.
+        slots: of each bank.
+    """
+
+    def __init__(self, files: ExpertFiles, layers: Mapping[str, list[Part]], slots: int) -> None:
+        self.slots, self.counts, self.readers = slots, Counts(), Readers()
+        weakref.finalize(self, _close, files, self.readers)
+        self.banks = {
+            path: Bank(parts, slots, self.readers, self.counts) for path, parts in layers.items()
+        }
+        for bank in self.banks.values():
+            if bank.holds_all:
+                bank.fill()
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """The stacks of all banks by their names in the MLX layout."""
+        return {name: array for bank in self.banks.values() for name, array in bank.arrays.items()}
+
+    def so_far(self) -> Counts:
+        """A copy of the counts."""
+        return replace(self.counts)
+
+
+def slots_for(
+    budget: Budget, config: ModelConfig, resident: int, layers: Mapping[str, list[Part]]
+) -> int:
+    """How many slots a layer gets.
+
+    Args:
+        resident: bytes of all weights but the routed experts'.
+
+    Raises:
+        KimiError: the budget is too small for a token's experts, or more than this machine has.
+    """
+    machine = Machine.here()
+    if budget.memory > machine.limit and not os.environ.get(ANY_SIZE):
+        raise KimiError(f"a memory budget of {gigabytes(budget.memory)} is too large: {machine}")
+    here = psutil.Process().memory_info().rss
+    context = budget.tokens(config)
+    wanted = needs(config, resident, budget.latent_bits)
+    fixed = here + BUFFERS + wanted.at(context)
+    one_slot = sum(part.nbytes for parts in layers.values() for part in parts)  # in every layer
+    slots = min(config.num_experts, (budget.memory - fixed) // one_slot)
+    least = min(config.num_experts, config.num_experts_per_token)
+    if slots < least:
+        raise KimiError(
+            f"a memory budget of {gigabytes(budget.memory)} is too small: {gigabytes(fixed)} for "
+            f"all but the routed experts and {context:,} tokens of context, and "
+            f"{gigabytes(least * one_slot)} for the {least} experts a token in each layer, make "
+            f"{gigabytes(fixed + least * one_slot)}"
+        )
+    mx.set_cache_limit(BUFFERS)
+    return slots
+
+
+def _close(files: ExpertFiles, readers: Readers) -> None:
+    readers.close()
+    files.close()
