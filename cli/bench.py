@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import prod
@@ -23,7 +23,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from mlx_kimi import __version__
 from mlx_kimi.bench import Bench, Row, check_fits, check_settings
 from mlx_kimi.bench import Progress as OnProgress
-from mlx_kimi.cli.options import model_or_pocket, prefill_step_option
+from mlx_kimi.cli import show
+from mlx_kimi.cli.options import budget_options, model_or_pocket, prefill_step_option
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.convert.convert import shown
 from mlx_kimi.errors import KimiError
@@ -32,6 +33,7 @@ from mlx_kimi.load import load
 from mlx_kimi.metal_kernels.kernel import backend
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.names import tensors
+from mlx_kimi.streaming import Budget
 
 DASH = Path("-")
 PLOTS = (".png", ".svg")
@@ -66,6 +68,7 @@ memory       of the context, above the weights; peak, weights included
 @click.option("--tokens", type=int, default=128, help="Tokens of an answer.")
 @click.option("--repeats", type=int, default=3, help="Answers at each context.")
 @prefill_step_option
+@budget_options
 @click.option("--json", "json_file", type=FILE, help="Write all there is as JSON; - is stdout.")
 @click.option("--plot", "plot_file", type=FILE, help="Draw speeds by context, as .png or .svg.")
 def command(
@@ -74,6 +77,7 @@ def command(
     tokens: int,
     repeats: int,
     prefill_step: int,
+    budget: Budget | None,
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
@@ -88,7 +92,9 @@ def command(
     folder = local_folder(model_or_pocket(model))
     for length in lengths:  # before gigabytes are read
         check_fits(length, tokens, ModelConfig.read(folder).model_max_length)
-    network, tokenizer = load(folder)
+    if budget:  # room for what is measured, unless told
+        budget = replace(budget, context=budget.context or max(lengths) + tokens + 1)
+    network, tokenizer = load(folder, budget)
     bench = Bench(network, tokenizer, tokens=tokens, repeats=repeats, prefill_step=prefill_step)
     facts = _facts(model or "pocket", network, bench)
     for line in (*_heading(facts), LEGEND.format(tokens=tokens, repeats=repeats), *_titles()):
@@ -99,6 +105,9 @@ def command(
             with _bar(length) as progress:
                 rows.append(bench.row(length, progress))
             click.echo(_line(rows[-1]), err=json_file == DASH)
+            if rows[-1].experts:
+                spent = show.experts(rows[-1].experts, repeats * (tokens - 1))
+                click.echo(f"          {spent}", err=json_file == DASH)
     finally:  # what was measured before Ctrl-C is written, too
         report = {**facts, "complete": len(rows) == len(lengths), "rows": list(map(_json, rows))}
         if json_file:
@@ -157,6 +166,7 @@ def _facts(name: str, network: KimiLinear, bench: Bench) -> dict[str, Any]:
             "tokens": bench.tokens,
             "repeats": bench.repeats,
             "prefill_step": bench.prefill_step,
+            "slots": network.streaming.slots if network.streaming else None,
         },
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx_kimi.cli.chat_input import LineEditor, PipedLines
 from mlx_kimi.cli.chat_loop import Loop, status, toolbar
 from mlx_kimi.cli.chat_screen import PlainScreen, TerminalScreen
 from mlx_kimi.cli.options import (
+    budget_options,
     check_options,
     length_options,
     model_option,
@@ -29,6 +31,7 @@ from mlx_kimi.hub import local_folder
 from mlx_kimi.identity import identity
 from mlx_kimi.load import load
 from mlx_kimi.sessions import Sessions
+from mlx_kimi.streaming import Budget
 from mlx_kimi.tools import load_tools
 
 LATEST = ""
@@ -62,6 +65,7 @@ LATEST = ""
 )
 @sessions_option
 @length_options
+@budget_options
 @sampling_options
 def command(
     model: str | None,
@@ -71,6 +75,7 @@ def command(
     markdown: bool,
     snapshot_memory: float,
     sessions: Path | None,
+    budget: Budget | None,
     **options: Any,
 ) -> None:
     """Talk with the model. /help lists the commands; Ctrl-C stops an answer; Ctrl-D ends.
@@ -85,10 +90,12 @@ def command(
         Sessions(sessions).existing(resume)  # before a model is loaded
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     latent_bits = options.pop("latent_bits")
+    if budget:
+        budget = replace(budget, latent_bits=latent_bits, snapshots=int(snapshot_memory * 1e9))
     toolbox = load_tools(tools_file) if tools_file else None
     folder = local_folder(model_or_pocket(model))
     chat = Chat(
-        *load(folder),
+        *load(folder, budget),
         sessions=Sessions(sessions),
         identity=identity(folder, latent_bits, toolbox.schemas if toolbox else None),
         options=options,

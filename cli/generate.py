@@ -11,6 +11,7 @@ import click
 
 from mlx_kimi.cli import show
 from mlx_kimi.cli.options import (
+    budget_options,
     check_options,
     length_options,
     model_option,
@@ -26,6 +27,7 @@ from mlx_kimi.hub import local_folder
 from mlx_kimi.identity import identity
 from mlx_kimi.load import load
 from mlx_kimi.session import read_session
+from mlx_kimi.streaming import Budget
 
 
 @click.command("generate")
@@ -50,6 +52,7 @@ from mlx_kimi.session import read_session
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead.")
 @length_options
+@budget_options
 @sampling_options
 def command(
     model: str | None,
@@ -59,6 +62,7 @@ def command(
     raw: bool,
     stop: tuple[str, ...],
     as_json: bool,
+    budget: Budget | None,
     **options: Any,
 ) -> None:
     """Stream the answer to one prompt."""
@@ -68,7 +72,7 @@ def command(
         which = "--system" if system else "--prompt-cache"
         raise click.UsageError(f"{which} is part of a chat and --raw has none")
     folder = local_folder(model_or_pocket(model))
-    network, tokenizer = load(folder)
+    network, tokenizer = load(folder, budget)
     context = Context(network, options["latent_bits"], every=None)
     conversation = Conversation(system)
     if prompt_cache:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from mlx_kimi.cache import check_latent_bits
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generate import MAX_TOKENS, PREFILL_STEP, check_lengths
 from mlx_kimi.sample import Sampling
+from mlx_kimi.streaming import CONTEXT, Budget
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -113,6 +116,50 @@ sessions_option = click.option(
 prefill_step_option = click.option(
     "--prefill-step", type=int, default=PREFILL_STEP, help="Prompt tokens read at once."
 )
+
+
+class Bytes(click.ParamType):
+    """A number of bytes with its unit, such as 10GB or 1.5 GiB."""
+
+    name = "size"
+    units = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        units = {unit.lower(): size for unit, size in self.units.items()}
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) *([a-z]+)", value.strip().lower())
+        if not found or found[2] not in units:
+            self.fail(f"{value!r} is no size with a unit ({', '.join(self.units)}), such as 10GB")
+        return int(float(found[1]) * units[found[2]])
+
+
+def budget_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--memory-budget and --context, as `budget`: None without."""
+    memory = click.option(
+        "--memory-budget",
+        type=Bytes(),
+        help="Take so much memory at most, such as 10GB; experts are read from the disk as needed.",
+    )
+    longest = click.option(
+        "--context",
+        type=click.IntRange(min=1),
+        show_default=f"{CONTEXT:,}",
+        help="With a memory budget: the longest text to leave room for, in tokens.",
+    )
+
+    @wraps(function)
+    def with_budget(memory_budget: int | None, context: int | None, **options: Any) -> Any:
+        if context is not None and memory_budget is None:
+            raise click.UsageError("--context is what --memory-budget leaves room for")
+        bits = options.get("latent_bits")
+        budget = None if memory_budget is None else Budget(memory_budget, context, bits)
+        return function(budget=budget, **options)
+
+    return memory(longest(with_budget))
+
 
 latent_bits_option = click.option(
     "--latent-bits",

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mlx_kimi.bank import Counts
 from mlx_kimi.generate import Stats
 
 # Joiners of emoji and of Arabic and Indic scripts are format characters like those that turn the
@@ -42,6 +43,16 @@ def speeds(stats: Stats) -> str:
         f"answer {stats.generated_tokens} tokens, {stats.generation_speed:.1f} tok/s | "
         f"first token {stats.time_to_first_token:.2f} s | "
         f"peak memory {stats.peak_memory / 1e9:.2f} GB"
+        + (f" | {experts(stats.experts, stats.generated_tokens - 1)}" if stats.experts else "")
+    )
+
+
+def experts(counts: Counts, tokens: int) -> str:
+    """What reading experts from the disk cost for so many tokens."""
+    each = counts.bytes_read / max(tokens, 1)
+    return (
+        f"experts {counts.hit_rate:.1%} in memory, {size(each)} a token read, "
+        f"waited {counts.waited:.2f} s"
     )
 
 

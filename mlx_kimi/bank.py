@@ -25,12 +25,29 @@ EMPTY = -1
 
 @dataclass
 class Counts:
-    """What the experts of all layers cost so far. Times are in seconds."""
+    """What finding the experts of all layers cost. Times are in seconds."""
 
     asked: int = 0  # experts that a token chose, or that a prefill step needed
     read: int = 0  # of these, those that were in no slot
     bytes_read: int = 0
-    waited: float = 0.0  # while the device had nothing to do
+    waited: float = 0.0  # for files
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.asked + other.asked,
+            self.read + other.read,
+            self.bytes_read + other.bytes_read,
+            self.waited + other.waited,
+        )
+
+    def __sub__(self, before: Counts) -> Counts:
+        """What it cost since `before`."""
+        return Counts(
+            self.asked - before.asked,
+            self.read - before.read,
+            self.bytes_read - before.bytes_read,
+            self.waited - before.waited,
+        )
 
     @property
     def hit_rate(self) -> float:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from functools import reduce
 from random import Random
 from statistics import median
 from typing import Literal
 
 import mlx.core as mx
 
+from mlx_kimi.bank import Counts
 from mlx_kimi.context import Context
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generate import PREFILL_STEP, Stats, check_lengths, stream_generate
@@ -35,6 +37,7 @@ class Row:
     host_times: tuple[float, ...]  # of these, the work to submit a token's step
     active_memory: int  # above the weights, once the context is read: what the cache holds
     peak_memory: int  # weights included
+    experts: Counts | None = None  # of all repeats together; None without a memory budget
 
     @property
     def prompt_speed(self) -> float:
@@ -134,6 +137,7 @@ class Bench:
             host_times=tuple(run.host_time / steps for run in runs),
             active_memory=active,
             peak_memory=mx.get_peak_memory(),
+            experts=_sum([run.experts for run in runs if run.experts]),
         )
 
     def _answer(
@@ -158,6 +162,10 @@ class Bench:
         """Back to the end of the context, and keep no other state."""
         self._context.rewind_to_prefix_of(self._text.start(self.length))
         del self._context.kept[:-1]
+
+
+def _sum(counts: list[Counts]) -> Counts | None:
+    return reduce(Counts.__add__, counts) if counts else None
 
 
 def check_settings(tokens: int, repeats: int, prefill_step: int = PREFILL_STEP) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import mlx.core as mx
 
 from mlx_kimi import cache as caches
+from mlx_kimi.bank import Counts
 from mlx_kimi.context import Context
 from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.model import KimiLinear
@@ -35,6 +36,7 @@ class Stats:
     host_time: float  # of this thread's processor, to submit the steps after the first token's
     peak_memory: int  # bytes
     seed: int
+    experts: Counts | None = None  # of the tokens after the first; None without a memory budget
 
     @property
     def prompt_speed(self) -> float:
@@ -103,9 +105,12 @@ def stream_generate(
     room = model.config.model_max_length - len(ids)
     context = context or Context(model, latent_bits, every=None)
     sampler = Sampler(sampling, ids, model.config.vocab_size)
-    answer = _Answer(tokenizer, stop, min(max_tokens, room), len(ids), sampler.seed)
+    counts = model.streaming.counts if model.streaming else None
+    answer = _Answer(tokenizer, stop, min(max_tokens, room), len(ids), sampler.seed, counts)
 
     hidden, answer.cached_tokens = prefill(context, ids, prefill_step, progress)
+    if counts:
+        answer.counts_at_first = replace(counts)
     token = sampler(model.logits(hidden[:, -1]))
     mx.async_eval(token, *caches.arrays(context.entries))
     while True:
@@ -192,13 +197,20 @@ class _Answer:
     """Turns tokens into chunks: text, stop conditions, counts and times."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str], limit: int, prompt_tokens: int, seed: int
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        limit: int,
+        prompt_tokens: int,
+        seed: int,
+        counts: Counts | None,
     ) -> None:
         self.detokenizer = tokenizer.detokenizer()
         self.stop_ids = tokenizer.stop_ids
         self.stop = StopStrings(stop)
         self.limit, self.prompt_tokens, self.seed = limit, prompt_tokens, seed
         self.cached_tokens = self.count = 0
+        self.counts, self.counts_at_first = counts, Counts()
         self.started = time.perf_counter()
         self.first = self.latest = self.host_time = 0.0
 
@@ -233,6 +245,7 @@ class _Answer:
             self.host_time,
             mx.get_peak_memory(),
             self.seed,
+            None if self.counts is None else self.counts - self.counts_at_first,
         )
 
 

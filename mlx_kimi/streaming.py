@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 import psutil
@@ -28,6 +28,7 @@ class Budget:
     memory: int
     context: int | None = None  # None: CONTEXT, or the model's if that is shorter
     latent_bits: int | None = None
+    snapshots: int = 0  # bytes of states to go back to, of `Context`
 
     def tokens(self, config: ModelConfig) -> int:
         """The longest text."""
@@ -58,10 +59,6 @@ class Streaming:
         """The stacks of all banks by their names in the MLX layout."""
         return {name: array for bank in self.banks.values() for name, array in bank.arrays.items()}
 
-    def so_far(self) -> Counts:
-        """A copy of the counts."""
-        return replace(self.counts)
-
 
 def slots_for(
     budget: Budget, config: ModelConfig, resident: int, layers: Mapping[str, list[Part]]
@@ -80,7 +77,7 @@ def slots_for(
     here = psutil.Process().memory_info().rss
     context = budget.tokens(config)
     wanted = needs(config, resident, budget.latent_bits)
-    fixed = here + BUFFERS + wanted.at(context)
+    fixed = here + BUFFERS + wanted.at(context) + budget.snapshots
     one_slot = sum(part.nbytes for parts in layers.values() for part in parts)  # in every layer
     slots = min(config.num_experts, (budget.memory - fixed) // one_slot)
     least = min(config.num_experts, config.num_experts_per_token)
