@@ -16,10 +16,11 @@ from mlx_kimi.config import ModelConfig, read_json
 from mlx_kimi.convert.blocks import Source
 from mlx_kimi.convert.folder import converted_config, copied_files, copy_files
 from mlx_kimi.convert.partial import check_out, opened
-from mlx_kimi.convert.plan import DTYPES, Plan, peak_memory, plan_of, written_bytes
+from mlx_kimi.convert.plan import DTYPES, Plan, peak_memory, plan_of
 from mlx_kimi.convert.quantize import Scheme
 from mlx_kimi.convert.request import request
 from mlx_kimi.convert.shards import MAX_SHARD, Shard, lay_out, write_index
+from mlx_kimi.convert.steps import steps_of, written_bytes
 from mlx_kimi.convert.write import Progress, write_weights
 from mlx_kimi.errors import KimiError
 from mlx_kimi.hub import local_folder
@@ -105,10 +106,11 @@ def convert(
     settings = _config(folder, config, scheme, dtype, plans)
     parameters = sum(math.prod(plan.tensor.shape) for plan in plans)
     beside = copied_files(folder)
+    steps = steps_of(plans, reader)
     with opened(out, request(checkpoint, beside, scheme, dtype, max_shard)) as partial:
-        written = written_bytes(plans, *partial.position)
+        written = written_bytes(steps, partial.position.step, partial.position.rows)
         outlook(_outlook(out, shards, beside, written, peak_memory(plans, reader)))
-        write_weights(partial, shards, plans, reader, progress)
+        write_weights(partial, shards, steps, reader, progress)
         write_index(partial.folder, shards, parameters)
         copy_files(folder, partial.folder)
         # Last: without it nothing takes the folder for a model.

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_kimi.convert.journal import Journal
@@ -24,8 +25,16 @@ def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far the work came: all steps before `step`, and the first `rows` rows of that."""
+
+    step: int
+    rows: int
+
+
 class Partial:
-    """What is written so far: all tensors before `tensor`, and the first `rows` rows of that."""
+    """What is written so far."""
 
     def __init__(self, out: Path, journal: Journal, asked: Request) -> None:
         self._out, self._journal = out, journal
@@ -45,17 +54,17 @@ class Partial:
         return len(self._journal.records) == 1
 
     @property
-    def position(self) -> tuple[int, int]:
-        """`tensor` and `rows`."""
+    def position(self) -> Position:
+        """Up to where it counts."""
         if self.is_empty:
-            return 0, 0
+            return Position(0, 0)
         last = self._journal.records[-1]
-        return last["tensor"], last["rows"]
+        return Position(last["step"], last["rows"])
 
-    def record(self, tensor: int, rows: int, file: Path) -> None:
-        """So much is written, the last of it to `file`, and the caller has synced it."""
-        size = file.stat().st_size
-        self._journal.append({"tensor": tensor, "rows": rows, "file": file.name, "size": size})
+    def record(self, position: Position, files: Sequence[Path]) -> None:
+        """So much is written, the last of it to `files`, and the caller has synced them."""
+        sizes = {path.name: path.stat().st_size for path in files}
+        self._journal.append({"step": position.step, "rows": position.rows, "files": sizes})
 
     def publish(self) -> None:
         """Make it OUT, when the weights are recorded and the other files written."""
@@ -71,7 +80,9 @@ class Partial:
                 f"{self.folder.parent}: a conversion begun with {changed}; "
                 "repeat it as it was begun, or delete that folder to begin anew"
             )
-        sizes = {record["file"]: record["size"] for record in self._journal.records[1:]}
+        sizes: dict[str, int] = {}
+        for record in self._journal.records[1:]:
+            sizes |= record["files"]
         for name, size in sizes.items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size < size:

@@ -14,6 +14,7 @@ from mlx_kimi.convert.quantize import RECIPES, Scheme
 
 Request = dict[str, str]  # what it is, in the user's words -> its value
 
+JOURNAL = "2"  # raised when its records mean something else
 SOURCE, CONTENT = "the source", "the content of the source"
 
 
@@ -30,6 +31,7 @@ def request(
         shard: bytes of data in one file.
     """
     asked = {
+        "the journal of version": JOURNAL,
         SOURCE: str(checkpoint.folder.resolve()),
         CONTENT: _fingerprint(checkpoint, beside),
         "mlx_kimi": __version__,
