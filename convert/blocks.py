@@ -50,8 +50,9 @@ class Block:
 class Source:
     """Reads blocks of an unquantized checkpoint of either spelling."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
-        self.checkpoint, self.config = checkpoint, config
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, folder: Path) -> None:
+        """`folder` holds the weights' files, each at least while it is read."""
+        self.checkpoint, self.config, self._folder = checkpoint, config, folder
         self._starts: dict[str, dict[str, int]] = {}  # file -> tensor -> where it begins
 
     def names(self, tensor: Tensor) -> list[str]:
@@ -131,7 +132,7 @@ class Source:
     def _read(self, name: str, first: int, count: int) -> np.ndarray:
         """`count` elements of a tensor from the `first` on."""
         stored = self.checkpoint.tensors[name]
-        path = self.checkpoint.folder / stored.file
+        path = self._folder / stored.file
         dtype = np.dtype(NUMPY[stored.dtype])
         try:
             # Read, not mapped: pages of a mapped file would count as this process's memory.
@@ -147,7 +148,7 @@ class Source:
         """Where a tensor begins in its file. Opening the checkpoint has checked the headers."""
         file = self.checkpoint.tensors[name].file
         if file not in self._starts:
-            self._starts[file] = _starts(self.checkpoint.folder / file)
+            self._starts[file] = _starts(self._folder / file)
         return self._starts[file][name]
 
 

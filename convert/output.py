@@ -63,11 +63,13 @@ class Output:
         return rows.source_bytes
 
     def record(self) -> None:
-        """Sync what was written and then record it: it counts from now on.
+        """Sync what was written since the last record, and then record it: it counts from now on.
 
         Raises:
             OSError: the disk fails or is full.
         """
+        if not self._files:
+            return
         paths = [self._partial.folder / name for name in self._files]
         self._open.close()  # which flushes
         for path in paths:

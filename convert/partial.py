@@ -1,6 +1,7 @@
 """A result that is not whole yet: a folder beside OUT, taken up again by the next run.
 
-`OUT.partial` holds the journal and `model`, which is renamed to OUT when all is written and synced.
+`OUT.partial` holds the journal and `model`, which is renamed to OUT when all is written and synced;
+and `source`, where weights lie that are downloaded one file at a time.
 """
 
 from __future__ import annotations
@@ -12,17 +13,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_kimi.convert.journal import Journal
+from mlx_kimi.convert.journal import Journal, first_record
 from mlx_kimi.convert.request import Request, difference
 from mlx_kimi.durable import sync
 from mlx_kimi.errors import KimiError
 
-JOURNAL, MODEL = "journal", "model"
+JOURNAL, MODEL, SOURCE = "journal", "model", "source"
 
 
 def partial_of(out: Path) -> Path:
     """Where the result lies until it is whole."""
     return out.with_name(out.name + ".partial")
+
+
+def begun_with(out: Path) -> Request | None:
+    """What an interrupted conversion to `out` was asked to do."""
+    return first_record(partial_of(out) / JOURNAL)
+
+
+def begun_otherwise(out: Path, changed: str) -> str:
+    """The refusal to go on with another request; `changed` as of `difference`."""
+    return (
+        f"{partial_of(out)}: a conversion begun with {changed}; "
+        "repeat it as it was begun, or delete that folder to begin anew"
+    )
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,8 @@ class Partial:
             self._go_on(asked)
         else:  # nothing that was written counts
             shutil.rmtree(self.folder, ignore_errors=True)
+            if journal.records != [asked]:
+                shutil.rmtree(partial_of(out) / SOURCE, ignore_errors=True)
             journal.restart(asked)
             self.folder.mkdir()
             sync(self.folder.parent)
@@ -76,10 +92,7 @@ class Partial:
 
     def _go_on(self, asked: Request) -> None:
         if changed := difference(self._journal.records[0], asked):
-            raise KimiError(
-                f"{self.folder.parent}: a conversion begun with {changed}; "
-                "repeat it as it was begun, or delete that folder to begin anew"
-            )
+            raise KimiError(begun_otherwise(self._out, changed))
         sizes: dict[str, int] = {}
         for record in self._journal.records[1:]:
             sizes |= record["files"]
@@ -96,7 +109,7 @@ def opened(out: Path, asked: Request) -> Iterator[Partial]:
     """The partial result of `out`, new or taken up again, for one process at a time.
 
     After the block it is gone, having been published. After an error or Ctrl-C it is kept if
-    anything of it counts, and an error says so.
+    anything of it counts or a file was downloaded, and an error says so.
 
     Raises:
         KimiError: `out` exists, another process is at it, it was begun with another request, it is
@@ -113,7 +126,7 @@ def opened(out: Path, asked: Request) -> Iterator[Partial]:
     except (KimiError, OSError) as error:
         raise KimiError(_in_words(error, out, journal)) from None
     finally:
-        if published or len(journal.records) < 2:
+        if published or not _is_worth_keeping(folder, journal):
             shutil.rmtree(folder, ignore_errors=True)
         journal.close()
 
@@ -122,12 +135,16 @@ def _in_words(error: KimiError | OSError, out: Path, journal: Journal) -> str:
     text = str(error)
     if isinstance(error, OSError):
         text = f"{error.filename or out}: {error.strerror or error}"
-    kept = len(journal.records) > 1
+    kept = _is_worth_keeping(partial_of(out), journal)
     if isinstance(error, OSError) and not kept:
         return f"{text}; nothing of the conversion is kept"
     if not kept or str(partial_of(out)) in text:
         return text
     return f"{text}; {partial_of(out)} keeps what is done"
+
+
+def _is_worth_keeping(folder: Path, journal: Journal) -> bool:
+    return len(journal.records) > 1 or any((folder / SOURCE).glob("*.safetensors"))
 
 
 def check_out(out: Path) -> None:

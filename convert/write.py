@@ -16,6 +16,7 @@ from mlx_kimi.convert.plan import AHEAD, BEHIND, CACHE, block_limit
 from mlx_kimi.convert.shards import Shard
 from mlx_kimi.convert.steps import Step, by_file
 from mlx_kimi.errors import KimiError
+from mlx_kimi.hub_weights import HubWeights
 
 MLX_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
@@ -29,8 +30,13 @@ def write_weights(
     steps: Sequence[Step],
     source: Source,
     progress: Progress,
+    hub: HubWeights | None = None,
 ) -> None:
-    """Write what `partial` does not have yet. A record follows the sync of what it stands for."""
+    """Write what `partial` does not have yet. A record follows the sync of what it stands for.
+
+    With `hub`, a file of the source is downloaded when its turn comes, and deleted when all that
+    was made of it is recorded.
+    """
     total = sum(source.nbytes(step.piece) for step in steps)
     begin = partial.position
     left = sum(block.source_bytes for _, block in _blocks(steps, range(len(steps)), begin, source))
@@ -38,10 +44,15 @@ def write_weights(
     kept = mx.set_cache_limit(CACHE)
     try:
         with Output(partial, shards) as output:
-            for _, numbers in by_file(steps):
+            for file, numbers in by_file(steps):
+                if hub and numbers.stop > begin.step:
+                    hub.fetch(file)
                 for written in _file_written(steps, numbers, begin, source, output):
                     done += written
                     progress(done, total)
+                if hub:
+                    output.record()
+                    hub.delete(file)
             output.record()
     finally:
         mx.set_cache_limit(kept)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from checkpoints import FULL_WIDTH, TINY, Config, write_checkpoint
+from checkpoints import TINY, WIDE, Config, write_checkpoint
 
 from mlx_kimi.convert import output, partial
 from mlx_kimi.convert.convert import Outlook, convert
@@ -18,14 +18,6 @@ from mlx_kimi.convert.journal import Journal
 from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.errors import KimiError
 
-# Experts of the 48B's width, and little else: 150M parameters.
-WIDE = FULL_WIDTH | {
-    "num_experts": 8,
-    "intermediate_size": 1024,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "linear_attn_config": FULL_WIDTH["linear_attn_config"] | {"num_heads": 8},
-}
 KILLS = 20
 
 
