@@ -27,7 +27,7 @@ from mlx_kimi.convert.partial import (
 from mlx_kimi.convert.plan import DTYPES, Plan, peak_memory, plan_of
 from mlx_kimi.convert.quantize import Scheme
 from mlx_kimi.convert.request import Request, begun_revision, other_deleting, request
-from mlx_kimi.convert.shards import MAX_SHARD, Shard, lay_out, write_index
+from mlx_kimi.convert.shards import MAX_SHARD, lay_out, write_index
 from mlx_kimi.convert.steps import steps_of, written_bytes
 from mlx_kimi.convert.write import Progress, write_weights
 from mlx_kimi.errors import KimiError
@@ -126,9 +126,12 @@ def convert(
     parameters = sum(math.prod(plan.tensor.shape) for plan in plans)
     beside = copied_files(folder)
     steps = steps_of(plans, reader)
+    whole = sum(shard.nbytes for shard in shards) + sum(path.stat().st_size for path in beside)
     with opened(out, request(checkpoint, beside, scheme, dtype, max_shard, hub)) as partial:
         written = written_bytes(steps, partial.position.step, partial.position.rows)
-        outlook(_outlook(out, shards, beside, written, peak_memory(plans, reader), hub))
+        left = {step.file for step in steps[partial.position.step :]}
+        a_shard, there = (hub.largest(left), hub.kept_bytes()) if hub else (0, 0)
+        outlook(_outlook(out, whole, written, peak_memory(plans, reader), a_shard, there))
         write_weights(partial, shards, steps, reader, progress, hub)
         write_index(partial.folder, shards, parameters)
         copy_files(folder, partial.folder)
@@ -177,25 +180,19 @@ def _hub_weights(
     return HubWeights(str(source), partial_of(out) / SOURCE, revision, around)
 
 
-def _outlook(
-    out: Path,
-    shards: list[Shard],
-    beside: list[Path],
-    written: int,
-    memory: int,
-    hub: HubWeights | None,
-) -> Outlook:
-    """Sizes, and a refusal where the disk is too small."""
-    whole = sum(shard.nbytes for shard in shards) + sum(path.stat().st_size for path in beside)
-    left = whole - written
+def _outlook(out: Path, whole: int, written: int, memory: int, a_shard: int, there: int) -> Outlook:
+    """Sizes, and a refusal where the disk is too small.
+
+    `a_shard` is the largest of the source that is still to be downloaded, `there` what is already.
+    """
+    left, to_download = whole - written, max(a_shard - there, 0)
     free = shutil.disk_usage(out.parent).free
-    beside_it = max(hub.at_once - hub.kept_bytes(), 0) if hub else 0
-    if left + beside_it > free:
+    if left + to_download > free:
         rest = f"{shown(left)} of {shown(whole)}" if written else shown(left)
-        if hub:
-            rest += f", and {shown(beside_it)} for a shard of the source at a time,"
+        if to_download:
+            rest += f", and {shown(to_download)} for a shard of the source at a time,"
         raise KimiError(f"{out}: needs {rest} but its disk has {shown(free)} free")
-    return Outlook(whole, left, memory, free, hub.at_once if hub else 0)
+    return Outlook(whole, left, memory, free, a_shard)
 
 
 def _config(

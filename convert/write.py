@@ -41,15 +41,20 @@ def write_weights(
     begin = partial.position
     left = sum(block.source_bytes for _, block in _blocks(steps, range(len(steps)), begin, source))
     done = total - left
+
+    def advance(source_bytes: int) -> None:
+        nonlocal done
+        done += source_bytes
+        progress(done, total)
+
     kept = mx.set_cache_limit(CACHE)
     try:
         with Output(partial, shards) as output:
             for file, numbers in by_file(steps):
                 if hub and numbers.stop > begin.step:
                     hub.fetch(file)
-                for written in _file_written(steps, numbers, begin, source, output):
-                    done += written
-                    progress(done, total)
+                blocks = list(_blocks(steps, numbers, begin, source))
+                _convert_file(steps, blocks, source, output, advance)
                 if hub:
                     output.record()
                     hub.delete(file)
@@ -58,21 +63,27 @@ def write_weights(
         mx.set_cache_limit(kept)
 
 
-def _file_written(
-    steps: Sequence[Step], numbers: range, begin: Position, source: Source, output: Output
-) -> Iterator[int]:
-    """Convert what one file of the source holds; the bytes of each block once it is written.
+def _convert_file(
+    steps: Sequence[Step],
+    blocks: Sequence[Numbered],
+    source: Source,
+    output: Output,
+    advance: Callable[[int], None],
+) -> None:
+    """Convert blocks of one file of the source; `advance` hears of each once it is written.
 
     One thread reads, this one converts, and one writes, each a bounded number of blocks apart.
     """
-    blocks = list(_blocks(steps, numbers, begin, source))
-    with ahead(source.read, (block for _, block in blocks), AHEAD) as values:
 
-        def converted(numbered: Numbered, read: np.ndarray) -> Rows:
-            return _converted(steps, numbered, read, source)
+    def converted(numbered: Numbered, read: np.ndarray) -> Rows:
+        return _converted(steps, numbered, read, source)
 
-        with ahead(output.write, map(converted, blocks, values), BEHIND) as written:
-            yield from written
+    with (
+        ahead(source.read, (block for _, block in blocks), AHEAD) as values,
+        ahead(output.write, map(converted, blocks, values), BEHIND) as written,
+    ):
+        for source_bytes in written:
+            advance(source_bytes)
 
 
 def _blocks(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -90,10 +90,9 @@ class HubWeights:
         """Delete what was downloaded of a file."""
         (self.folder / file).unlink(missing_ok=True)
 
-    @property
-    def at_once(self) -> int:
-        """Bytes of weights that are here at the same time, at most."""
-        return max(self.files[file] for file in self.checkpoint.files)
+    def largest(self, files: Collection[str]) -> int:
+        """The size of the largest of some files, in bytes."""
+        return max((self.files[file] for file in files), default=0)
 
     def kept_bytes(self) -> int:
         """What lies in `folder` from before, whole files only: the rest is deleted.

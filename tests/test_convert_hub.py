@@ -197,14 +197,20 @@ def test_a_file_is_deleted_only_when_all_that_was_made_of_it_is_recorded(
     assert deleted == list(ends)
 
 
-def test_a_model_in_one_file(tmp_path: Path) -> None:
+def test_what_the_hubs_cache_has_is_copied_and_stays_there(tmp_path: Path) -> None:
+    """A model in one file, which was downloaded in the ordinary way before."""
     repository = write_checkpoint(tmp_path / "repository", TINY)
-    convert(repository, tmp_path / "expected", None)
     with serving(repository) as hub:
-        process = started(hub, tmp_path / "out", "--delete-source-shards", "--no-quantize")
-        _, said = process.communicate()
-    assert process.returncode == 0, said
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+        for out, options in (("plain", []), ("out", ["--delete-source-shards"])):
+            process = started(hub, tmp_path / out, "--no-quantize", *options)
+            _, said = process.communicate()
+            assert process.returncode == 0, said
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+    assert hub.asked.count("model.safetensors") == 1
+    cached = list((tmp_path / "home").rglob("snapshots/*/model.safetensors"))
+    assert [path.read_bytes() for path in cached] == [
+        hub.folder.joinpath(cached[0].name).read_bytes()
+    ]
 
 
 def test_each_fault_of_a_shard_is_one_line_and_the_same_command_goes_on(
