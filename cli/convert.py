@@ -101,13 +101,18 @@ def command(
     signal.signal(signal.SIGTERM, _terminated)
     try:
         with _bar(Console(stderr=True)) as (progress, hidden):
+
+            def say(outlook: Outlook) -> None:
+                with hidden():
+                    _print_outlook(outlook)
+
             report = convert(
                 source,
                 out,
                 chosen,
                 dtype,
                 progress,
-                _print_outlook,
+                say,
                 delete_source_shards=delete_source_shards,
                 around_downloads=hidden,
             )

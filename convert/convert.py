@@ -94,7 +94,7 @@ def convert(
         max_shard: bytes of data in one file.
         delete_source_shards: of a name on the hub: download one file of weights at a time, into
             `<out>.partial`, and delete it when all that was made of it is on the disk and recorded.
-        around_downloads: entered for each of these downloads.
+        around_downloads: entered for each download, which shows its progress on stderr.
 
     Raises:
         KimiError: the source is not a whole unquantized model, holds NaN or infinity, the result
@@ -110,7 +110,8 @@ def convert(
     if begun and (changed := other_deleting(begun, delete_source_shards)):
         raise KimiError(begun_otherwise(out, changed))  # before the whole source is downloaded
     hub = _hub_weights(source, out, begun, around_downloads) if delete_source_shards else None
-    folder = hub.described if hub else local_folder(source)
+    with around_downloads():
+        folder = hub.described if hub else local_folder(source)
     if out.resolve().is_relative_to(folder.resolve()):
         raise KimiError(f"{out}: the result cannot lie inside its source {folder}")
     config = ModelConfig.read(folder)

@@ -27,7 +27,7 @@ class HubWeights:
             name: on the hub.
             folder: where files of weights are while they are needed; of this model alone.
             revision: a commit; None is the newest.
-            around: entered while a file is downloaded, which shows its progress on stderr.
+            around: entered for each download, which shows its progress on stderr.
 
         Raises:
             KimiError: there is no such model, the hub cannot be reached or says nonsense.
@@ -44,7 +44,8 @@ class HubWeights:
                 for file in siblings
                 if file.rfilename.endswith(".safetensors") and "/" not in file.rfilename
             }
-        self.described = downloaded(name, ALL_BUT_WEIGHTS, self.revision)
+        with around():
+            self.described = downloaded(name, ALL_BUT_WEIGHTS, self.revision)
         self._headers: dict[str, dict[str, Stored]] = {}
         self.checkpoint = Checkpoint(self.described, self)
 

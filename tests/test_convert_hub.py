@@ -17,6 +17,7 @@ import pytest
 from checkpoints import TINY, WIDE, write_checkpoint
 from click.testing import CliRunner
 from hub import NAME, Hub, serving
+from terminal import Terminal
 
 from mlx_kimi.checkpoint import Checkpoint
 from mlx_kimi.cli.main import cli
@@ -213,6 +214,34 @@ def test_what_the_hubs_cache_has_is_copied_and_stays_there(tmp_path: Path) -> No
     ]
 
 
+def test_a_terminal_shows_each_download_below_what_is_said(hub: Hub, tmp_path: Path) -> None:
+    home, out = tmp_path / "home", tmp_path / "out"
+    arguments = ["convert", NAME, out, "--delete-source-shards"]
+    terminal = Terminal(*arguments, columns=160, **hub.environment(home))
+    assert terminal.wait_for_end() == 0
+    lines = terminal.lines
+    (said,) = [n for n, line in enumerate(lines) if line.startswith("94.73 MB to write, and at")]
+    shown = [line for line in lines[said + 1 :] if line]
+    for number in range(1, SHARDS + 1):
+        assert shard(number) in shown[number - 1] and "100%" in shown[number - 1]
+    assert shown[SHARDS].startswith(str(out)[:100])
+    assert not any("converting" in line for line in lines)
+
+
+def other_flags_are_not_mixed_in(hub: Hub, out: Path) -> None:
+    asked = list(hub.asked)
+    for options, rule in (
+        ([], "--delete-source-shards yes, now no"),
+        (["--delete-source-shards", "--bits", "8"], "--bits 4, now 8"),
+    ):
+        process = started(hub, out, *options)
+        _, said = process.communicate()
+        last = said.splitlines()[-1]
+        assert process.returncode == 1
+        assert f"out.partial: a conversion begun with {rule}; repeat it as it was begun" in last
+    assert hub.asked == asked
+
+
 def test_each_fault_of_a_shard_is_one_line_and_the_same_command_goes_on(
     hub: Hub, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -226,6 +255,7 @@ def test_each_fault_of_a_shard_is_one_line_and_the_same_command_goes_on(
 
     hub.failing = {shard(3)}
     fails("the hub says: Server error '500")
+    other_flags_are_not_mixed_in(hub, out)
     hub.failing.clear()
     hub.short = {shard(3)}
     # As kill -9 leaves it between the record and the deletion.
@@ -265,22 +295,6 @@ def test_ctrl_c_in_a_download_goes_on_at_that_shard(
     assert code == 0, said
     assert hub.asked == [shard(number) for number in (2, 3, 4)]
     assert contents(tmp_path / "out") == whole
-
-
-def test_other_flags_are_not_mixed_in(hub: Hub, tmp_path: Path) -> None:
-    hub.failing = {shard(2)}
-    deleting(hub, tmp_path / "out")
-    hub.asked.clear()
-    for options, rule in (
-        ([], "--delete-source-shards yes, now no"),
-        (["--delete-source-shards", "--bits", "8"], "--bits 4, now 8"),
-    ):
-        process = started(hub, tmp_path / "out", *options)
-        _, said = process.communicate()
-        last = said.splitlines()[-1]
-        assert process.returncode == 1
-        assert f"out.partial: a conversion begun with {rule}; repeat it as it was begun" in last
-    assert hub.asked == []
 
 
 def test_a_folder_is_refused_and_keeps_its_shards(repository: Path, tmp_path: Path) -> None:
