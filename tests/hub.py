@@ -70,30 +70,29 @@ class Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             self.send_error(404)
             return
-        data = file.read_bytes()
-        if self.headers.get("Range") is None:
-            data = self.server.folder.joinpath(
-                self.server.swapped.get(file.name, file.name)
-            ).read_bytes()
-        start, stop = self.range(len(data))
-        if body and stop == len(data):
+        # Headers of weights come from the right file: they are asked for by their range.
+        swapped = None if self.headers.get("Range") else self.server.swapped.get(file.name)
+        source = file.with_name(swapped or file.name)
+        size = source.stat().st_size
+        start, stop = self.range(size)
+        if body and stop == size:
             self.server.asked.append(file.name)
             if file.name in self.server.failing:
                 self.send_error(500)
                 return
             if start:
                 self.server.resumed.append(file.name)
-        partly = (start, stop) != (0, len(data))
+        partly = (start, stop) != (0, size)
         self.send_response(206 if partly else 200)
-        self.send_header("ETag", f'"{file.name}-{len(data)}"')
+        self.send_header("ETag", f'"{file.name}-{size}"')
         self.send_header("X-Repo-Commit", self.commit(self.path))
         self.send_header("Accept-Ranges", "bytes")
         if partly:
-            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
         self.send_header("Content-Length", str(stop - start))
         self.end_headers()
         if body:
-            self.content(file, data, start, stop)
+            self.content(source, file.name, start, stop, size)
 
     def commit(self, path: str) -> str:
         """The commit that a path names, or the newest."""
@@ -107,17 +106,19 @@ class Handler(BaseHTTPRequestHandler):
         first, last = wanted.removeprefix("bytes=").split("-")
         return int(first), min(int(last) + 1, size) if last else size
 
-    def content(self, file: Path, data: bytes, start: int, stop: int) -> None:
+    def content(self, source: Path, name: str, start: int, stop: int, size: int) -> None:
         """The bytes, or as many of them as the fault lets through."""
-        if self.server.break_after and file.suffix == ".safetensors" and stop == len(data):
+        if self.server.break_after and source.suffix == ".safetensors" and stop == size:
             stop, self.server.break_after = self.server.break_after, None
-        elif file.name in self.server.short and stop == len(data):
-            stop = max(len(data) // 2, start)
-        for at in range(start, stop, PACE):
-            self.wfile.write(data[at : min(at + PACE, stop)])
-            time.sleep(self.server.delay)
-        if stop == len(data):
-            self.server.sent[file.name] = self.server.sent.get(file.name, 0) + stop - start
+        elif name in self.server.short and stop == size:
+            stop = max(size // 2, start)
+        with source.open("rb") as content:
+            content.seek(start)
+            for at in range(start, stop, PACE):
+                self.wfile.write(content.read(min(PACE, stop - at)))
+                time.sleep(self.server.delay)
+        if stop == size:
+            self.server.sent[name] = self.server.sent.get(name, 0) + stop - start
         self.close_connection = True
 
     def send(self, answer: object, body: bool) -> None:
