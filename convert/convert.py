@@ -129,6 +129,8 @@ def convert(
     steps = steps_of(plans, reader)
     whole = sum(shard.nbytes for shard in shards) + sum(path.stat().st_size for path in beside)
     with opened(out, request(checkpoint, beside, scheme, dtype, max_shard, hub)) as partial:
+        if hub:
+            hub.delete_cut_downloads()
         written = written_bytes(steps, partial.position.step, partial.position.rows)
         left = {step.file for step in steps[partial.position.step :]}
         a_shard, there = (hub.largest(left), hub.kept_bytes()) if hub else (0, 0)

@@ -95,11 +95,11 @@ class HubWeights:
         """The size of the largest of some files, in bytes."""
         return max((self.files[file] for file in files), default=0)
 
-    def kept_bytes(self) -> int:
-        """What lies in `folder` from before, whole files only: the rest is deleted.
-
-        Each download of huggingface_hub has a file of its own, which another does not go on with.
-        """
+    def delete_cut_downloads(self) -> None:
+        """Delete what killed processes left; no download of huggingface_hub goes on with it."""
         for path in self.folder.rglob("*.incomplete"):
             path.unlink()
+
+    def kept_bytes(self) -> int:
+        """The size of the files that are in `folder` from before."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
