@@ -83,5 +83,6 @@ def _working_bytes(plan: Plan, source: Source) -> int:
     rows = block.rows * plan.tensor.shape[-1] * ITEM_BYTES[plan.dtype]
     temporaries = rows * (TEMPORARIES[plan.quantization.mode] if plan.quantization else 1)
     written = block.rows * sum(part.row_bytes for part in plan.parts)
-    # Ours: what was read, in numpy and in MLX, and in the dtype of the result.
+    # What waits and what is converted as it was read, twice, since MLX copies it; in the dtype of
+    # the result; what MLX needs beside; what waits, what is written and a contiguous copy of it.
     return (AHEAD + 2) * block.source_bytes + rows + temporaries + (BEHIND + 2) * written
