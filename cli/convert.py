@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import click
@@ -26,6 +26,8 @@ from mlx_kimi.convert.partial import partial_of
 from mlx_kimi.convert.plan import DTYPES
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
 from mlx_kimi.convert.write import Progress as OnProgress
+
+Hidden = Callable[[], AbstractContextManager[object]]
 
 _AFFINE_GROUPS, _AFFINE_BITS = QUANTIZATION_MODES["affine"]
 _RECIPES = "\n\n".join(f"  {name}: {recipe.reason}." for name, recipe in RECIPES.items())
@@ -71,6 +73,11 @@ def _choices(values: tuple[int, ...]) -> str:
     show_default="as in SRC",
     help="Of scales and of what is not quantized.",
 )
+@click.option(
+    "--delete-source-shards",
+    is_flag=True,
+    help="Of a name on the hub, download one shard at a time and delete it when it is converted.",
+)
 def command(
     source: str,
     out: Path,
@@ -80,6 +87,7 @@ def command(
     recipe: str | None,
     no_quantize: bool,
     dtype: str | None,
+    delete_source_shards: bool,
 ) -> None:
     """Convert SRC, a folder or a name on the hub, to the new folder OUT.
 
@@ -92,8 +100,22 @@ def command(
     )
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        with _bar(Console(stderr=True)) as progress:
-            report = convert(source, out, chosen, dtype, progress, _print_outlook)
+        with _bar(Console(stderr=True)) as (progress, hidden):
+
+            def say(outlook: Outlook) -> None:
+                with hidden():
+                    _print_outlook(outlook)
+
+            report = convert(
+                source,
+                out,
+                chosen,
+                dtype,
+                progress,
+                say,
+                delete_source_shards=delete_source_shards,
+                around_downloads=hidden,
+            )
     except (KeyboardInterrupt, SystemExit):
         if partial_of(out).exists():
             kept = f"{partial_of(out)} keeps what is done; the same command goes on from there"
@@ -119,8 +141,8 @@ def _scheme(given: dict[str, object], no_quantize: bool) -> Scheme | None:
 
 
 @contextmanager
-def _bar(console: Console) -> Iterator[OnProgress]:
-    """A progress bar with the time that is left, on a terminal."""
+def _bar(console: Console) -> Iterator[tuple[OnProgress, Hidden]]:
+    """A progress bar with the time that is left, on a terminal; and how to hide it for a while."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -128,18 +150,29 @@ def _bar(console: Console) -> Iterator[OnProgress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    hidden = not sys.stderr.isatty()
-    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
+    piped = not sys.stderr.isatty()
+    with Progress(*columns, console=console, disable=piped, transient=True) as bar:
         task = bar.add_task("converting", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        @contextmanager
+        def hidden() -> Iterator[None]:
+            bar.stop()
+            yield
+            bar.start()
+
+        yield lambda done, total: bar.update(task, completed=done, total=total), hidden
 
 
 def _print_outlook(outlook: Outlook) -> None:
     size = shown(outlook.out_bytes)
     if outlook.left_bytes < outlook.out_bytes:
         size = f"going on: {shown(outlook.left_bytes)} of {size}"
+    if outlook.source_at_once:
+        size += f" to write, and at most {shown(outlook.source_at_once)} of the source at a time"
+    else:
+        size += " to write"
     click.echo(
-        f"{size} to write, {shown(outlook.free)} free on that disk; "
+        f"{size}, {shown(outlook.free)} free on that disk; "
         f"at most {shown(outlook.memory)} of memory",
         err=True,
     )

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,25 +18,42 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.load import join
 from mlx_kimi.names import Join, Tensor
 
-BLOCK = 32 * 2**20  # bytes of source that are in memory at once; 64 MB is no faster, 8 MB slower
+BLOCK = 32 * 2**20  # bytes of source that are read at once; 64 MB is no faster, 8 MB slower
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy has no bfloat16
 
 
 @dataclass(frozen=True)
-class Block:
-    """Rows of one output tensor, flattened to [rows, last axis]."""
+class Piece:
+    """One tensor of the checkpoint: all rows of one tensor of the result, or one expert's."""
 
-    source: str  # the name in the checkpoint, for errors
-    first_row: int
-    rows: mx.array
+    tensor: Tensor
+    name: str  # in the checkpoint
+    first_row: int  # of the tensor's, flattened to [rows, last axis]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a piece, as many as are in memory at once."""
+
+    piece: Piece
+    skip: int  # rows of the piece before these
+    rows: int
     source_bytes: int
+
+    @property
+    def first_row(self) -> int:
+        """Where it begins in the tensor, flattened to [rows, last axis]."""
+        return self.piece.first_row + self.skip
 
 
 class Source:
     """Reads blocks of an unquantized checkpoint of either spelling."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
-        self.checkpoint, self.config = checkpoint, config
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, folder: Path) -> None:
+        """`folder` holds the weights' files, each at least while it is read."""
+        self.checkpoint, self.config, self._folder = checkpoint, config, folder
+        self._starts: dict[str, dict[str, int]] = {}  # file -> tensor -> where it begins
 
     def names(self, tensor: Tensor) -> list[str]:
         """The tensors of the checkpoint that become `tensor`."""
@@ -49,81 +66,90 @@ class Source:
         dtypes = {self.checkpoint.tensors[name].dtype for name in self.names(tensor)}
         return dtypes.pop() if len(dtypes) == 1 else "F32"
 
-    def nbytes(self, tensor: Tensor) -> int:
-        """What reading `tensor` reads."""
-        return sum(self._nbytes(name) for name in self.names(tensor))
+    def nbytes(self, piece: Piece) -> int:
+        """What reading `piece` reads."""
+        return self._nbytes(piece.name)
 
-    def block_bytes(self, tensor: Tensor) -> int:
-        """The most that is read of `tensor` at once."""
-        names = self.names(tensor)
-        largest = max(self._nbytes(name) for name in names)
+    def file(self, piece: Piece) -> str:
+        """The file of the checkpoint that `piece` is in."""
+        return self.checkpoint.tensors[piece.name].file
+
+    def pieces(self, tensor: Tensor) -> list[Piece]:
+        """What `tensor` is made of, in the order of its rows."""
+        width, names = tensor.shape[-1], self.names(tensor)
         if self._is_half(tensor, names):
-            return largest
-        row = largest // math.prod(self.checkpoint.tensors[names[0]].shape) * tensor.shape[-1]
-        return min(largest, max(BLOCK, row))
+            return [Piece(tensor, names[0], 0, math.prod(tensor.shape[:-1]))]
+        # Every other join keeps the elements in their order.
+        rows = [math.prod(self.checkpoint.tensors[name].shape) // width for name in names]
+        starts = accumulate(rows, initial=0)
+        return [Piece(tensor, *each) for each in zip(names, starts, rows, strict=False)]
 
-    def blocks(self, tensor: Tensor, from_row: int = 0) -> Iterator[Block]:
-        """The rows of `tensor` in the MLX layout, in order, in the dtype of the file.
+    def blocks(self, piece: Piece, skip: int = 0, limit: int = BLOCK) -> Iterator[Block]:
+        """The blocks of `piece`, in order; nothing is read yet.
 
         Args:
-            tensor: of the model.
-            from_row: the first that is read, as some block before ended there.
+            piece: of this source.
+            skip: its rows that are not needed, as some block before ended there.
+            limit: bytes of source in one block, which is a row at least.
+        """
+        nbytes = self._nbytes(piece.name)
+        # Half of kv_b_proj is made of the whole of it: 8 MB in the 48B.
+        whole = self._is_half(piece.tensor, [piece.name])
+        step = piece.rows if whole else max(limit * piece.rows // nbytes, 1)
+        for start in range(skip, piece.rows, step):
+            rows = min(step, piece.rows - start)
+            yield Block(piece, start, rows, nbytes * rows // piece.rows)
+
+    def read(self, block: Block) -> np.ndarray:
+        """The elements of a block in the dtype of the file. Any thread may call it.
 
         Raises:
-            KimiError: a file cannot be read or ends too early.
+            KimiError: the file cannot be read or ends too early.
         """
-        names = self.names(tensor)
-        if self._is_half(tensor, names):
-            if from_row == 0:
-                yield self._half(tensor, names[0])
-            return
-        # Every other join keeps the elements in their order.
-        width, first_row = tensor.shape[-1], 0
-        for name in names:
-            rows = math.prod(self.checkpoint.tensors[name].shape) // width
-            step = max(BLOCK * rows // self._nbytes(name), 1)
-            for start in range(max(from_row - first_row, 0), rows, step):
-                array = self._read(name, start * width, min(step, rows - start) * width)
-                yield Block(name, first_row + start, array.reshape(-1, width), array.nbytes)
-            first_row += rows
+        piece, stored = block.piece, self.checkpoint.tensors[block.piece.name]
+        if self._is_half(piece.tensor, [piece.name]):
+            return self._read(piece.name, 0, math.prod(stored.shape))
+        width = piece.tensor.shape[-1]
+        return self._read(piece.name, block.skip * width, block.rows * width)
+
+    def rows(self, block: Block, values: np.ndarray) -> mx.array:
+        """What was read as rows of the MLX layout, [rows, last axis]."""
+        piece, stored = block.piece, self.checkpoint.tensors[block.piece.name]
+        array = mx.array(values)
+        if stored.dtype == "BF16":
+            array = array.view(mx.bfloat16)
+        if self._is_half(piece.tensor, [piece.name]):
+            array = join(piece.tensor, [array.reshape(stored.shape)], self.config)
+        return array.reshape(-1, piece.tensor.shape[-1])
 
     def _is_half(self, tensor: Tensor, names: list[str]) -> bool:
         return tensor.join in (Join.KEY_HALF, Join.VALUE_HALF) and names != [tensor.name]
-
-    def _half(self, tensor: Tensor, name: str) -> Block:
-        """One half of kv_b_proj, which is read whole: 8 MB in the 48B."""
-        stored = self.checkpoint.tensors[name]
-        whole = self._read(name, 0, math.prod(stored.shape)).reshape(stored.shape)
-        half = join(tensor, [whole], self.config)
-        return Block(name, 0, half.reshape(-1, tensor.shape[-1]), whole.nbytes)
 
     def _nbytes(self, name: str) -> int:
         stored = self.checkpoint.tensors[name]
         return math.prod(stored.shape) * np.dtype(NUMPY[stored.dtype]).itemsize
 
-    def _read(self, name: str, first: int, count: int) -> mx.array:
+    def _read(self, name: str, first: int, count: int) -> np.ndarray:
         """`count` elements of a tensor from the `first` on."""
         stored = self.checkpoint.tensors[name]
-        path = self.checkpoint.folder / stored.file
+        path = self._folder / stored.file
         dtype = np.dtype(NUMPY[stored.dtype])
         try:
             # Read, not mapped: pages of a mapped file would count as this process's memory.
-            start = self._starts[name] + first * dtype.itemsize
+            start = self._start(name) + first * dtype.itemsize
             values = np.fromfile(path, dtype, count, offset=start)
         except OSError as error:
             raise KimiError(f"{path}: cannot be read: {error.strerror or error}") from None
         if len(values) != count:
             raise KimiError(f"{path}: ends in the middle of {name}")
-        array = mx.array(values)
-        return array.view(mx.bfloat16) if stored.dtype == "BF16" else array
+        return values
 
-    @cached_property
-    def _starts(self) -> dict[str, int]:
-        """Where each tensor begins in its file. Opening the checkpoint has checked the headers."""
-        starts: dict[str, int] = {}
-        for file in self.checkpoint.files:
-            starts |= _starts(self.checkpoint.folder / file)
-        return starts
+    def _start(self, name: str) -> int:
+        """Where a tensor begins in its file. Opening the checkpoint has checked the headers."""
+        file = self.checkpoint.tensors[name].file
+        if file not in self._starts:
+            self._starts[file] = _starts(self._folder / file)
+        return self._starts[file][name]
 
 
 def _starts(path: Path) -> dict[str, int]:

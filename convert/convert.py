@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,23 @@ from mlx_kimi.checkpoint import Checkpoint
 from mlx_kimi.config import ModelConfig, read_json
 from mlx_kimi.convert.blocks import Source
 from mlx_kimi.convert.folder import converted_config, copied_files, copy_files
-from mlx_kimi.convert.partial import check_out, opened
-from mlx_kimi.convert.plan import DTYPES, Plan, peak_memory, plan_of, written_bytes
+from mlx_kimi.convert.partial import (
+    SOURCE,
+    begun_otherwise,
+    begun_with,
+    check_out,
+    opened,
+    partial_of,
+)
+from mlx_kimi.convert.plan import DTYPES, Plan, peak_memory, plan_of
 from mlx_kimi.convert.quantize import Scheme
-from mlx_kimi.convert.request import request
-from mlx_kimi.convert.shards import MAX_SHARD, Shard, lay_out, write_index
+from mlx_kimi.convert.request import Request, begun_revision, other_deleting, request
+from mlx_kimi.convert.shards import MAX_SHARD, lay_out, write_index
+from mlx_kimi.convert.steps import steps_of, written_bytes
 from mlx_kimi.convert.write import Progress, write_weights
 from mlx_kimi.errors import KimiError
-from mlx_kimi.hub import local_folder
+from mlx_kimi.hub import is_folder, local_folder
+from mlx_kimi.hub_weights import HubWeights
 from mlx_kimi.load import check
 from mlx_kimi.names import Tensor, tensors
 
@@ -35,6 +45,7 @@ class Outlook:
     left_bytes: int  # still to be written; less than all where an earlier run was interrupted
     memory: int  # that the process takes at most
     free: int  # on the disk of the result
+    source_at_once: int  # of the source on that disk at a time, if it is deleted as it is used
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,8 @@ def convert(
     progress: Progress = lambda done, total: None,
     outlook: Callable[[Outlook], None] = lambda outlook: None,
     max_shard: int = MAX_SHARD,
+    delete_source_shards: bool = False,
+    around_downloads: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Report:
     """Write `source` to the new folder `out` in the MLX layout, for mlx_kimi and mlx-lm.
 
@@ -79,36 +92,50 @@ def convert(
         progress: called after every block.
         outlook: called once, before the first block.
         max_shard: bytes of data in one file.
+        delete_source_shards: of a name on the hub: download one file of weights at a time, into
+            `<out>.partial`, and delete it when all that was made of it is on the disk and recorded.
+        around_downloads: entered for each download, which shows its progress on stderr.
 
     Raises:
         KimiError: the source is not a whole unquantized model, holds NaN or infinity, the result
             cannot be written or its disk is too small, or `<out>.partial` is of another source,
-            other arguments or another version, or in use.
+            other arguments or another version, or in use; a folder's shards should be deleted.
         ValueError: an unknown dtype.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"[convert] dtype must be one of {', '.join(DTYPES)} but is {dtype}.")
     out = Path(out)
     check_out(out)
-    folder = local_folder(source)
+    begun = begun_with(out)
+    if begun and (changed := other_deleting(begun, delete_source_shards)):
+        raise KimiError(begun_otherwise(out, changed))  # before the whole source is downloaded
+    hub = _hub_weights(source, out, begun, around_downloads) if delete_source_shards else None
+    with around_downloads():
+        folder = hub.described if hub else local_folder(source)
     if out.resolve().is_relative_to(folder.resolve()):
         raise KimiError(f"{out}: the result cannot lie inside its source {folder}")
     config = ModelConfig.read(folder)
     _check_unquantized(folder, config)
-    checkpoint = Checkpoint(folder)
+    checkpoint = hub.checkpoint if hub else Checkpoint(folder)
     check(config, checkpoint)
 
     began = time.monotonic()
-    reader = Source(checkpoint, config)
+    reader = Source(checkpoint, config, hub.folder if hub else folder)
     plans = [plan_of(tensor, reader, config, scheme, dtype) for tensor in tensors(config)]
     shards = lay_out([plan.parts for plan in plans], max_shard)
     settings = _config(folder, config, scheme, dtype, plans)
     parameters = sum(math.prod(plan.tensor.shape) for plan in plans)
     beside = copied_files(folder)
-    with opened(out, request(checkpoint, beside, scheme, dtype, max_shard)) as partial:
-        written = written_bytes(plans, *partial.position)
-        outlook(_outlook(out, shards, beside, written, peak_memory(plans, reader)))
-        write_weights(partial, shards, plans, reader, progress)
+    steps = steps_of(plans, reader)
+    whole = sum(shard.nbytes for shard in shards) + sum(path.stat().st_size for path in beside)
+    with opened(out, request(checkpoint, beside, scheme, dtype, max_shard, hub)) as partial:
+        if hub:
+            hub.delete_cut_downloads()
+        written = written_bytes(steps, partial.position.step, partial.position.rows)
+        left = {step.file for step in steps[partial.position.step :]}
+        a_shard, there = (hub.largest(left), hub.kept_bytes()) if hub else (0, 0)
+        outlook(_outlook(out, whole, written, peak_memory(plans, reader), a_shard, there))
+        write_weights(partial, shards, steps, reader, progress, hub)
         write_index(partial.folder, shards, parameters)
         copy_files(folder, partial.folder)
         # Last: without it nothing takes the folder for a model.
@@ -116,7 +143,9 @@ def convert(
         (partial.folder / "config.json").write_text(text, encoding="utf-8")
     return Report(
         out=out,
-        source_bytes=sum((folder / file).stat().st_size for file in checkpoint.files),
+        source_bytes=sum(
+            hub.files[file] if hub else (folder / file).stat().st_size for file in checkpoint.files
+        ),
         out_bytes=sum(shard.nbytes for shard in shards),
         parameters=parameters,
         shards=len(shards),
@@ -139,17 +168,34 @@ def _check_unquantized(folder: Path, config: ModelConfig) -> None:
         )
 
 
-def _outlook(
-    out: Path, shards: list[Shard], beside: list[Path], written: int, memory: int
-) -> Outlook:
-    """Sizes, and a refusal where the disk is too small."""
-    whole = sum(shard.nbytes for shard in shards) + sum(path.stat().st_size for path in beside)
-    left = whole - written
+def _hub_weights(
+    source: str | Path,
+    out: Path,
+    begun: Request | None,
+    around: Callable[[], AbstractContextManager[object]],
+) -> HubWeights:
+    if is_folder(source):
+        raise KimiError(
+            f"{source}: --delete-source-shards is for a name on the hub, whose shards can be "
+            "downloaded again; nothing in a folder is ever deleted"
+        )
+    revision = begun_revision(begun, str(source)) if begun else None
+    return HubWeights(str(source), partial_of(out) / SOURCE, revision, around)
+
+
+def _outlook(out: Path, whole: int, written: int, memory: int, a_shard: int, there: int) -> Outlook:
+    """Sizes, and a refusal where the disk is too small.
+
+    `a_shard` is the largest of the source that is still to be downloaded, `there` what is already.
+    """
+    left, to_download = whole - written, max(a_shard - there, 0)
     free = shutil.disk_usage(out.parent).free
-    if left > free:
+    if left + to_download > free:
         rest = f"{shown(left)} of {shown(whole)}" if written else shown(left)
+        if to_download:
+            rest += f", and {shown(to_download)} for a shard of the source at a time,"
         raise KimiError(f"{out}: needs {rest} but its disk has {shown(free)} free")
-    return Outlook(whole, left, memory, free)
+    return Outlook(whole, left, memory, free, a_shard)
 
 
 def _config(

@@ -72,5 +72,15 @@ class Journal:
         return records
 
 
+def first_record(path: Path) -> dict[str, Any] | None:
+    """The first record of a journal that another process may have open; None if there is none."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline()
+    except OSError:
+        return None
+    return json.loads(line[9:]) if _is_whole(line) else None
+
+
 def _is_whole(line: bytes) -> bool:
     return line.endswith(b"\n") and line[:9] == b"%08x " % zlib.crc32(line[9:-1])

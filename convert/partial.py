@@ -1,22 +1,24 @@
 """A result that is not whole yet: a folder beside OUT, taken up again by the next run.
 
-`OUT.partial` holds the journal and `model`, which is renamed to OUT when all is written and synced.
+`OUT.partial` holds the journal and `model`, which is renamed to OUT when all is written and synced;
+and `source`, where weights lie that are downloaded one file at a time.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_kimi.convert.journal import Journal
+from mlx_kimi.convert.journal import Journal, first_record
 from mlx_kimi.convert.request import Request, difference
 from mlx_kimi.durable import sync
 from mlx_kimi.errors import KimiError
 
-JOURNAL, MODEL = "journal", "model"
+JOURNAL, MODEL, SOURCE = "journal", "model", "source"
 
 
 def partial_of(out: Path) -> Path:
@@ -24,8 +26,29 @@ def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def begun_with(out: Path) -> Request | None:
+    """What an interrupted conversion to `out` was asked to do."""
+    return first_record(partial_of(out) / JOURNAL)
+
+
+def begun_otherwise(out: Path, changed: str) -> str:
+    """The refusal to go on with another request; `changed` as of `difference`."""
+    return (
+        f"{partial_of(out)}: a conversion begun with {changed}; "
+        "repeat it as it was begun, or delete that folder to begin anew"
+    )
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far the work came: all steps before `step`, and the first `rows` rows of that."""
+
+    step: int
+    rows: int
+
+
 class Partial:
-    """What is written so far: all tensors before `tensor`, and the first `rows` rows of that."""
+    """What is written so far."""
 
     def __init__(self, out: Path, journal: Journal, asked: Request) -> None:
         self._out, self._journal = out, journal
@@ -34,6 +57,8 @@ class Partial:
             self._go_on(asked)
         else:  # nothing that was written counts
             shutil.rmtree(self.folder, ignore_errors=True)
+            if journal.records != [asked]:
+                shutil.rmtree(partial_of(out) / SOURCE, ignore_errors=True)
             journal.restart(asked)
             self.folder.mkdir()
             sync(self.folder.parent)
@@ -45,17 +70,17 @@ class Partial:
         return len(self._journal.records) == 1
 
     @property
-    def position(self) -> tuple[int, int]:
-        """`tensor` and `rows`."""
+    def position(self) -> Position:
+        """Up to where it counts."""
         if self.is_empty:
-            return 0, 0
+            return Position(0, 0)
         last = self._journal.records[-1]
-        return last["tensor"], last["rows"]
+        return Position(last["step"], last["rows"])
 
-    def record(self, tensor: int, rows: int, file: Path) -> None:
-        """So much is written, the last of it to `file`, and the caller has synced it."""
-        size = file.stat().st_size
-        self._journal.append({"tensor": tensor, "rows": rows, "file": file.name, "size": size})
+    def record(self, position: Position, files: Sequence[Path]) -> None:
+        """So much is written, the last of it to `files`, and the caller has synced them."""
+        sizes = {path.name: path.stat().st_size for path in files}
+        self._journal.append({"step": position.step, "rows": position.rows, "files": sizes})
 
     def publish(self) -> None:
         """Make it OUT, when the weights are recorded and the other files written."""
@@ -67,11 +92,10 @@ class Partial:
 
     def _go_on(self, asked: Request) -> None:
         if changed := difference(self._journal.records[0], asked):
-            raise KimiError(
-                f"{self.folder.parent}: a conversion begun with {changed}; "
-                "repeat it as it was begun, or delete that folder to begin anew"
-            )
-        sizes = {record["file"]: record["size"] for record in self._journal.records[1:]}
+            raise KimiError(begun_otherwise(self._out, changed))
+        sizes: dict[str, int] = {}
+        for record in self._journal.records[1:]:
+            sizes |= record["files"]
         for name, size in sizes.items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size < size:
@@ -85,7 +109,7 @@ def opened(out: Path, asked: Request) -> Iterator[Partial]:
     """The partial result of `out`, new or taken up again, for one process at a time.
 
     After the block it is gone, having been published. After an error or Ctrl-C it is kept if
-    anything of it counts, and an error says so.
+    anything of it counts or a file was downloaded, and an error says so.
 
     Raises:
         KimiError: `out` exists, another process is at it, it was begun with another request, it is
@@ -102,7 +126,7 @@ def opened(out: Path, asked: Request) -> Iterator[Partial]:
     except (KimiError, OSError) as error:
         raise KimiError(_in_words(error, out, journal)) from None
     finally:
-        if published or len(journal.records) < 2:
+        if published or not _is_worth_keeping(folder, journal):
             shutil.rmtree(folder, ignore_errors=True)
         journal.close()
 
@@ -111,12 +135,16 @@ def _in_words(error: KimiError | OSError, out: Path, journal: Journal) -> str:
     text = str(error)
     if isinstance(error, OSError):
         text = f"{error.filename or out}: {error.strerror or error}"
-    kept = len(journal.records) > 1
+    kept = _is_worth_keeping(partial_of(out), journal)
     if isinstance(error, OSError) and not kept:
         return f"{text}; nothing of the conversion is kept"
     if not kept or str(partial_of(out)) in text:
         return text
     return f"{text}; {partial_of(out)} keeps what is done"
+
+
+def _is_worth_keeping(folder: Path, journal: Journal) -> bool:
+    return len(journal.records) > 1 or any((folder / SOURCE).glob("*.safetensors"))
 
 
 def check_out(out: Path) -> None:

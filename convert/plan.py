@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_kimi.config import ModelConfig, Quantization
-from mlx_kimi.convert.blocks import Source
+from mlx_kimi.convert.blocks import BLOCK, Source
 from mlx_kimi.convert.quantize import Scheme
-from mlx_kimi.convert.shards import Part
+from mlx_kimi.convert.shards import ITEM_BYTES, Part
 from mlx_kimi.names import Tensor
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # --dtype -> safetensors
@@ -16,10 +16,17 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # --dtype -> 
 # --dtype leaves these as they are in the file, here as in mlx-lm.
 KEPT_DTYPE = (".A_log", ".dt_bias", ".e_score_correction_bias")
 
-# An allowance above what was measured on Linux (178 to 220 MB in all): the interpreter, libraries,
-# names of tensors; a block as it is read, in MLX, in another dtype and as it is written.
+# Blocks that wait for their turn at most: read ones, and written ones.
+AHEAD, BEHIND = 2, 2
+CACHE = 2**25  # bytes of freed memory that MLX may keep meanwhile
+
+# What the process takes before the first block, with an allowance: interpreter, libraries, names
+# of tensors.
 PROCESS = 250 * 10**6  # bytes
-COPIES = 6
+
+# MLX's temporaries for a mode, in bytes a byte of rows, as measured on the CPU, where it has no
+# kernel for the 4-bit floats. A block is made the smaller for them.
+TEMPORARIES = {"affine": 1, "mxfp8": 3, "mxfp4": 21, "nvfp4": 39}
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,25 @@ def plan_of(
     return Plan(tensor, stored, None if refused else asked, refused)
 
 
-def written_bytes(plans: Sequence[Plan], tensor: int, rows: int) -> int:
-    """The size of all parts of the first `tensor` plans, and of `rows` rows of the next."""
-    whole = sum(part.nbytes for plan in plans[:tensor] for part in plan.parts)
-    begun = plans[tensor].parts if rows else []
-    return whole + sum(rows * part.row_bytes for part in begun)
+def block_limit(quantization: Quantization | None) -> int:
+    """Bytes of source that are read at once."""
+    if quantization is None or TEMPORARIES[quantization.mode] < 8:
+        return BLOCK
+    return BLOCK // TEMPORARIES[quantization.mode]
 
 
 def peak_memory(plans: Sequence[Plan], source: Source) -> int:
-    """Bytes that the process takes at most: the interpreter, and a few copies of a block."""
-    return PROCESS + COPIES * max(source.block_bytes(plan.tensor) for plan in plans)
+    """Bytes that the process takes at most, whatever the model's size."""
+    return PROCESS + CACHE + max(_working_bytes(plan, source) for plan in plans)
+
+
+def _working_bytes(plan: Plan, source: Source) -> int:
+    """The blocks of a plan that are in memory at once, as if all were the largest one."""
+    piece = max(source.pieces(plan.tensor), key=source.nbytes)
+    block = next(source.blocks(piece, limit=block_limit(plan.quantization)))
+    rows = block.rows * plan.tensor.shape[-1] * ITEM_BYTES[plan.dtype]
+    temporaries = rows * (TEMPORARIES[plan.quantization.mode] if plan.quantization else 1)
+    written = block.rows * sum(part.row_bytes for part in plan.parts)
+    # What waits and what is converted as it was read, twice, since MLX copies it; in the dtype of
+    # the result; what MLX needs beside; what waits, what is written and a contiguous copy of it.
+    return (AHEAD + 2) * block.source_bytes + rows + temporaries + (BEHIND + 2) * written

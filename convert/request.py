@@ -5,20 +5,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_kimi import __version__
 from mlx_kimi.checkpoint import INDEX, Checkpoint
 from mlx_kimi.convert.quantize import RECIPES, Scheme
+from mlx_kimi.hub_weights import HubWeights
 
 Request = dict[str, str]  # what it is, in the user's words -> its value
 
+JOURNAL = "2"  # raised when its records mean something else
 SOURCE, CONTENT = "the source", "the content of the source"
+DELETING, REVISION = "--delete-source-shards", "the revision"
 
 
 def request(
-    checkpoint: Checkpoint, beside: list[Path], scheme: Scheme | None, dtype: str | None, shard: int
+    checkpoint: Checkpoint,
+    beside: list[Path],
+    scheme: Scheme | None,
+    dtype: str | None,
+    shard: int,
+    hub: HubWeights | None = None,
 ) -> Request:
     """All that the bytes of the result depend on.
 
@@ -28,10 +37,15 @@ def request(
         scheme: how it is quantized, None if it is not.
         dtype: as `convert` takes it.
         shard: bytes of data in one file.
+        hub: where its weights come from one file at a time.
     """
+    weights = _weights_of_folder(checkpoint) if hub is None else [hub.revision, hub.files]
     asked = {
-        SOURCE: str(checkpoint.folder.resolve()),
-        CONTENT: _fingerprint(checkpoint, beside),
+        "the journal of version": JOURNAL,
+        DELETING: _yes_or_no(hub is not None),
+        SOURCE: str(checkpoint.folder.resolve()) if hub is None else hub.name,
+        CONTENT: _fingerprint(checkpoint, beside, weights),
+        REVISION: "none" if hub is None else hub.revision,
         "mlx_kimi": __version__,
         "mlx": str(mx.__version__),  # type: ignore[attr-defined]  # the stubs forget it
         "the device": "cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu",
@@ -69,16 +83,37 @@ def difference(stored: Mapping[str, str], present: Mapping[str, str]) -> str | N
     return None
 
 
-def _fingerprint(checkpoint: Checkpoint, beside: list[Path]) -> str:
-    """Sizes, times and samples of the weights, and every byte of the small files."""
+def begun_revision(begun: Request, name: str) -> str | None:
+    """The commit of model `name` that a conversion with its shards deleted was begun with."""
+    same = begun.get(DELETING) == "yes" and begun.get(SOURCE) == name
+    return begun[REVISION] if same else None
+
+
+def other_deleting(begun: Request, deleting: bool) -> str | None:
+    """What is not as it was about deleting shards, as of `difference`; None if nothing is."""
+    return difference({DELETING: begun.get(DELETING, "no")}, {DELETING: _yes_or_no(deleting)})
+
+
+def _yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _fingerprint(checkpoint: Checkpoint, beside: list[Path], weights: list[Any]) -> str:
+    """What tells the weights from others, and every byte of the small files."""
     digest = hashlib.sha256()
     for path in (checkpoint.folder / "config.json", checkpoint.folder / INDEX, *beside):
         if path.is_file():
             digest.update(path.name.encode() + path.read_bytes())
     for name, stored in sorted(checkpoint.tensors.items()):
         digest.update(repr((name, stored.file, stored.dtype, stored.shape)).encode())
+    digest.update(repr(weights).encode())
+    return digest.hexdigest()[:32]
+
+
+def _weights_of_folder(checkpoint: Checkpoint) -> list[Any]:
+    """Sizes, times and samples."""
+    result = []
     for file in checkpoint.files:
         status = (checkpoint.folder / file).stat()
-        digest.update(repr((file, status.st_size, status.st_mtime_ns)).encode())
-        digest.update(checkpoint.sample(file))
-    return digest.hexdigest()[:32]
+        result.append((file, status.st_size, status.st_mtime_ns, checkpoint.sample(file)))
+    return result

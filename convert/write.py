@@ -1,90 +1,125 @@
-"""Weights, written block by block, each block recorded when it is safe."""
+"""Weights: read, converted and written at the same time, a few blocks of each in memory."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_kimi.config import Quantization
 from mlx_kimi.convert.blocks import Block, Source
-from mlx_kimi.convert.partial import Partial
-from mlx_kimi.convert.plan import Plan
+from mlx_kimi.convert.output import Output, Rows
+from mlx_kimi.convert.partial import Partial, Position
+from mlx_kimi.convert.pipeline import ahead
+from mlx_kimi.convert.plan import AHEAD, BEHIND, CACHE, block_limit
 from mlx_kimi.convert.shards import Shard
-from mlx_kimi.durable import sync
+from mlx_kimi.convert.steps import Step, by_file
 from mlx_kimi.errors import KimiError
+from mlx_kimi.hub_weights import HubWeights
 
 MLX_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
-SYNC = 64 * 2**20  # bytes of source between two records: what a power cut costs at most
 
 Progress = Callable[[int, int], None]  # (bytes read, bytes to read)
+Numbered = tuple[int, Block]  # with the number of its step
 
 
 def write_weights(
-    partial: Partial, shards: list[Shard], plans: list[Plan], source: Source, progress: Progress
+    partial: Partial,
+    shards: Sequence[Shard],
+    steps: Sequence[Step],
+    source: Source,
+    progress: Progress,
+    hub: HubWeights | None = None,
 ) -> None:
-    """Write what `partial` does not have yet. A record follows the sync of what it stands for."""
-    total = sum(source.nbytes(plan.tensor) for plan in plans)
-    first, first_row = partial.position
-    done = sum(source.nbytes(plan.tensor) for plan in plans[:first])
-    if first_row:
-        tensor = plans[first].tensor
-        done += source.nbytes(tensor) * first_row // (math.prod(tensor.shape[:-1]))
-    for shard, numbers in _by_shard(shards, plans):
-        if numbers.stop <= first:
+    """Write what `partial` does not have yet. A record follows the sync of what it stands for.
+
+    With `hub`, a file of the source is downloaded when its turn comes, and deleted when all that
+    was made of it is recorded.
+    """
+    total = sum(source.nbytes(step.piece) for step in steps)
+    begin = partial.position
+    left = sum(block.source_bytes for _, block in _blocks(steps, range(len(steps)), begin, source))
+    done = total - left
+
+    def advance(source_bytes: int) -> None:
+        nonlocal done
+        done += source_bytes
+        progress(done, total)
+
+    kept = mx.set_cache_limit(CACHE)
+    try:
+        with Output(partial, shards) as output:
+            for file, numbers in by_file(steps):
+                if hub and numbers.stop > begin.step:
+                    hub.fetch(file)
+                blocks = list(_blocks(steps, numbers, begin, source))
+                _convert_file(steps, blocks, source, output, advance)
+                if hub:
+                    output.record()
+                    hub.delete(file)
+            output.record()
+    finally:
+        mx.set_cache_limit(kept)
+
+
+def _convert_file(
+    steps: Sequence[Step],
+    blocks: Sequence[Numbered],
+    source: Source,
+    output: Output,
+    advance: Callable[[int], None],
+) -> None:
+    """Convert blocks of one file of the source; `advance` hears of each once it is written.
+
+    One thread reads, this one converts, and one writes, each a bounded number of blocks apart.
+    """
+
+    def converted(numbered: Numbered, read: np.ndarray) -> Rows:
+        return _converted(steps, numbered, read, source)
+
+    with (
+        ahead(source.read, (block for _, block in blocks), AHEAD) as values,
+        ahead(output.write, map(converted, blocks, values), BEHIND) as written,
+    ):
+        for source_bytes in written:
+            advance(source_bytes)
+
+
+def _blocks(
+    steps: Sequence[Step], numbers: range, begin: Position, source: Source
+) -> Iterator[Numbered]:
+    """The blocks of some steps, less what is written already."""
+    for number in numbers:
+        if number < begin.step:
             continue
-        path = partial.folder / shard.file
-        with _opened(path, shard) as file:
-            unsafe = 0  # bytes of source since the last record
-            for number in range(max(numbers.start, first), numbers.stop):
-                plan = plans[number]
-                for block in source.blocks(plan.tensor, first_row if number == first else 0):
-                    _write_block(file, shard, plan, block, source)
-                    done, unsafe = done + block.source_bytes, unsafe + block.source_bytes
-                    if unsafe >= SYNC:
-                        _record(partial, file, path, number, block.first_row + len(block.rows))
-                        unsafe = 0
-                    progress(done, total)
-                mx.clear_cache()
-            _record(partial, file, path, numbers.stop, 0)
+        skip = begin.rows if number == begin.step else 0
+        step = steps[number]
+        limit = block_limit(step.plan.quantization)
+        for block in source.blocks(step.piece, skip, limit):
+            yield number, block
 
 
-def _by_shard(shards: list[Shard], plans: list[Plan]) -> Iterator[tuple[Shard, range]]:
-    """Each shard with the numbers of its plans; a plan's parts are never in two shards."""
-    start = 0
-    for shard in shards:
-        stop, parts = start, 0
-        while parts < len(shard.parts):
-            parts += len(plans[stop].parts)
-            stop += 1
-        yield shard, range(start, stop)
-        start = stop
+def _converted(steps: Sequence[Step], numbered: Numbered, read: np.ndarray, source: Source) -> Rows:
+    """A block as it is written."""
+    number, block = numbered
+    plan = steps[number].plan
+    stored = source.rows(block, read)
+    rows = stored.astype(MLX_DTYPES[plan.dtype])
+    _check_finite(block, stored, rows, source)
+    arrays = [mx.contiguous(array) for array in _stored(rows, plan.quantization)]
+    mx.eval(arrays)
+    return Rows(
+        first_row=block.first_row,
+        parts=list(zip(plan.parts, map(memoryview, arrays), strict=True)),  # type: ignore[arg-type]
+        source_bytes=block.source_bytes,
+        position=_after(number, block),
+    )
 
 
-def _opened(path: Path, shard: Shard) -> BinaryIO:
-    """The file as it is, or new; its name and its header are safe with the next record."""
-    path.touch()
-    sync(path.parent)
-    file = open(path, "r+b")
-    file.write(shard.header)
-    return file
-
-
-def _record(partial: Partial, file: BinaryIO, path: Path, tensor: int, rows: int) -> None:
-    file.flush()
-    sync(path)
-    partial.record(tensor, rows, path)
-
-
-def _write_block(file: BinaryIO, shard: Shard, plan: Plan, block: Block, source: Source) -> None:
-    rows = block.rows.astype(MLX_DTYPES[plan.dtype])
-    _check_finite(block, rows, source)
-    for part, array in zip(plan.parts, _stored(rows, plan.quantization), strict=True):
-        data = memoryview(mx.contiguous(array))  # type: ignore[arg-type]  # it is a buffer
-        shard.write_rows(file, part, block.first_row, data)
+def _after(number: int, block: Block) -> Position:
+    rows = block.skip + block.rows
+    return Position(number, rows) if rows < block.piece.rows else Position(number + 1, 0)
 
 
 def _stored(rows: mx.array, quantization: Quantization | None) -> Sequence[mx.array]:
@@ -102,12 +137,12 @@ def _stored(rows: mx.array, quantization: Quantization | None) -> Sequence[mx.ar
     )
 
 
-def _check_finite(block: Block, rows: mx.array, source: Source) -> None:
+def _check_finite(block: Block, stored: mx.array, rows: mx.array, source: Source) -> None:
     # The sum is five times as fast, and finite unless an element is not or very many are huge.
     if mx.isfinite(mx.sum(rows)).item() or mx.all(mx.isfinite(rows)).item():
         return
-    file = source.checkpoint.tensors[block.source].file
-    if mx.all(mx.isfinite(block.rows)).item():
+    name, file = block.piece.name, source.file(block.piece)
+    if mx.all(mx.isfinite(stored)).item():
         dtype = str(rows.dtype).removeprefix("mlx.core.")
-        raise KimiError(f"{file}: {block.source} has values beyond {dtype}; choose another dtype")
-    raise KimiError(f"{file}: {block.source} holds NaN or infinity")
+        raise KimiError(f"{file}: {name} has values beyond {dtype}; choose another dtype")
+    raise KimiError(f"{file}: {name} holds NaN or infinity")

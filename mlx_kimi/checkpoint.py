@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
@@ -28,25 +28,42 @@ class Stored:
     file: str
     dtype: str  # as safetensors spells it: F32, BF16, U32…
     shape: tuple[int, ...]
-    offset: int  # of its first byte in the file
+    offset: int  # of its first byte, from where the header ends
+
+
+class Listing(Protocol):
+    """Files of weights that are elsewhere."""
+
+    @property
+    def files(self) -> Collection[str]:
+        """Their names."""
+
+    def header(self, file: str) -> dict[str, Stored]:
+        """What one of them holds."""
 
 
 class Checkpoint:
     """The tensors of a folder by name. Opening it reads headers only."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, listing: Listing | None = None) -> None:
         """Read the index and every header.
+
+        Args:
+            folder: with the index, if there is one, and the files.
+            listing: of the files, if they are not in the folder.
 
         Raises:
             KimiError: there are no weights, a file is missing, damaged or outside the folder, or a
                 tensor is in two files or not in the one that the index names.
         """
         self.folder = folder
-        self.weight_map = _weight_map(folder)
-        self.files = sorted(set(self.weight_map.values())) or _unindexed(folder)
+        there = _files(folder) if listing is None else listing.files
+        self.weight_map = _weight_map(folder, there)
+        self.files = sorted(set(self.weight_map.values())) or _unindexed(folder, there)
         self.tensors: dict[str, Stored] = {}
         for file in self.files:
-            for name, stored in _header(folder, file).items():
+            stored_there = header(folder, file) if listing is None else listing.header(file)
+            for name, stored in stored_there.items():
                 if name in self.tensors:
                     raise KimiError(f"{name} is in two files: {self.tensors[name].file} and {file}")
                 if self.weight_map.get(name, file) != file:
@@ -108,7 +125,11 @@ def _ranges(numbers: list[int]) -> str:
     return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def _files(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+
+
+def _weight_map(folder: Path, there: Collection[str]) -> dict[str, str]:
     """The index's tensor -> file, empty when the folder has no index."""
     if not (folder / INDEX).exists():
         return {}
@@ -122,7 +143,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
                 f"{folder / INDEX}: weight_map may only name .safetensors files of its own folder "
                 f"but names {file[:80]!r}"
             )
-        if not os.path.isfile(folder / file):  # unlike Path's, false for what cannot be a path
+        if file not in there:
             absent.add(file)
     if absent:
         raise KimiError(
@@ -132,28 +153,33 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _unindexed(folder: Path) -> list[str]:
-    if (folder / "model.safetensors").is_file():
+def _unindexed(folder: Path, there: Collection[str]) -> list[str]:
+    if "model.safetensors" in there:
         return ["model.safetensors"]
-    files = sorted(path.name for path in folder.glob("model*.safetensors"))
+    files = sorted(fnmatch.filter(there, "model*.safetensors"))
     if not files:
         raise KimiError(f"{folder}: no weights: neither {INDEX} nor model.safetensors is there")
     return files
 
 
-def _header(folder: Path, file: str) -> dict[str, Stored]:
+def header(folder: Path, file: str) -> dict[str, Stored]:
+    """What a file holds.
+
+    Raises:
+        KimiError: it is not a whole safetensors file.
+    """
     try:
         with safe_open(str(folder / file), framework="numpy") as opened:  # checks all of it
             names = list(opened.keys())
         with (folder / file).open("rb") as weights:
             size = int.from_bytes(weights.read(8), "little")
-            header = json.loads(weights.read(size))
+            fields = json.loads(weights.read(size))
         return {
             name: Stored(
                 file,
-                header[name]["dtype"],
-                tuple(header[name]["shape"]),
-                8 + size + header[name]["data_offsets"][0],
+                fields[name]["dtype"],
+                tuple(fields[name]["shape"]),
+                fields[name]["data_offsets"][0],
             )
             for name in names
         }

@@ -26,12 +26,17 @@ DTYPES = {
 
 
 class OpenFile:
-    """A file of weights that stays open, and must stay what it was."""
+    """A safetensors file that stays open, and must stay what it was.
+
+    Attributes:
+        data: the byte after its header.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         self._was = self._is()
+        self.data = 8 + int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
 
     def read(self, offset: int, into: Bytes) -> None:
         """Fill `into` [bytes] from `offset` on.
@@ -148,4 +153,5 @@ class ExpertFiles:
     def _place(self, stored: Stored) -> tuple[OpenFile, int]:
         if stored.file not in self._files:
             self._files[stored.file] = OpenFile(self.checkpoint.folder / stored.file)
-        return self._files[stored.file], stored.offset
+        file = self._files[stored.file]
+        return file, file.data + stored.offset

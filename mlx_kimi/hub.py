@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_kimi.errors import KimiError
@@ -21,9 +23,27 @@ BESIDE_WEIGHTS = (
     "LICENSE",
 )
 # A repository may hold other formats of the same weights.
-NEEDED = ["*.safetensors", "*.safetensors.index.json", "config.json", *BESIDE_WEIGHTS]
+ALL_BUT_WEIGHTS = ["*.safetensors.index.json", "config.json", *BESIDE_WEIGHTS]
+NEEDED = ["*.safetensors", *ALL_BUT_WEIGHTS]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_folder(path_or_hub_id: str | Path) -> bool:
+    """Whether it is a folder here.
+
+    Raises:
+        KimiError: it is neither that nor a name on the hub.
+    """
+    name, folder = str(path_or_hub_id), Path(path_or_hub_id)
+    if name and os.path.isdir(folder):  # unlike Path's, false for what cannot be a path
+        return True
+    if os.path.exists(folder) or not _HUB_ID.fullmatch(name):
+        raise KimiError(
+            f"{name or '(nothing)'}: a model must be a folder or a hub name such as "
+            "moonshotai/Kimi-Linear-48B-A3B-Instruct"
+        )
+    return False
 
 
 def local_folder(path_or_hub_id: str | Path) -> Path:
@@ -35,29 +55,40 @@ def local_folder(path_or_hub_id: str | Path) -> Path:
     Raises:
         KimiError: neither a folder nor a name on the hub, or the download failed.
     """
-    name, folder = str(path_or_hub_id), Path(path_or_hub_id)
-    if name and os.path.isdir(folder):  # unlike Path's, false for what cannot be a path
-        return folder
-    if os.path.exists(folder) or not _HUB_ID.fullmatch(name):
-        raise KimiError(
-            f"{name or '(nothing)'}: a model must be a folder or a hub name such as "
-            "moonshotai/Kimi-Linear-48B-A3B-Instruct"
+    if is_folder(path_or_hub_id):
+        return Path(path_or_hub_id)
+    return downloaded(str(path_or_hub_id), NEEDED)
+
+
+def downloaded(name: str, files: list[str], revision: str | None = None) -> Path:
+    """The folder in the hub's cache with those files of a model, patterns as of a shell.
+
+    Raises:
+        KimiError: the download failed.
+    """
+    with in_one_line(f"{name}: no such folder, and "):
+        # Imported here: it takes a third of a second, and folders do not need it.
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=files, ignore_patterns=["*/*"]
+            )
         )
-    return _downloaded(name)
 
 
-def _downloaded(name: str) -> Path:
-    # Imported here: it takes a third of a second, and folders do not need it.
-    from huggingface_hub import snapshot_download
+@contextmanager
+def in_one_line(what: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a KimiError that begins with `what`."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=NEEDED, ignore_patterns=["*/*"]))
+        yield
     except LocalEntryNotFoundError:
-        raise KimiError(f"{name}: no such folder, and the hub cannot be reached") from None
+        raise KimiError(f"{what}the hub cannot be reached") from None
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0]
-        raise KimiError(f"{name}: no such folder, and the hub says: {reason}") from None
+        raise KimiError(f"{what}the hub says: {reason}") from None
     except Exception as error:  # of whichever HTTP library this version of huggingface_hub uses
-        reason = str(error) or type(error).__name__
-        raise KimiError(f"{name}: the download failed: {reason}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise KimiError(f"{what}the download failed: {reason}") from None

@@ -159,6 +159,14 @@ PUBLISHED_48B = published_config(
     moe_intermediate_size=1024,
 )
 
+# Experts of the 48B's width, and little else: 150M parameters.
+WIDE = FULL_WIDTH | {
+    "num_experts": 8,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "linear_attn_config": FULL_WIDTH["linear_attn_config"] | {"num_heads": 8},
+}
 CONFIGS = {
     "tiny": TINY,
     "odd": ODD,

@@ -640,8 +640,9 @@ def test_memory_is_a_few_blocks(tmp_path: Path, dtype: str) -> None:
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     before, after = map(int, output.split())
     print(f"{dtype}: {(after - before) / 1e6:.0f} MB above {before / 1e6:.0f} MB")
-    # 127 and 145 MB here: the bytes read, their copy in MLX, what becomes of them, MLX's own start.
-    assert after - before < 200e6
+    # 187 and 173 MB here. Four blocks of 33.5 MB as read, one in MLX, one for what MLX needs, four
+    # as written, and what MLX may keep: the size of the model is in none of them.
+    assert after - before < 272e6
 
 
 def test_the_report_counts(source: Path, tmp_path: Path) -> None:
