@@ -19,7 +19,13 @@ from mlx_kimi.load import join
 from mlx_kimi.names import Join, Tensor
 
 BLOCK = 32 * 2**20  # bytes of source that are in memory at once; 64 MB is no faster, 8 MB slower
-NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy has no bfloat16
+NUMPY = {  # numpy has no bfloat16
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "U32": np.uint32,  # the last two: packed weights and scales of a quantized folder
+    "U8": np.uint8,
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Source:
             rows = math.prod(self.checkpoint.tensors[name].shape) // width
             step = max(BLOCK * rows // self._nbytes(name), 1)
             for start in range(max(from_row - first_row, 0), rows, step):
-                array = self._read(name, start * width, min(step, rows - start) * width)
+                array = self.read(name, start * width, min(step, rows - start) * width)
                 yield Block(name, first_row + start, array.reshape(-1, width), array.nbytes)
             first_row += rows
 
@@ -93,7 +99,7 @@ class Source:
     def _half(self, tensor: Tensor, name: str) -> Block:
         """One half of kv_b_proj, which is read whole: 8 MB in the 48B."""
         stored = self.checkpoint.tensors[name]
-        whole = self._read(name, 0, math.prod(stored.shape)).reshape(stored.shape)
+        whole = self.read(name, 0, math.prod(stored.shape)).reshape(stored.shape)
         half = join(tensor, [whole], self.config)
         return Block(name, 0, half.reshape(-1, tensor.shape[-1]), whole.nbytes)
 
@@ -101,8 +107,12 @@ class Source:
         stored = self.checkpoint.tensors[name]
         return math.prod(stored.shape) * np.dtype(NUMPY[stored.dtype]).itemsize
 
-    def _read(self, name: str, first: int, count: int) -> mx.array:
-        """`count` elements of a tensor from the `first` on."""
+    def read(self, name: str, first: int, count: int) -> mx.array:
+        """`count` elements of a tensor of the checkpoint from the `first` on, [count].
+
+        Raises:
+            KimiError: the file cannot be read or ends too early.
+        """
         stored = self.checkpoint.tensors[name]
         path = self.checkpoint.folder / stored.file
         dtype = np.dtype(NUMPY[stored.dtype])
