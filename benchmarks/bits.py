@@ -82,7 +82,7 @@ def questions(folder: Path, task: str, count: int) -> list[Question]:
 
 
 def answers(folder: Path, asked: dict[str, list[Question]]) -> Answers:
-    """An answer is right if each of its tokens is the likeliest: greedy generation gives it then."""
+    """An answer is right if each of its tokens is the likeliest: greedy decoding then gives it."""
     model, _ = load(folder)
     result = Answers()
     for task, some in asked.items():

@@ -20,12 +20,14 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from mlx_kimi.cli import quality
 from mlx_kimi.config import QUANTIZATION_MODES
 from mlx_kimi.convert.convert import Outlook, Report, convert, shown
 from mlx_kimi.convert.partial import partial_of
 from mlx_kimi.convert.plan import DTYPES
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
 from mlx_kimi.convert.write import Progress as OnProgress
+from mlx_kimi.hub import local_folder
 
 _AFFINE_GROUPS, _AFFINE_BITS = QUANTIZATION_MODES["affine"]
 _RECIPES = "\n\n".join(f"  {name}: {recipe.reason}." for name, recipe in RECIPES.items())
@@ -71,6 +73,18 @@ def _choices(values: tuple[int, ...]) -> str:
     show_default="as in SRC",
     help="Of scales and of what is not quantized.",
 )
+@click.option(
+    "--report",
+    is_flag=True,
+    help="Then compare OUT with SRC, layer by layer: a table, and OUT/quality.json.",
+)
+@click.option(
+    "--report-text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    show_default="a sample",
+    help=f"The text that --report lets both predict; its first {quality.TOKENS} tokens.",
+)
 def command(
     source: str,
     out: Path,
@@ -80,6 +94,8 @@ def command(
     recipe: str | None,
     no_quantize: bool,
     dtype: str | None,
+    report: bool,
+    report_text: Path | None,
 ) -> None:
     """Convert SRC, a folder or a name on the hub, to the new folder OUT.
 
@@ -90,16 +106,19 @@ def command(
     chosen = _scheme(
         {name: value for name, value in given.items() if value is not None}, no_quantize
     )
+    ids = quality.sample(source, report, report_text)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         with _bar(Console(stderr=True)) as progress:
-            report = convert(source, out, chosen, dtype, progress, _print_outlook)
+            done = convert(source, out, chosen, dtype, progress, _print_outlook)
     except (KeyboardInterrupt, SystemExit):
         if partial_of(out).exists():
             kept = f"{partial_of(out)} keeps what is done; the same command goes on from there"
             click.echo(f"\n{kept}", err=True)
         raise
-    _print_report(report)
+    _print_report(done)
+    if ids is not None:
+        quality.compare(local_folder(source), out, ids)
 
 
 def _terminated(number: int, _: object) -> None:

@@ -97,7 +97,9 @@ class ExpertsInPieces:
         mx.eval(x, y, experts, weights)
         chosen = np.array(experts)  # [N, k]
         for first, some in self._pieces():
-            token, place = map(mx.array, np.nonzero((chosen >= first) & (chosen < first + some.count)))
+            token, place = map(
+                mx.array, np.nonzero((chosen >= first) & (chosen < first + some.count))
+            )
             if token.size:
                 own = experts[token, place][:, None].astype(mx.int32) - first
                 answers = some(rows[token], own, weights[token, place][:, None], None)

@@ -136,8 +136,8 @@ def measure(
     errors = weight_errors(expected.folder, found.folder, outside)
     before = _places([length - 1 for length in lengths], lengths[0])  # a token that is predicted
     came = mx.array([token for part in parts for token in part[1:]])
-    hidden = (_rows(layers.normed(z), before) for layers, z in ((expected, x), (found, y)))
-    predictions = distance(expected, found, *hidden, came)
+    x, y = (_rows(layers.normed(z), before) for layers, z in ((expected, x), (found, y)))
+    predictions = distance(expected, found, x, y, came)
     return Quality(len(ids), WINDOW, errors, tuple(layers), predictions)
 
 

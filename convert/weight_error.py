@@ -47,8 +47,8 @@ class Squares:
 
     def add(self, expected: mx.array, found: mx.array) -> None:
         """Two arrays of one shape."""
-        self.difference += mx.square(found - expected).sum().item()  # type: ignore[operator]
-        self.whole += mx.square(expected).sum().item()  # type: ignore[operator]
+        self.difference += float(mx.square(found - expected).sum())
+        self.whole += float(mx.square(expected).sum())
 
     @property
     def relative(self) -> float:
