@@ -1,6 +1,6 @@
 """What bits and recipes cost the pocket model: size, exact match in its tasks, KL, top-1 agreement.
 
-    .venv/bin/python benchmarks/bits.py [--count 100] [--recall 10]
+    .venv/bin/python benchmarks/bits.py [--count 50] [--recall 8]
 
 The bundled weights are quantized and no others are kept: the reference is what they stand for, in
 float32. They were trained to be rounded to 4 bits, 6 in embeddings and lm_head.
@@ -121,8 +121,8 @@ def row(*cells: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=100, help="questions of a task")
-    parser.add_argument("--recall", type=int, default=10, help="of recall, whose prompts are long")
+    parser.add_argument("--count", type=int, default=50, help="questions of a task")
+    parser.add_argument("--recall", type=int, default=8, help="of recall, whose prompts are long")
     options = parser.parse_args()
     print(f"{platform.machine()} {platform.system()}, {mx.default_device()}, mlx {mx.__version__}")
     with tempfile.TemporaryDirectory() as place:
@@ -131,7 +131,7 @@ def main() -> None:
         asked = {task: questions(source, task, count) for task, count in counts.items()}
         expected = answers(source, asked)
         print(row("", "size", *EXAMINED, "KL", "top-1", "KL, text", "top-1, text"))
-        print(row("---", *["---:"] * (len(EXAMINED) + 5)))
+        print(row("---", *["---:"] * (len(EXAMINED) + 5)), flush=True)
         shares = [f"{share:.0%}" for share in expected.right.values()]
         print(row("reference", size(source), *shares, *["-"] * 4), flush=True)
         ids = quality.sample_ids(source, quality.sample_text())

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_kimi.convert.blocks import Source
 from mlx_kimi.linear import Linear
-from mlx_kimi.names import Tensor
+from mlx_kimi.names import Join, Tensor
 from mlx_kimi.weights import Weights
 
 Arrays = dict[str, mx.array]  # by their names in the MLX layout
@@ -54,8 +54,10 @@ def _plain(folder: Source, tensor: Tensor, first: int, count: int) -> mx.array:
     if len(tensor.shape) == 1:
         start, stop = 0, 1  # a vector is one row
     parts = []
-    for block in folder.blocks(tensor, start):
-        parts.append(_in_float32(block.rows[: stop - block.first_row]))
+    is_half = tensor.join in (Join.KEY_HALF, Join.VALUE_HALF)  # one block, which is read whole
+    for block in folder.blocks(tensor, 0 if is_half else start):
+        skip = max(start - block.first_row, 0)
+        parts.append(_in_float32(block.rows[skip : stop - block.first_row]))
         mx.eval(parts[-1])
         if block.first_row + len(block.rows) >= stop:
             break
