@@ -25,6 +25,7 @@ from mlx_kimi.convert.plan import PROCESS
 from mlx_kimi.convert.weight_error import Squares, weight_errors
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluate import Evaluation, windows
+from mlx_kimi.generate import PREFILL_STEP
 from mlx_kimi.load import check
 from mlx_kimi.memory import needs
 from mlx_kimi.model import Step
@@ -34,8 +35,7 @@ from mlx_kimi.tokenizer import load_tokenizer
 FILE = "quality.json"
 TOKENS = 1024  # of the text, all in memory at once
 WINDOW = 512  # tokens that are read together, as in `evaluate`
-# Measured: a layer as it is stored, in float32 and fused.
-COPIES = 3
+COPIES = 2  # of a layer and of a piece of its experts: as they are read, and as they are used
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,15 @@ def sample_ids(folder: Path, text: str) -> list[int]:
 
 
 def peak_memory(config: ModelConfig) -> int:
-    """Bytes that the process takes at most while it measures a model of any number of experts."""
+    """Bytes that the process takes at most while it measures, however many the experts are."""
     sizes: dict[str, int] = {}
     for tensor in tensors(config):
         if tensor.name.startswith("model.layers."):
             layer = tensor.name.split(".")[2]
             shape = tensor.shape[1:] if tensor.join is Join.STACK else tensor.shape
             sizes[layer] = sizes.get(layer, 0) + 4 * math.prod(shape)
-    return PROCESS + COPIES * (max(sizes.values()) + EXPERTS) + needs(config, 0, number=4).work
+    work = needs(config, 0, number=4).work * TOKENS // PREFILL_STEP
+    return PROCESS + COPIES * (max(sizes.values()) + EXPERTS) + work
 
 
 def measure(
