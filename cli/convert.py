@@ -25,6 +25,7 @@ from mlx_kimi.config import QUANTIZATION_MODES
 from mlx_kimi.convert.convert import Outlook, Report, convert, shown
 from mlx_kimi.convert.partial import partial_of
 from mlx_kimi.convert.plan import DTYPES
+from mlx_kimi.convert.quality import TOKENS
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
 from mlx_kimi.convert.write import Progress as OnProgress
 from mlx_kimi.hub import local_folder
@@ -83,7 +84,7 @@ def _choices(values: tuple[int, ...]) -> str:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
     show_default="a sample",
-    help=f"The text that --report lets both predict; its first {quality.TOKENS} tokens.",
+    help=f"The text that --report lets both predict; its first {TOKENS} tokens.",
 )
 def command(
     source: str,

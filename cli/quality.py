@@ -13,7 +13,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.convert.convert import shown
 from mlx_kimi.convert.quality import (
-    TOKENS,
     LayerQuality,
     Quality,
     measure,
@@ -24,8 +23,6 @@ from mlx_kimi.convert.quality import (
 )
 from mlx_kimi.errors import KimiError
 from mlx_kimi.hub import local_folder
-
-__all__ = ["TOKENS", "compare", "lines", "sample"]
 
 COLUMNS = (  # two lines of title, family of weights
     ("q, k,", "v", "q, k, v"),
@@ -103,7 +100,7 @@ def _layer(layer: LayerQuality) -> str:
         _percent(layer.weights[family]) if family in layer.weights else "" for *_, family in COLUMNS
     ]
     name = f"{layer.number:>3}  {layer.attention.upper()}, {layer.feed_forward}"
-    return _aligned(name, [*cells, _percent(layer.alone), _percent(layer.accumulated)])
+    return _aligned(name, [*cells, _percent(layer.alone), _percent(layer.together)])
 
 
 def _predictions(quality: Quality) -> Iterator[str]:

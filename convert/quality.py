@@ -48,7 +48,7 @@ class LayerQuality:
     weights: dict[str, float]  # by family
     # Of the residual stream after the layer:
     alone: float  # this layer as it was written, given what the unquantized layers before it give
-    accumulated: float  # this layer and all before it as they were written
+    together: float  # this layer and all before it as they were written
 
 
 @dataclass(frozen=True)
@@ -114,32 +114,59 @@ def measure(
         KimiError: a folder is no whole model, or cannot be read.
     """
     expected, found = (Layers(_opened(folder)) for folder in (source, out))
-    parts = list(windows(ids, WINDOW))
-    lengths = [len(part) for part in parts]
-    batch = mx.array([part + [0] * (lengths[0] - len(part)) for part in parts])
-    step = Step() if min(lengths) == lengths[0] else Step.padded(lengths[0], lengths)
-    real = _places(lengths)
-    x, y = expected.embedded(batch), found.embedded(batch)
-    layers = []
-    for number, kind in enumerate(expected.config.layers):
-        progress(number, len(expected.config.layers))
-        weights = weight_errors(expected.folder, found.folder, expected.of(number))
-        after = expected.run(number, x, step)
-        alone = _relative(after, found.run(number, x, step), real)
-        x, y = after, found.run(number, y, step)
-        layers.append(
-            LayerQuality(
-                number, kind.attention, kind.feed_forward, weights, alone, _relative(x, y, real)
-            )
-        )
-    inside = [tensor for number in range(len(layers)) for tensor in expected.of(number)]
-    outside = [tensor for tensor in expected.tensors.values() if tensor not in inside]
+    batch = _Batch.of(ids)
+    x, y = expected.embedded(batch.ids), found.embedded(batch.ids)
+    layers, count = [], len(expected.config.layers)
+    for number in range(count):
+        progress(number, count)
+        layer, x, y = _layer(expected, found, number, x, y, batch)
+        layers.append(layer)
+    outside = [t for name, t in expected.tensors.items() if not name.startswith("model.layers.")]
     errors = weight_errors(expected.folder, found.folder, outside)
-    before = _places([length - 1 for length in lengths], lengths[0])  # a token that is predicted
-    came = mx.array([token for part in parts for token in part[1:]])
-    x, y = (_rows(layers.normed(z), before) for layers, z in ((expected, x), (found, y)))
-    predictions = distance(expected, found, x, y, came)
+    x, y = (_rows(of.normed(z), batch.before) for of, z in ((expected, x), (found, y)))
+    predictions = distance(expected, found, x, y, batch.came)
     return Quality(len(ids), WINDOW, errors, tuple(layers), predictions)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Windows of a text side by side, the last one padded. Places are in [B * T]."""
+
+    ids: mx.array  # [B, T]
+    step: Step
+    real: mx.array  # places of what is not padding
+    before: mx.array  # places whose next token is predicted
+    came: mx.array  # those tokens
+
+    @staticmethod
+    def of(ids: list[int]) -> _Batch:
+        parts = list(windows(ids, WINDOW))
+        lengths = [len(part) for part in parts]
+        T = lengths[0]
+        places = np.arange(len(parts) * T).reshape(-1, T)
+        return _Batch(
+            mx.array([part + [0] * (T - len(part)) for part in parts]),
+            Step() if lengths[-1] == T else Step.padded(T, lengths),
+            mx.array(np.concatenate([row[:n] for row, n in zip(places, lengths, strict=True)])),
+            mx.array(
+                np.concatenate([row[: n - 1] for row, n in zip(places, lengths, strict=True)])
+            ),
+            mx.array([token for part in parts for token in part[1:]]),
+        )
+
+
+def _layer(
+    expected: Layers, found: Layers, number: int, x: mx.array, y: mx.array, batch: _Batch
+) -> tuple[LayerQuality, mx.array, mx.array]:
+    """One layer's errors, and both residual streams after it; x is the unquantized model's."""
+    weights = weight_errors(expected.folder, found.folder, expected.of(number))
+    after = expected.run(number, x, batch.step)
+    alone = _relative(after, found.run(number, x, batch.step), batch.real)
+    y = found.run(number, y, batch.step)
+    kind = expected.config.layers[number]
+    together = _relative(after, y, batch.real)
+    errors = LayerQuality(number, kind.attention, kind.feed_forward, weights, alone, together)
+    return errors, after, y
 
 
 def write(quality: Quality, out: Path) -> Path:
@@ -153,14 +180,6 @@ def _opened(folder: Path) -> Source:
     config, checkpoint = ModelConfig.read(folder), Checkpoint(folder)
     check(config, checkpoint)
     return Source(checkpoint, config)
-
-
-def _places(lengths: list[int], width: int | None = None) -> mx.array:
-    """The first `lengths` columns of the rows of [B, width], as places in the flattened array."""
-    width = width or lengths[0]
-    return mx.array(
-        np.concatenate([row * width + np.arange(length) for row, length in enumerate(lengths)])
-    )
 
 
 def _rows(x: mx.array, places: mx.array) -> mx.array:

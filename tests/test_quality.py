@@ -106,7 +106,7 @@ def test_errors_of_layers_are_those_of_the_ordinary_layers(
     for layer, kept in zip(found.layers, outputs, strict=True):
         after, alone, together = map(mx.concatenate, kept)
         assert layer.alone == pytest.approx(relative(after, alone), rel=1e-3)
-        assert layer.accumulated == pytest.approx(relative(after, together), rel=1e-3)
+        assert layer.together == pytest.approx(relative(after, together), rel=1e-3)
         assert 0 < layer.alone < 1
 
 
@@ -165,7 +165,7 @@ def test_a_conversion_that_changes_nothing_costs_nothing(talker: Path, tmp_path:
     d = found.predictions.distance
     assert d is not None and d.agreement == 1 and abs(d.mean_kl) < 1e-12
     for layer in found.layers:
-        assert {*layer.weights.values(), layer.alone, layer.accumulated} == {0}
+        assert {*layer.weights.values(), layer.alone, layer.together} == {0}
 
 
 def test_fewer_bits_cost_more(talker: Path, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_fewer_bits_cost_more(talker: Path, tmp_path: Path) -> None:
 
     assert rises(lambda q: q.layers[2].weights["experts gate"])
     assert rises(lambda q: q.layers[2].alone)
-    assert rises(lambda q: q.layers[-1].accumulated)
+    assert rises(lambda q: q.layers[-1].together)
     assert rises(lambda q: q.predictions.distance.mean_kl)
 
 
