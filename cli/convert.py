@@ -20,12 +20,15 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from mlx_kimi.cli import quality
 from mlx_kimi.config import QUANTIZATION_MODES
 from mlx_kimi.convert.convert import Outlook, Report, convert, shown
 from mlx_kimi.convert.partial import partial_of
 from mlx_kimi.convert.plan import DTYPES
+from mlx_kimi.convert.quality import TOKENS
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
 from mlx_kimi.convert.write import Progress as OnProgress
+from mlx_kimi.hub import local_folder
 
 Hidden = Callable[[], AbstractContextManager[object]]
 
@@ -78,6 +81,18 @@ def _choices(values: tuple[int, ...]) -> str:
     is_flag=True,
     help="Of a name on the hub, download one shard at a time and delete it when it is converted.",
 )
+@click.option(
+    "--report",
+    is_flag=True,
+    help="Then compare OUT with SRC, layer by layer: a table, and OUT/quality.json.",
+)
+@click.option(
+    "--report-text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    show_default="a sample",
+    help=f"The text that --report lets both predict; its first {TOKENS} tokens.",
+)
 def command(
     source: str,
     out: Path,
@@ -88,6 +103,8 @@ def command(
     no_quantize: bool,
     dtype: str | None,
     delete_source_shards: bool,
+    report: bool,
+    report_text: Path | None,
 ) -> None:
     """Convert SRC, a folder or a name on the hub, to the new folder OUT.
 
@@ -98,6 +115,9 @@ def command(
     chosen = _scheme(
         {name: value for name, value in given.items() if value is not None}, no_quantize
     )
+    if report and delete_source_shards:
+        raise click.UsageError("--report reads SRC again and --delete-source-shards deletes it.")
+    ids = quality.sample(source, report, report_text)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         with _bar(Console(stderr=True)) as (progress, hidden):
@@ -106,7 +126,7 @@ def command(
                 with hidden():
                     _print_outlook(outlook)
 
-            report = convert(
+            done = convert(
                 source,
                 out,
                 chosen,
@@ -121,7 +141,9 @@ def command(
             kept = f"{partial_of(out)} keeps what is done; the same command goes on from there"
             click.echo(f"\n{kept}", err=True)
         raise
-    _print_report(report)
+    _print_report(done)
+    if ids is not None:
+        quality.compare(local_folder(source), out, ids)
 
 
 def _terminated(number: int, _: object) -> None:

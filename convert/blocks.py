@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,14 +11,20 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_kimi.checkpoint import Checkpoint
+from mlx_kimi.checkpoint import Checkpoint, data_start
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.errors import KimiError
 from mlx_kimi.load import join
 from mlx_kimi.names import Join, Tensor
 
 BLOCK = 32 * 2**20  # bytes of source that are read at once; 64 MB is no faster, 8 MB slower
-NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # numpy has no bfloat16
+NUMPY = {  # numpy has no bfloat16
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "U32": np.uint32,  # the last two: packed weights and scales of a quantized folder
+    "U8": np.uint8,
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Source:
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, folder: Path) -> None:
         """`folder` holds the weights' files, each at least while it is read."""
         self.checkpoint, self.config, self._folder = checkpoint, config, folder
-        self._starts: dict[str, dict[str, int]] = {}  # file -> tensor -> where it begins
+        self._starts: dict[str, int] = {}  # where each file's header ends
 
     def names(self, tensor: Tensor) -> list[str]:
         """The tensors of the checkpoint that become `tensor`."""
@@ -115,12 +120,18 @@ class Source:
     def rows(self, block: Block, values: np.ndarray) -> mx.array:
         """What was read as rows of the MLX layout, [rows, last axis]."""
         piece, stored = block.piece, self.checkpoint.tensors[block.piece.name]
-        array = mx.array(values)
-        if stored.dtype == "BF16":
-            array = array.view(mx.bfloat16)
+        array = _in_mlx(values, stored.dtype)
         if self._is_half(piece.tensor, [piece.name]):
             array = join(piece.tensor, [array.reshape(stored.shape)], self.config)
         return array.reshape(-1, piece.tensor.shape[-1])
+
+    def array(self, name: str, first: int, count: int) -> mx.array:
+        """`count` elements of a tensor of the checkpoint from the `first` on, [count].
+
+        Raises:
+            KimiError: the file cannot be read or ends too early.
+        """
+        return _in_mlx(self._read(name, first, count), self.checkpoint.tensors[name].dtype)
 
     def _is_half(self, tensor: Tensor, names: list[str]) -> bool:
         return tensor.join in (Join.KEY_HALF, Join.VALUE_HALF) and names != [tensor.name]
@@ -145,19 +156,13 @@ class Source:
         return values
 
     def _start(self, name: str) -> int:
-        """Where a tensor begins in its file. Opening the checkpoint has checked the headers."""
-        file = self.checkpoint.tensors[name].file
-        if file not in self._starts:
-            self._starts[file] = _starts(self._folder / file)
-        return self._starts[file][name]
+        """Where a tensor begins in its file."""
+        stored = self.checkpoint.tensors[name]
+        if stored.file not in self._starts:
+            self._starts[stored.file] = data_start(self._folder / stored.file)
+        return self._starts[stored.file] + stored.offset
 
 
-def _starts(path: Path) -> dict[str, int]:
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (OSError, ValueError) as error:
-        raise KimiError(f"{path}: cannot be read: {error}") from None
-    header.pop("__metadata__", None)
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+def _in_mlx(values: np.ndarray, dtype: str) -> mx.array:
+    array = mx.array(values)
+    return array.view(mx.bfloat16) if dtype == "BF16" else array

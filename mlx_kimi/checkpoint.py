@@ -162,6 +162,12 @@ def _unindexed(folder: Path, there: Collection[str]) -> list[str]:
     return files
 
 
+def data_start(path: Path) -> int:
+    """The byte after a safetensors file's header, from which its tensors' offsets count."""
+    with path.open("rb") as weights:
+        return 8 + int.from_bytes(weights.read(8), "little")
+
+
 def header(folder: Path, file: str) -> dict[str, Stored]:
     """What a file holds.
 

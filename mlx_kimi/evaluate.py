@@ -113,7 +113,8 @@ def _opened(folder: Path, text: str, tokens: int) -> tuple[list[int], KimiLinear
     return ids, model
 
 
-def _windows(ids: list[int], window: int) -> Iterator[list[int]]:
+def windows(ids: list[int], window: int) -> Iterator[list[int]]:
+    """What is read together; a last token that would stand alone is left out."""
     for start in range(0, len(ids), window):
         if len(part := ids[start : start + window]) > 1:
             yield part
@@ -124,7 +125,7 @@ def _predictions(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Of up to ROWS tokens at a time: -log p of what came [n], and log p of all [n, vocab]."""
     done = 0
-    for part in _windows(ids, window):
+    for part in windows(ids, window):
         hidden = model.hidden(mx.array([part]))[0]
         for start in range(0, len(part) - 1, ROWS):
             stop = min(start + ROWS, len(part) - 1)
@@ -144,7 +145,7 @@ def _prediction(losses: list[np.ndarray]) -> Prediction:
 
 def _kept(place: Path, ids: list[int], window: int, vocab: int) -> Any:
     """A file for the predictions of all tokens, [n, vocab] float32."""
-    rows = sum(len(part) - 1 for part in _windows(ids, window))
+    rows = sum(len(part) - 1 for part in windows(ids, window))
     size, free = rows * vocab * 4, shutil.disk_usage(place).free
     if size > free:
         raise KimiError(

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_kimi.checkpoint import Checkpoint, Stored
+from mlx_kimi.checkpoint import Checkpoint, Stored, data_start
 from mlx_kimi.errors import KimiError
 
 Bytes = npt.NDArray[np.uint8]
@@ -36,7 +36,7 @@ class OpenFile:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         self._was = self._is()
-        self.data = 8 + int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        self.data = data_start(path)
 
     def read(self, offset: int, into: Bytes) -> None:
         """Fill `into` [bytes] from `offset` on.

@@ -66,6 +66,8 @@ def load_model(
         KimiError: a tensor is missing, unknown, of the wrong shape or dtype, or the model does not
             fit into this machine's memory or into the budget.
     """
+    if budget is not None and shard[1] > 1:
+        raise KimiError(f"a memory budget is for a whole model, not one of {shard[1]} ranks")
     folder = Path(folder)
     config = ModelConfig.read(folder)
     reader = _Reader(config, Checkpoint(folder), shard)
@@ -74,8 +76,6 @@ def load_model(
     arrays = {name: _in_dtype(name, array, dtype) for name, array in arrays.items()}
     streaming = None
     if budget is not None:
-        if shard[1] > 1:
-            raise KimiError(f"a memory budget is for a whole model, not one of {shard[1]} ranks")
         config = replace(config, model_max_length=budget.tokens(config))
         streaming = _streaming(budget, reader, arrays, dtype)
         arrays |= streaming.arrays

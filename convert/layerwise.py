@@ -1,0 +1,118 @@
+"""A model one layer at a time, read from its folder: the model's own layers, few experts at once.
+
+Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_kimi.cache import CacheEntry, KDACache, LatentCache
+from mlx_kimi.convert.blocks import Source
+from mlx_kimi.convert.pieces import Arrays, pieces, read
+from mlx_kimi.layers import RMSNorm
+from mlx_kimi.model import DecoderLayer, Step
+from mlx_kimi.moe import Experts, MixtureOfExperts
+from mlx_kimi.names import EMBEDDING, NORM, Join, Tensor, tensors
+from mlx_kimi.weights import Weights
+
+EXPERTS = 128 * 2**20  # bytes of float32 of the experts that are in memory at once
+ROWS = 4096  # of the embedding, at once
+
+
+class Layers:
+    """The layers of one folder, each read when it is run."""
+
+    def __init__(self, folder: Source) -> None:
+        self.folder, self.config = folder, folder.config
+        self.tensors = {tensor.name: tensor for tensor in tensors(folder.config)}
+
+    def of(self, number: int) -> list[Tensor]:
+        """The tensors of layer `number`, from 0 on."""
+        prefix = f"model.layers.{number}."
+        return [tensor for name, tensor in self.tensors.items() if name.startswith(prefix)]
+
+    def embedded(self, ids: mx.array) -> mx.array:
+        """ids [B, T] -> [B, T, hidden]."""
+        x = mx.zeros((*ids.shape, self.config.hidden_size))
+        for first, table in pieces(self.folder, self.tensors[EMBEDDING.name], ROWS):
+            count = table.out_features
+            inside = (ids >= first) & (ids < first + count)
+            x = mx.where(inside[..., None], table.rows(mx.clip(ids - first, 0, count - 1)), x)
+            mx.eval(x)
+        return x
+
+    def run(self, number: int, x: mx.array, step: Step) -> mx.array:
+        """The residual stream before a layer -> after it, [B, T, hidden]."""
+        layer = self._layer(number)
+        entry: CacheEntry = (
+            KDACache() if self.config.layers[number].attention == "kda" else LatentCache()
+        )
+        y, part = layer(x, None, entry, step, lambda part: part, lambda *results: None)
+        y = y + part
+        mx.eval(y)
+        mx.clear_cache()
+        return y
+
+    def normed(self, x: mx.array) -> mx.array:
+        """The last norm."""
+        (weight,) = read(self.folder, self.tensors[NORM.name]).values()
+        return RMSNorm(weight, self.config.rms_norm_eps)(x)
+
+    def _layer(self, number: int) -> DecoderLayer:
+        """The layer in float32; of its routed experts the first alone is in memory."""
+        arrays: Arrays = {}
+        for tensor in self.of(number):
+            arrays |= read(self.folder, tensor, 0, 1 if tensor.join is Join.STACK else None)
+            mx.eval(arrays)
+        weights = Weights(arrays, self.config, f"model.layers.{number}.")
+        layer = DecoderLayer(self.config, self.config.layers[number], weights)
+        mx.eval(layer.parameters())
+        if isinstance(layer.mlp, MixtureOfExperts):
+            stacks = [tensor for tensor in self.of(number) if tensor.join is Join.STACK]
+            in_pieces = ExpertsInPieces(layer.mlp, self.folder, stacks)
+            layer.mlp = cast(Any, in_pieces)  # it has the one method that a layer calls
+        return layer
+
+
+class ExpertsInPieces:
+    """A mixture of experts whose routed experts are read in turns; each meets its tokens only."""
+
+    def __init__(self, whole: MixtureOfExperts, folder: Source, stacks: list[Tensor]) -> None:
+        self.router, self.shared_experts = whole.router, whole.shared_experts
+        self.folder, self.stacks = folder, stacks
+        _, out, width = stacks[0].shape
+        self.step = max(1, EXPERTS // (4 * len(stacks) * out * width))
+
+    def after(self, norm: RMSNorm, x: mx.array, part: mx.array) -> tuple[mx.array, mx.array]:
+        """As `MixtureOfExperts.after`."""
+        x, normed = norm.of_sum(x, part)
+        rows = normed.reshape(-1, x.shape[-1])
+        y = mx.zeros_like(rows) if self.shared_experts is None else self.shared_experts(rows)
+        experts, weights = self.router(rows)
+        mx.eval(x, y, experts, weights)
+        chosen = np.array(experts)  # [N, k]
+        for first, some in self._pieces():
+            token, place = map(
+                mx.array, np.nonzero((chosen >= first) & (chosen < first + some.count))
+            )
+            if token.size:
+                own = experts[token, place][:, None].astype(mx.int32) - first
+                answers = some(rows[token], own, weights[token, place][:, None], None)
+                y = y.at[token].add(answers)
+                mx.eval(y)
+            mx.clear_cache()
+        return x, y.reshape(x.shape)
+
+    def _pieces(self) -> Iterator[tuple[int, Experts]]:
+        count = self.stacks[0].shape[0]
+        for first in range(0, count, self.step):
+            arrays: Arrays = {}
+            for tensor in self.stacks:
+                arrays |= read(self.folder, tensor, first, min(self.step, count - first))
+            path = self.stacks[0].module.rpartition(".")[0]
+            yield first, Experts(Weights(arrays, self.folder.config, f"{path}."))

@@ -1,0 +1,192 @@
+"""What a conversion cost: errors of weights and of layers' outputs, and of the predictions.
+
+Both models are run layer by layer, so that neither has to fit into memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_kimi.checkpoint import Checkpoint
+from mlx_kimi.config import ModelConfig
+from mlx_kimi.convert.blocks import Source
+from mlx_kimi.convert.distance import distance
+from mlx_kimi.convert.layerwise import EXPERTS, Layers
+from mlx_kimi.convert.plan import PROCESS
+from mlx_kimi.convert.weight_error import Squares, weight_errors
+from mlx_kimi.errors import KimiError
+from mlx_kimi.evaluate import Evaluation, windows
+from mlx_kimi.generate import PREFILL_STEP
+from mlx_kimi.load import check
+from mlx_kimi.memory import needs
+from mlx_kimi.model import Step
+from mlx_kimi.names import Join, tensors
+from mlx_kimi.tokenizer import load_tokenizer
+
+FILE = "quality.json"
+TOKENS = 1024  # of the text, all in memory at once
+WINDOW = 512  # tokens that are read together, as in `evaluate`
+COPIES = 2  # of a layer and of a piece of its experts: as they are read, and as they are used
+
+
+@dataclass(frozen=True)
+class LayerQuality:
+    """Of one decoder layer. All errors are ||found - expected|| / ||expected||."""
+
+    number: int  # from 0 on, as in the tensors' names
+    attention: str
+    feed_forward: str
+    weights: dict[str, float]  # by family
+    # Of the residual stream after the layer:
+    alone: float  # this layer as it was written, given what the unquantized layers before it give
+    together: float  # this layer and all before it as they were written
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of a converted model against its source, on a text."""
+
+    tokens: int
+    window: int
+    outside: dict[str, float]  # errors of weights that are in no layer, by family
+    layers: tuple[LayerQuality, ...]
+    predictions: Evaluation
+
+    def json(self) -> dict[str, Any]:
+        """All there is, perplexities included."""
+        whole = asdict(self)
+        for name in ("model", "reference"):
+            whole["predictions"][name]["perplexity"] = getattr(self.predictions, name).perplexity
+        return whole
+
+
+def sample_text() -> str:
+    """The text that is predicted unless another is given."""
+    return (files("mlx_kimi.convert") / "sample.txt").read_text(encoding="utf-8")
+
+
+def sample_ids(folder: Path, text: str) -> list[int]:
+    """The first TOKENS tokens of a text.
+
+    Raises:
+        KimiError: the folder has no tokenizer, or the text is too short.
+    """
+    ids = load_tokenizer(folder).encode(text)[:TOKENS]
+    if len(ids) < 2:
+        raise KimiError(f"the text must have at least 2 tokens but has {len(ids)}")
+    return ids
+
+
+def peak_memory(config: ModelConfig) -> int:
+    """Bytes that the process takes at most while it measures, however many the experts are."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors(config):
+        if tensor.name.startswith("model.layers."):
+            layer = tensor.name.split(".")[2]
+            shape = tensor.shape[1:] if tensor.join is Join.STACK else tensor.shape
+            sizes[layer] = sizes.get(layer, 0) + 4 * math.prod(shape)
+    work = needs(config, 0, number=4).work * TOKENS // PREFILL_STEP
+    return PROCESS + COPIES * (max(sizes.values()) + EXPERTS) + work
+
+
+def measure(
+    source: Path,
+    out: Path,
+    ids: list[int],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Quality:
+    """Compare the folder `out` with the `source` that it was converted from.
+
+    Args:
+        ids: of `sample_ids`.
+        progress: called after every layer, with how many of how many are done.
+
+    Raises:
+        KimiError: a folder is no whole model, or cannot be read.
+    """
+    expected, found = (Layers(_opened(folder)) for folder in (source, out))
+    batch = _Batch.of(ids)
+    x, y = expected.embedded(batch.ids), found.embedded(batch.ids)
+    layers, count = [], len(expected.config.layers)
+    for number in range(count):
+        progress(number, count)
+        layer, x, y = _layer(expected, found, number, x, y, batch)
+        layers.append(layer)
+    outside = [t for name, t in expected.tensors.items() if not name.startswith("model.layers.")]
+    errors = weight_errors(expected.folder, found.folder, outside)
+    x, y = (_rows(of.normed(z), batch.before) for of, z in ((expected, x), (found, y)))
+    predictions = distance(expected, found, x, y, batch.came)
+    return Quality(len(ids), WINDOW, errors, tuple(layers), predictions)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Windows of a text side by side, the last one padded. Places are in [B * T]."""
+
+    ids: mx.array  # [B, T]
+    step: Step
+    real: mx.array  # places of what is not padding
+    before: mx.array  # places whose next token is predicted
+    came: mx.array  # those tokens
+
+    @staticmethod
+    def of(ids: list[int]) -> _Batch:
+        parts = list(windows(ids, WINDOW))
+        lengths = [len(part) for part in parts]
+        T = lengths[0]
+        places = np.arange(len(parts) * T).reshape(-1, T)
+        return _Batch(
+            mx.array([part + [0] * (T - len(part)) for part in parts]),
+            Step() if lengths[-1] == T else Step.padded(T, lengths),
+            mx.array(np.concatenate([row[:n] for row, n in zip(places, lengths, strict=True)])),
+            mx.array(
+                np.concatenate([row[: n - 1] for row, n in zip(places, lengths, strict=True)])
+            ),
+            mx.array([token for part in parts for token in part[1:]]),
+        )
+
+
+def _layer(
+    expected: Layers, found: Layers, number: int, x: mx.array, y: mx.array, batch: _Batch
+) -> tuple[LayerQuality, mx.array, mx.array]:
+    """One layer's errors, and both residual streams after it; x is the unquantized model's."""
+    weights = weight_errors(expected.folder, found.folder, expected.of(number))
+    after = expected.run(number, x, batch.step)
+    alone = _relative(after, found.run(number, x, batch.step), batch.real)
+    y = found.run(number, y, batch.step)
+    kind = expected.config.layers[number]
+    together = _relative(after, y, batch.real)
+    errors = LayerQuality(number, kind.attention, kind.feed_forward, weights, alone, together)
+    return errors, after, y
+
+
+def write(quality: Quality, out: Path) -> Path:
+    """Write quality.json into the folder `out`, where nothing takes it for a part of the model."""
+    path = out / FILE
+    path.write_text(json.dumps(quality.json(), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _opened(folder: Path) -> Source:
+    config, checkpoint = ModelConfig.read(folder), Checkpoint(folder)
+    check(config, checkpoint)
+    return Source(checkpoint, config, folder)
+
+
+def _rows(x: mx.array, places: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])[places]
+
+
+def _relative(expected: mx.array, found: mx.array, places: mx.array) -> float:
+    squares = Squares()
+    squares.add(_rows(expected, places), _rows(found, places))
+    return squares.relative

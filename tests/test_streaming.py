@@ -1,0 +1,401 @@
+"""Experts from the files: the same bits whatever is in memory, clear errors when files fail."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from assertions import assert_close, assert_same_bits
+from click.testing import CliRunner
+from twins import twins
+
+from mlx_kimi import cache as caches
+from mlx_kimi import load, stream_generate
+from mlx_kimi.bank import Bank, Worth
+from mlx_kimi.bundled import pocket_folder
+from mlx_kimi.cli import bench, generate
+from mlx_kimi.errors import ContextFull, KimiError
+from mlx_kimi.expert_files import OpenFile
+from mlx_kimi.load import load_model
+from mlx_kimi.metal_kernels.kernel import use_backend
+from mlx_kimi.model import KimiLinear
+from mlx_kimi.readers import Readers
+from mlx_kimi.streaming import BUFFERS, Budget
+
+GB = 10**9
+ROOMY = Budget(8 * GB)
+Streamed = Callable[[Path, int], KimiLinear]
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> Streamed:
+    """`streamed(folder, slots)`: a model with so many slots a layer, whatever their size."""
+
+    def made(folder: Path, slots: int) -> KimiLinear:
+        monkeypatch.setattr(import_module("mlx_kimi.load"), "slots_for", lambda *_: slots)
+        return load_model(folder, budget=ROOMY)
+
+    return made
+
+
+@pytest.fixture
+def pocket(tmp_path: Path) -> Path:
+    """The pocket model's files, to be damaged."""
+    return Path(shutil.copytree(pocket_folder(), tmp_path / "pocket"))
+
+
+def ids(count: int, vocab: int = 200, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, vocab, count).tolist()
+
+
+def run(model: KimiLinear, parts: list[list[int]]) -> np.ndarray:
+    """The logits of a text read in parts, float32 [1, T, vocab]."""
+    cache = model.make_cache()
+    logits = []
+    for part in parts:
+        logits.append(model(mx.array([part]), cache))
+        mx.eval(logits[-1], caches.arrays(cache))
+    return np.array(mx.concatenate(logits, axis=1))
+
+
+def split(text: list[int], *lengths: int) -> list[list[int]]:
+    ends = np.cumsum([0, *lengths])
+    return [text[a:b] for a, b in zip(ends, ends[1:], strict=False)] + [
+        [t] for t in text[ends[-1] :]
+    ]
+
+
+# ------------------------------------------------------------------------------- the same bits
+TEXT = split(ids(110), 64, 1, 2, 17)  # then 26 single tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("tiny", None), ("odd", None), ("grouped", None), ("tiny", 4), ("grouped", 3)],
+)
+def test_every_number_of_slots_gives_the_bits_of_the_whole_model(
+    streamed: Streamed,
+    folder: Callable[..., Path],
+    quantized: Callable[..., Path],
+    name: str,
+    bits: int | None,
+) -> None:
+    path = folder(name) if bits is None else quantized(name, bits=bits)
+    whole = load_model(path)
+    expected = run(whole, TEXT)
+    config = whole.config
+    for slots in sorted({config.num_experts_per_token, config.num_experts - 1, config.num_experts}):
+        model = streamed(path, slots)
+        assert_same_bits(f"{slots} slots", run(model, TEXT), expected)
+        counts = model.streaming.counts
+        assert counts.asked > 0
+        assert (counts.read == 0) == (slots == config.num_experts)
+
+
+@pytest.mark.parametrize("slots", [2, 7, 31])
+def test_the_pocket_model_streams_with_the_bits_of_the_whole_one(
+    streamed: Streamed, slots: int
+) -> None:
+    expected = run(load_model(pocket_folder()), TEXT)
+    model = streamed(pocket_folder(), slots)
+    assert_same_bits("logits", run(model, TEXT), expected)
+    assert_same_bits("again, with other experts in memory", run(model, TEXT), expected)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4"])
+def test_formats_without_biases_stream(
+    streamed: Streamed, quantized: Callable[..., Path], mode: str
+) -> None:
+    path = quantized("tiny", 32 if mode == "mxfp4" else 16, 4, mode)
+    few, all_of_them = (run(streamed(path, slots), TEXT) for slots in (3, 8))
+    assert_same_bits("logits", few, all_of_them)
+    # MLX's product of one such matrix adds in another order than that of gathered ones.
+    assert_close("logits", few, run(load_model(path), TEXT), 1e-4)
+
+
+@pytest.mark.parametrize("slots", [2, 9])
+def test_the_expert_kernels_take_slots(streamed: Streamed, slots: int) -> None:
+    """One token takes the kernels' way; here their twins compute."""
+    model, whole = streamed(pocket_folder(), slots), load_model(pocket_folder())
+    launched = []
+
+    def backend(kernel):  # type: ignore[no-untyped-def]
+        launched.append(kernel.name)
+        return twins(kernel)
+
+    text = [[t] for t in ids(12)]
+    with use_backend(backend):
+        ours = run(model, text)
+        assert launched.count("expert_gate_up") == 7 * len(text)
+        assert_same_bits("logits", ours, run(whole, text))
+    assert model.streaming.counts.read > 2 * slots
+
+
+def test_batches_and_padding_stream(streamed: Streamed) -> None:
+    model, whole = streamed(pocket_folder(), 4), load_model(pocket_folder())
+    tokens = mx.array([ids(20, seed=1), ids(20, seed=2)])
+    for lengths in (None, [20, 13]):
+        assert_same_bits("logits", model(tokens, None, lengths), whole(tokens, None, lengths))
+
+
+def test_what_is_not_evaluated_yet_keeps_its_experts(streamed: Streamed) -> None:
+    """A lazy graph that reads slots is submitted before they are written again."""
+    whole, model = load_model(pocket_folder()), streamed(pocket_folder(), 2)
+    cache, other = whole.make_cache(), model.make_cache()
+    text = ids(30)
+    expected = [whole(mx.array([[t]]), cache) for t in text]
+    ours = [model(mx.array([[t]]), other) for t in text]
+    assert_same_bits("logits", mx.concatenate(ours), mx.concatenate(expected))
+
+
+# --------------------------------------------------------------------------------- what is read
+def test_a_step_of_many_tokens_reads_each_expert_once(streamed: Streamed) -> None:
+    model = streamed(pocket_folder(), 2)
+    mx.eval(model(mx.array([ids(300)])))
+    counts = model.streaming.counts
+    layers = len(model.streaming.banks)
+    assert counts.asked <= 32 * layers  # every expert of every layer at most
+    assert counts.read == counts.asked
+    mx.eval(model(mx.array([ids(300)])))  # what was worth most is there now
+    assert counts.read <= 2 * (counts.asked // 2) - 2 * layers
+    one_expert = (
+        sum(
+            part.nbytes // (2 if part.stored != part.dtype else 1)
+            for bank in model.streaming.banks.values()
+            for part in bank.parts
+        )
+        // layers
+    )
+    assert counts.bytes_read == counts.read * one_expert
+
+
+def test_what_is_worth_most_stays() -> None:
+    worth = Worth(5, fading=0.5)
+    worth.note(np.array([[0, 1]]))
+    worth.note(np.array([[0, 2], [3, 2]]))
+    assert worth.of.tolist() == [0.25 + 0.5, 0.25, 0.5 + 1, 1, 0]
+    together = Worth(5, fading=0.5)
+    together.note(np.array([[0, 1], [0, 2], [3, 2]]))
+    assert np.allclose(worth.of, together.of)
+
+
+def test_the_least_worth_makes_room(streamed: Streamed) -> None:
+    model = streamed(pocket_folder(), 3)
+    bank = next(iter(model.streaming.banks.values()))
+    for pair in ((0, 1), (0, 1), (0, 2), (5, 0)):
+        bank.slots_of(np.array(pair))
+    assert sorted(bank.expert_in.tolist()) == [0, 1, 5]  # 1 was used twice, 2 once
+    check_tables(bank)
+
+
+def check_tables(bank: Bank) -> None:
+    for slot, expert in enumerate(bank.expert_in):
+        assert expert < 0 or bank.slot_of[expert] == slot
+    assert (bank.slot_of >= 0).sum() == (bank.expert_in >= 0).sum()
+
+
+# ------------------------------------------------------------------------------ when files fail
+def streaming_answer(folder: Path, damage: Callable[[Path], None], streamed: Streamed) -> str:
+    """The error of an answer during which `damage` happens to the weights."""
+    _, tokenizer = load(folder)
+    stream = stream_generate(streamed(folder, 2), tokenizer, ids(20), max_tokens=50)
+    next(stream)
+    damage(folder / "model.safetensors")
+    with pytest.raises(KimiError) as error:
+        list(stream)
+    return str(error.value)
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, 100_000)
+
+
+def write(file: Path) -> None:
+    time.sleep(0.02)  # (times of files have a grain)
+    with file.open("r+b") as opened:
+        opened.seek(1_000_000)
+        opened.write(b"other weights")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (os.remove, "was removed while the model is in use"),
+        (cut, "was cut to 100,000 of "),
+        (write, "was written to while the model is in use"),
+    ],
+)
+def test_a_file_that_changes_ends_the_answer(
+    pocket: Path, streamed: Streamed, damage: Callable[[Path], None], said: str
+) -> None:
+    error = streaming_answer(pocket, damage, streamed)
+    assert error.startswith(f"{pocket / 'model.safetensors'}: {said}")
+
+
+def test_a_disk_that_does_not_answer_ends_the_answer(
+    pocket: Path, streamed: Streamed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = streamed(pocket, 2)
+    model.streaming.readers.stall = 0.2
+    mx.eval(model(mx.array([ids(20)])))
+    monkeypatch.setattr(OpenFile, "read", lambda *_: time.sleep(3))
+    began = time.perf_counter()
+    with pytest.raises(KimiError, match=r"layers\.\d+: expert \d+: the disk has not answered for"):
+        run(model, [[t] for t in ids(20, seed=3)])
+    assert time.perf_counter() - began < 2
+
+
+def test_a_slow_disk_is_waited_for(
+    pocket: Path, streamed: Streamed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(load_model(pocket), TEXT[-4:])
+    model, read = streamed(pocket, 2), OpenFile.read
+
+    def slowly(*arguments) -> None:  # type: ignore[no-untyped-def]
+        time.sleep(0.01)
+        read(*arguments)
+
+    monkeypatch.setattr(OpenFile, "read", slowly)
+    assert_same_bits("logits", run(model, TEXT[-4:]), expected)
+    assert model.streaming.counts.waited > 0.1
+
+
+def test_a_program_ends_though_a_read_hangs() -> None:
+    program = (
+        "import time; from mlx_kimi.readers import Readers; Readers().start(lambda: time.sleep(60))"
+    )
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+    assert time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("after", [0, 1, 7, 40, 200])
+def test_what_failed_or_was_interrupted_leaves_the_slots_right(
+    pocket: Path,
+    streamed: Streamed,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    after: int,
+) -> None:
+    expected = run(load_model(pocket), TEXT[:6])
+    model, calls = streamed(pocket, 3), iter(range(10**6))
+    place = (os, "preadv") if isinstance(failure, OSError) else (Readers, "wait")
+    real = getattr(*place)
+
+    def failing(*arguments):  # type: ignore[no-untyped-def]
+        if next(calls) == after:
+            raise failure
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, failing)
+        with pytest.raises((KimiError, KeyboardInterrupt)):
+            run(model, TEXT)
+    for bank in model.streaming.banks.values():
+        check_tables(bank)
+    assert_same_bits("logits", run(model, TEXT[:6]), expected)
+
+
+# ---------------------------------------------------------------------------------- the budget
+def test_a_budget_too_small_says_what_is_needed() -> None:
+    with pytest.raises(KimiError, match=r"a memory budget of 0.10 GB is too small: .* make 0\.\d+"):
+        load_model(pocket_folder(), budget=Budget(GB // 10))
+
+
+def test_a_budget_beyond_the_machine_is_refused() -> None:
+    with pytest.raises(KimiError, match=r"a memory budget of 9000.00 GB is too large: this "):
+        load_model(pocket_folder(), budget=Budget(9000 * GB))
+
+
+def test_one_rank_of_several_has_no_budget() -> None:
+    with pytest.raises(KimiError, match="is for a whole model, not one of 2 ranks"):
+        load_model(pocket_folder(), shard=(0, 2), budget=ROOMY)
+
+
+def test_a_budget_has_room_for_a_context_and_no_more() -> None:
+    model, tokenizer = load(pocket_folder(), Budget(8 * GB, context=64))
+    assert model.config.model_max_length == 64
+    with pytest.raises(ContextFull, match="64"):
+        list(stream_generate(model, tokenizer, ids(70)))
+
+
+MEASURED = """
+import resource, sys
+import mlx.core as mx
+from mlx_kimi.load import load_model
+from mlx_kimi.streaming import Budget
+model = load_model(sys.argv[1], budget=Budget(int(sys.argv[2]), context=300))
+cache = model.make_cache()
+mx.eval(model(mx.array([list(range(12))]), cache))
+for token in range(3):
+    mx.eval(model(mx.array([[token]]), cache))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, model.streaming.slots)
+"""
+
+
+def test_the_process_stays_within_its_budget(folder: Callable[..., Path]) -> None:
+    path = folder("full_width")
+    for budget, slots in ((3 * GB, range(8, 16)), (4 * GB, range(16, 17))):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, str(path), str(budget)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peak, found = map(int, done.stdout.split())
+        assert found in slots
+        assert peak < budget
+
+
+# --------------------------------------------------------------------------------- the commands
+def tight() -> str:
+    """A budget that the pocket model does not fit into with all of its experts."""
+    with pytest.raises(KimiError) as error:
+        load_model(pocket_folder(), budget=Budget(BUFFERS))
+    need = float(str(error.value).rsplit("make ", 1)[1].split()[0])
+    return f"{need + 0.02:.2f}GB"
+
+
+def test_generate_says_what_reading_experts_cost() -> None:
+    asked = ("-p", "What is KDA?", "--max-tokens", "20")
+    plain = CliRunner().invoke(generate.command, asked)
+    streamed = CliRunner().invoke(generate.command, [*asked, "--memory-budget", tight()])
+    assert streamed.exit_code == 0
+    assert streamed.stdout == plain.stdout
+    assert "experts " in streamed.stderr and " in memory, " in streamed.stderr
+    assert "experts" not in plain.stderr
+    result = CliRunner().invoke(generate.command, [*asked, "--memory-budget", tight(), "--json"])
+    assert set(json.loads(result.stdout)["experts"]) == {"asked", "read", "bytes_read", "waited"}
+
+
+def test_bench_measures_a_budget() -> None:
+    result = CliRunner().invoke(
+        bench.command, ["--contexts", "32", "--tokens", "4", "--memory-budget", tight()]
+    )
+    assert result.exit_code == 0
+    assert " in memory, " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--memory-budget", "10"), "'10' is no size with a unit (kB, MB, GB, KiB, MiB, GiB)"),
+        (("--memory-budget", "-3GB"), "'-3GB' is no size with a unit"),
+        (("--memory-budget", "many GB"), "'many GB' is no size with a unit"),
+        (("--context", "100"), "--context is what --memory-budget leaves room for"),
+        (("--memory-budget", "8GB", "--context", "0"), "0 is not in the range x>=1"),
+    ],
+)
+def test_bad_budgets_are_one_line(options: tuple[str, ...], said: str) -> None:
+    result = CliRunner().invoke(generate.command, ["-p", "x", *options])
+    assert result.exit_code == 2
+    assert said in result.stderr
