@@ -99,6 +99,9 @@ class Bank:
             array, view = _writable(part, slots)
             self.arrays[part.name] = array
             self._views.append(view)
+        # While `Assumption` makes a graph: `slot_of` as an array, and what the router chose.
+        self.assumed: mx.array | None = None
+        self.chosen: mx.array | None = None
         self._what = parts[0].name.rsplit(".", 2)[0].removesuffix(".mlp.switch_mlp")
 
     @property
@@ -126,6 +129,17 @@ class Bank:
         if len(absent):
             self._finish(self._start(absent, needed=chosen), self.counts)
         return self.slot_of[chosen]
+
+    def assume(self, experts: mx.array) -> mx.array:
+        """Experts [1, k] -> their slots, right if they are in memory: `Assumption` looks later."""
+        assert self.assumed is not None
+        self.chosen = experts
+        return self.assumed[experts]
+
+    def note(self, chosen: npt.NDArray[np.int64]) -> None:
+        """One token chose these experts [k], all of them in memory."""
+        self.worth.note(chosen[None])
+        self.counts.asked += len(chosen)
 
     # ---------------------------------------------------------------------------- many tokens
     def visit(

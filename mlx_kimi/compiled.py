@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from mlx_kimi.assumption import Assumption
+from mlx_kimi.bank import Counts
 from mlx_kimi.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
 from mlx_kimi.metal_kernels.kernel import backend, is_traced
 from mlx_kimi.metal_kernels.mla_decode import Plan
@@ -22,10 +24,14 @@ from mlx_kimi.mla import MultiHeadLatentAttention
 if TYPE_CHECKING:
     from mlx_kimi.model import KimiLinear
 
+NOTHING_ASSUMED = Assumption((), Counts())
 KEPT = 4  # graphs: conversations that take turns have caches of other shapes
 Arrays = list[list[mx.array]]  # of each entry
-# Of ids, a plan's arrays and the cache's.
-Graph = Callable[[mx.array, tuple[mx.array, ...], Arrays], tuple[mx.array, Arrays]]
+# Of ids, a plan's arrays, the cache's and where experts are -> hidden, the cache's, the experts.
+Graph = Callable[
+    [mx.array, tuple[mx.array, ...], Arrays, list[mx.array]],
+    tuple[mx.array, Arrays, list[mx.array]],
+]
 
 
 class CompiledStep:
@@ -49,6 +55,7 @@ class CompiledStep:
                 for entry in cache
             )
             and self._suited
+            and self._assumption.is_likely()
         )
 
     @cached_property
@@ -71,16 +78,26 @@ class CompiledStep:
         if graph is None:
             self._warm_up(ids, cache)
             graph = _compiled(self._model, plan.splits, bits)
-        hidden, arrays = graph(ids, plan.arrays, self._arrays(ids.shape[0], cache))
+        given = self._arrays(ids.shape[0], cache)
+        hidden, arrays, chosen = graph(ids, plan.arrays, given, self._assumption.slots())
         self._graphs[shapes] = graph
         if len(self._graphs) > KEPT:
             del self._graphs[next(iter(self._graphs))]
+        if chosen:
+            mx.async_eval(hidden, arrays)
+        if not self._assumption.held(chosen):
+            return self._layer_by_layer(ids, cache)
         for entry, new in zip(cache, arrays, strict=True):
             if isinstance(entry, KDACache):
                 entry.conv_tail, entry.state = new
             else:
                 entry.grow_tail(*new)
         return hidden
+
+    @property
+    def _assumption(self) -> Assumption:
+        streaming = self._owner.streaming
+        return streaming.assumption if streaming else NOTHING_ASSUMED
 
     @property
     def _owner(self) -> KimiLinear:
@@ -101,11 +118,14 @@ class CompiledStep:
 
     def _warm_up(self, ids: mx.array, cache: Sequence[CacheEntry]) -> None:
         """Evaluate what a model computes once, so that the graph does not compute it every time."""
+        if not self._warm:
+            mx.eval(self._layer_by_layer(ids, [entry.snapshot() for entry in cache]))
+            self._warm = True
+
+    def _layer_by_layer(self, ids: mx.array, cache: Sequence[CacheEntry]) -> mx.array:
         from mlx_kimi.model import Step
 
-        if not self._warm:
-            mx.eval(self._owner.run(ids, [entry.snapshot() for entry in cache], Step()))
-            self._warm = True
+        return self._owner.run(ids, cache, Step())
 
 
 def _compiled(
@@ -120,12 +140,17 @@ def _compiled(
         # How full the tail is, the plan's array says: no number of this token is in the graph.
         return LatentCache((), tuple(map(Segment, frozen)), Segment(tail, spare=TAIL), bits)
 
-    def step(ids: mx.array, plan: tuple[mx.array, ...], arrays: Arrays) -> tuple[mx.array, Arrays]:
+    def step(
+        ids: mx.array, plan: tuple[mx.array, ...], arrays: Arrays, slots: list[mx.array]
+    ) -> tuple[mx.array, Arrays, list[mx.array]]:
         owner = model()
         assert owner is not None
         cache = [entry(*pair) for pair in zip(owner.make_cache(), arrays, strict=True)]
-        hidden = owner.run(ids, cache, Step(plan=Plan(plan, splits)))
-        return hidden, [e.arrays() if isinstance(e, KDACache) else e.arrays()[-1:] for e in cache]
+        assumption = owner.streaming.assumption if owner.streaming else NOTHING_ASSUMED
+        with assumption.made(slots) as chosen:
+            hidden = owner.run(ids, cache, Step(plan=Plan(plan, splits)))
+        arrays = [e.arrays() if isinstance(e, KDACache) else e.arrays()[-1:] for e in cache]
+        return hidden, arrays, chosen
 
     graph: Graph = mx.compile(step)
     return graph

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import psutil
 
+from mlx_kimi.assumption import Assumption
 from mlx_kimi.bank import Bank, Counts
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.errors import KimiError
@@ -42,6 +43,7 @@ class Streaming:
     Attributes:
         banks: by the path of the stacks, `model.layers.3.mlp.switch_mlp`.
         slots: of each bank.
+        assumption: that a token's experts are in memory, where not all are.
     """
 
     def __init__(self, files: ExpertFiles, layers: Mapping[str, list[Part]], slots: int) -> None:
@@ -53,6 +55,8 @@ class Streaming:
         for bank in self.banks.values():
             if bank.holds_all:
                 bank.fill()
+        partial = [bank for bank in self.banks.values() if not bank.holds_all]
+        self.assumption = Assumption(partial, self.counts)
 
     @property
     def arrays(self) -> dict[str, mx.array]:

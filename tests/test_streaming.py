@@ -25,7 +25,7 @@ from mlx_kimi.cli import bench, generate
 from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.expert_files import OpenFile
 from mlx_kimi.load import load_model
-from mlx_kimi.metal_kernels.kernel import use_backend
+from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.readers import Readers
 from mlx_kimi.streaming import BUFFERS, Budget
@@ -137,6 +137,34 @@ def test_the_expert_kernels_take_slots(streamed: Streamed, slots: int) -> None:
         assert launched.count("expert_gate_up") == 7 * len(text)
         assert_same_bits("logits", ours, run(whole, text))
     assert model.streaming.counts.read > 2 * slots
+
+
+def test_a_token_whose_experts_are_there_is_one_graph(streamed: Streamed) -> None:
+    """And one that needs a file goes layer by layer; both are right, whatever came before."""
+    model, whole = streamed(pocket_folder(), 20), load_model(pocket_folder())
+    launched: list[str] = []
+
+    def backend(kernel: Kernel) -> Launch:
+        launched.append(kernel.name)
+        return twins(kernel)
+
+    counts, steps, extra = model.streaming.counts, [], []
+    cache, other = model.make_cache(), whole.make_cache()
+    with use_backend(backend, traced=True):
+        for token in [*ids(4), *[7] * 12, *ids(6, seed=4), *[7] * 8]:
+            read, asked = counts.read, counts.asked
+            launched.clear()
+            logits = model(mx.array([[token]]), cache)
+            steps.append((counts.read > read, bool(launched)))
+            extra.append(counts.asked - asked - 2 * 7)
+            mx.eval(logits, caches.arrays(cache))
+            with use_backend(backend):
+                expected = whole(mx.array([[token]]), other)
+            assert_close("logits", logits, expected, 1e-4)  # (MLX joins operations of a graph)
+    assert steps.count((False, False)) > 8  # nothing read, nothing launched from Python
+    assert any(read and launches for read, launches in steps[16:])
+    assert sum(extra) == 2 * 7  # once, to warm up
+    assert cache[0].lengths == other[0].lengths
 
 
 def test_batches_and_padding_stream(streamed: Streamed) -> None:
