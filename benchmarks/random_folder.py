@@ -63,7 +63,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
     options = parser.parse_args()
-    mx.set_default_device(mx.cpu)
     write(options.folder, options.layers)
 
 
