@@ -129,10 +129,10 @@ def main() -> None:
     policies: dict[str, Callable[[list[Chosen]], Policy]] = {
         "LRU": lambda steps: Recency(experts),
         **{
-            f"fading {fading:g}": lambda steps, fading=fading: Worth(experts, fading)
+            f"fading {fading:g}": lambda steps, fading=fading: Worth(np.zeros(experts), fading)
             for fading in sorted({0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, KEPT_WORTH})
         },
-        "LFU": lambda steps: Worth(experts, 1.0),
+        "LFU": lambda steps: Worth(np.zeros(experts), 1.0),
         "best": lambda steps: Future(experts, steps),
     }
     print("slots        " + "".join(f"{size:>7}" for size in SIZES))

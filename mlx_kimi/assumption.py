@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
-from mlx_kimi.bank import EMPTY, Bank, Counts
+from mlx_kimi.bank import EMPTY, KEPT_WORTH, Bank, Counts
 
 
 class Assumption:
@@ -18,9 +19,22 @@ class Assumption:
     its result is right; else it is thrown away, and the token goes layer by layer.
     """
 
-    def __init__(self, banks: Sequence[Bank], counts: Counts) -> None:
-        """`banks` of all layers in their order, or none: then there is nothing to assume."""
-        self._banks, self._counts, self._read = banks, counts, -1
+    def __init__(
+        self,
+        banks: Sequence[Bank],
+        counts: Counts,
+        slot_of: npt.NDArray[np.int64],
+        worth: npt.NDArray[np.float64],
+    ) -> None:
+        """`banks` of all layers in their order, or none: then there is nothing to assume.
+
+        slot_of, worth: [layers, experts], of which the banks have the rows.
+        """
+        self._banks, self._counts, self._slot_of, self._worth = banks, counts, slot_of, worth
+        self._layers = np.arange(len(banks))[:, None]
+        self._read = -1
+        self._slots: list[mx.array] = []  # since `_slots_at` experts had been read
+        self._slots_at = -1
 
     def is_likely(self) -> bool:
         """Whether nothing was read since this was asked last, before the step before."""
@@ -29,9 +43,10 @@ class Assumption:
 
     def slots(self) -> list[mx.array]:
         """Where each expert is, [layers, experts] int32; those that are nowhere are in slot 0."""
-        if not self._banks:
-            return []
-        return [mx.array(np.maximum(np.stack([b.slot_of for b in self._banks]), 0), mx.int32)]
+        if self._banks and self._slots_at != self._counts.read:
+            self._slots = [mx.array(np.maximum(self._slot_of, 0), mx.int32)]
+            self._slots_at = self._counts.read
+        return self._slots
 
     @contextmanager
     def made(self, slots: Sequence[mx.array]) -> Iterator[list[mx.array]]:
@@ -51,9 +66,10 @@ class Assumption:
         """Whether it was right, once the device knows; if so, the uses of the experts are noted."""
         if not chosen:
             return True
-        pairs = list(zip(self._banks, np.array(chosen[0]).astype(np.int64), strict=True))
-        held = all((bank.slot_of[token] != EMPTY).all() for bank, token in pairs)
-        if held:
-            for bank, token in pairs:
-                bank.note(token)
-        return held
+        experts = np.array(chosen[0])
+        if (self._slot_of[self._layers, experts] == EMPTY).any():
+            return False
+        self._worth *= KEPT_WORTH  # as `Worth.note` does, for all layers at once
+        self._worth[self._layers, experts] += 1
+        self._counts.asked += experts.size
+        return True

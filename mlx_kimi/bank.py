@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
@@ -63,12 +63,8 @@ class Worth:
     subsumes the LRU and LFU policies").
     """
 
-    experts: int
+    of: npt.NDArray[np.float64]  # by expert
     fading: float = KEPT_WORTH
-    of: npt.NDArray[np.float64] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.of = np.zeros(self.experts)
 
     def note(self, chosen: npt.NDArray[np.int64]) -> None:
         """Tokens in turn chose these experts [tokens, k]."""
@@ -85,13 +81,22 @@ class Bank:
     may still read the slot: `slots_of` and `visit` say how each of them makes sure.
     """
 
-    def __init__(self, parts: Sequence[Part], slots: int, readers: Readers, counts: Counts) -> None:
-        """`slots` of them, at least as many as a token has experts."""
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        slots: int,
+        readers: Readers,
+        counts: Counts,
+        slot_of: npt.NDArray[np.int64],
+        worth: npt.NDArray[np.float64],
+    ) -> None:
+        """`slots` of them, at least as many as a token has experts.
+
+        slot_of, worth: [experts], this layer's rows of two tables that all banks share.
+        """
         self.parts, self.readers, self.counts = parts, readers, counts
-        experts = len(parts[0].places)
-        self.slot_of = np.full(experts, EMPTY)
+        self.slot_of, self.worth = slot_of, Worth(worth)
         self.expert_in = np.full(slots, EMPTY)
-        self.worth = Worth(experts)
         self.arrays: dict[str, mx.array] = {}
         self._views: list[Bytes] = []
         self._reads: list[Future[int]] = []
@@ -135,11 +140,6 @@ class Bank:
         assert self.assumed is not None
         self.chosen = experts
         return self.assumed[experts]
-
-    def note(self, chosen: npt.NDArray[np.int64]) -> None:
-        """One token chose these experts [k], all of them in memory."""
-        self.worth.note(chosen[None])
-        self.counts.asked += len(chosen)
 
     # ---------------------------------------------------------------------------- many tokens
     def visit(

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_kimi.assumption import Assumption
 from mlx_kimi.bank import Counts
@@ -24,7 +25,7 @@ from mlx_kimi.mla import MultiHeadLatentAttention
 if TYPE_CHECKING:
     from mlx_kimi.model import KimiLinear
 
-NOTHING_ASSUMED = Assumption((), Counts())
+NOTHING_ASSUMED = Assumption((), Counts(), np.zeros((0, 0), np.int64), np.zeros((0, 0)))
 KEPT = 4  # graphs: conversations that take turns have caches of other shapes
 Arrays = list[list[mx.array]]  # of each entry
 # Of ids, a plan's arrays, the cache's and where experts are -> hidden, the cache's, the experts.

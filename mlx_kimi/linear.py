@@ -63,10 +63,10 @@ class Linear(nn.Module):
     def _is_refused_by_mlx(self) -> bool:
         """Whether MLX's product on NVIDIA GPUs does not take this quantized matrix.
 
-        Of stacks it multiplies only some, by one row; of rows shorter than 128 it reads what is
-        beyond them, so that results may be NaN.
+        Of stacks it multiplies only some, by one row; of rows of up to 128 columns it reads what is
+        beyond them: results may be NaN, and with 64 rows of x the whole process may fail.
         """
-        return mx.cuda.is_available() and (self.weight.ndim > 2 or self.matrix.columns < 128)
+        return mx.cuda.is_available() and (self.weight.ndim > 2 or self.matrix.columns <= 128)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., T, in] -> [..., T, out]; a stack of W multiplies the matching stack of x."""

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 import psutil
 
 from mlx_kimi.assumption import Assumption
-from mlx_kimi.bank import Bank, Counts
+from mlx_kimi.bank import EMPTY, Bank, Counts
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.errors import KimiError
 from mlx_kimi.expert_files import ExpertFiles, Part
@@ -49,14 +50,18 @@ class Streaming:
     def __init__(self, files: ExpertFiles, layers: Mapping[str, list[Part]], slots: int) -> None:
         self.slots, self.counts, self.readers = slots, Counts(), Readers()
         weakref.finalize(self, _close, files, self.readers)
+        experts = max((len(p.places) for parts in layers.values() for p in parts), default=0)
+        slot_of = np.full((len(layers), experts), EMPTY)
+        worth = np.zeros((len(layers), experts))
         self.banks = {
-            path: Bank(parts, slots, self.readers, self.counts) for path, parts in layers.items()
+            path: Bank(parts, slots, self.readers, self.counts, *rows)
+            for (path, parts), *rows in zip(layers.items(), slot_of, worth, strict=True)
         }
         for bank in self.banks.values():
             if bank.holds_all:
                 bank.fill()
         partial = [bank for bank in self.banks.values() if not bank.holds_all]
-        self.assumption = Assumption(partial, self.counts)
+        self.assumption = Assumption(partial, self.counts, slot_of, worth)
 
     @property
     def arrays(self) -> dict[str, mx.array]:

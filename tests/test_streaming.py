@@ -206,11 +206,11 @@ def test_a_step_of_many_tokens_reads_each_expert_once(streamed: Streamed) -> Non
 
 
 def test_what_is_worth_most_stays() -> None:
-    worth = Worth(5, fading=0.5)
+    worth = Worth(np.zeros(5), fading=0.5)
     worth.note(np.array([[0, 1]]))
     worth.note(np.array([[0, 2], [3, 2]]))
     assert worth.of.tolist() == [0.25 + 0.5, 0.25, 0.5 + 1, 1, 0]
-    together = Worth(5, fading=0.5)
+    together = Worth(np.zeros(5), fading=0.5)
     together.note(np.array([[0, 1], [0, 2], [3, 2]]))
     assert np.allclose(worth.of, together.of)
 
