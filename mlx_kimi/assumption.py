@@ -42,9 +42,9 @@ class Assumption:
         return not self._banks or before == self._read
 
     def slots(self) -> list[mx.array]:
-        """Where each expert is, [layers, experts] int32; those that are nowhere are in slot 0."""
+        """Of each layer where each expert is, [experts] int32; those that are nowhere: slot 0."""
         if self._banks and self._slots_at != self._counts.read:
-            self._slots = [mx.array(np.maximum(self._slot_of, 0), mx.int32)]
+            self._slots = [mx.array(row, mx.int32) for row in np.maximum(self._slot_of, 0)]
             self._slots_at = self._counts.read
         return self._slots
 
@@ -52,8 +52,8 @@ class Assumption:
     def made(self, slots: Sequence[mx.array]) -> Iterator[list[mx.array]]:
         """Within, layers believe `slots`; afterwards the list holds their choices, [layers, k]."""
         chosen: list[mx.array] = []
-        for number, bank in enumerate(self._banks):
-            bank.assumed = slots[0][number]
+        for bank, where in zip(self._banks, slots, strict=True):
+            bank.assumed = where
         try:
             yield chosen
             choices = [bank.chosen for bank in self._banks if bank.chosen is not None]
