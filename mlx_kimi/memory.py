@@ -16,7 +16,7 @@ from mlx_kimi.generate import PREFILL_STEP
 from mlx_kimi.metal_kernels.attention import GPU_QUERY_BLOCK
 from mlx_kimi.metal_kernels.latents import GROUP, GROUP_WORDS
 from mlx_kimi.mla import LARGEST_BLOCK, SCORES
-from mlx_kimi.names import tensors
+from mlx_kimi.names import Join, tensors
 
 ANY_SIZE = "MLX_KIMI_ANY_SIZE"  # set in the environment, models load whether they fit or not
 BITS = (8, 6, 5, 4, 3, 2)  # of `convert`
@@ -113,7 +113,7 @@ def refuse_what_does_not_fit(folder: Path, config: ModelConfig, weights: int) ->
     raise KimiError(
         f"{folder}: needs {gigabytes(wanted.weights)} for its weights and about "
         f"{gigabytes(wanted.at(PREFILL_STEP) - wanted.weights)} to work, but {machine}; "
-        f"{_advice(config, wanted, machine.limit)}"
+        f"{_advice(config, wanted, machine.limit)}{_or_stream(config, wanted, machine.limit)}"
     )
 
 
@@ -125,6 +125,20 @@ def _advice(config: ModelConfig, wanted: Needs, limit: int) -> str:
         if size <= room and size < wanted.weights:
             return f"`mlx_kimi convert --bits {bits}` makes {gigabytes(size)} of it"
     return f"no quantization of it fits; {ANY_SIZE}=1 in the environment loads it all the same"
+
+
+def _or_stream(config: ModelConfig, wanted: Needs, limit: int) -> str:
+    """The way out that needs no other weights, if a token's experts fit beside all else."""
+    sizes = [(prod(tensor.shape), tensor.join is Join.STACK) for tensor in tensors(config)]
+    routed = (
+        wanted.weights * sum(n for n, is_routed in sizes if is_routed) // sum(n for n, _ in sizes)
+    )
+    of_a_token = routed * config.num_experts_per_token // max(config.num_experts, 1)
+    least = wanted.at(PREFILL_STEP) - routed + of_a_token
+    if not routed or least > limit:
+        return ""
+    budget = limit // 10**9
+    return f"; or --memory-budget {budget}GB reads experts from the disk as they are needed"
 
 
 def wire() -> None:

@@ -110,6 +110,8 @@ def test_what_does_not_fit_is_refused_with_a_way_out(
         refuse_what_does_not_fit(Path("kimi"), CONFIG_48B, BFLOAT16_48B)
     assert str(error.value).startswith("kimi: needs 98.25 GB for its weights and about ")
     assert f"this Mac gives its GPU {limit}.00 GB of 64.00 GB; {advice}" in str(error.value)
+    streams = f"; or --memory-budget {limit}GB reads experts from the disk as they are needed"
+    assert str(error.value).endswith(streams) == (limit > 8)
     monkeypatch.setenv(ANY_SIZE, "1")
     refuse_what_does_not_fit(Path("kimi"), CONFIG_48B, BFLOAT16_48B)
 
