@@ -91,7 +91,8 @@ def command(
     _check_files(json_file, plot_file)
     folder = local_folder(model_or_pocket(model))
     for length in lengths:  # before gigabytes are read
-        check_fits(length, tokens, ModelConfig.read(folder).model_max_length)
+        most = ModelConfig.read(folder).model_max_length
+        check_fits(length, tokens, min(most, budget and budget.context or most))
     if budget:  # room for what is measured, unless told
         budget = replace(budget, context=budget.context or max(lengths) + tokens + 1)
     network, tokenizer = load(folder, budget)

@@ -130,7 +130,9 @@ class Bytes(click.ParamType):
         if isinstance(value, int):
             return value
         units = {unit.lower(): size for unit, size in self.units.items()}
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) *([a-z]+)", value.strip().lower())
+        found = re.fullmatch(
+            r"([0-9]{1,12}(?:\.[0-9]*)?|\.[0-9]+) *([a-z]+)", value.strip().lower()
+        )
         if not found or found[2] not in units:
             self.fail(f"{value!r} is no size with a unit ({', '.join(self.units)}), such as 10GB")
         return int(float(found[1]) * units[found[2]])
@@ -154,8 +156,10 @@ def budget_options(function: Callable[..., Any]) -> Callable[..., Any]:
     def with_budget(memory_budget: int | None, context: int | None, **options: Any) -> Any:
         if context is not None and memory_budget is None:
             raise click.UsageError("--context is what --memory-budget leaves room for")
-        bits = options.get("latent_bits")
-        budget = None if memory_budget is None else Budget(memory_budget, context, bits)
+        budget = None
+        if memory_budget is not None:
+            bits, step = options.get("latent_bits"), options["prefill_step"]
+            budget = Budget(memory_budget, context, bits, prefill_step=step)
         return function(budget=budget, **options)
 
     return memory(longest(with_budget))

@@ -33,8 +33,8 @@ class Assumption:
         self._banks, self._counts, self._slot_of, self._worth = banks, counts, slot_of, worth
         self._layers = np.arange(len(banks))[:, None]
         self._read = -1
-        self._slots: list[mx.array] = []  # since `_slots_at` experts had been read
-        self._slots_at = -1
+        self._given = np.full_like(slot_of, EMPTY)  # what `_slots` were made of
+        self._slots: list[mx.array] = []
 
     def is_likely(self) -> bool:
         """Whether nothing was read since this was asked last, before the step before."""
@@ -43,9 +43,9 @@ class Assumption:
 
     def slots(self) -> list[mx.array]:
         """Of each layer where each expert is, [experts] int32; those that are nowhere: slot 0."""
-        if self._banks and self._slots_at != self._counts.read:
-            self._slots = [mx.array(row, mx.int32) for row in np.maximum(self._slot_of, 0)]
-            self._slots_at = self._counts.read
+        if self._banks and not (self._slots and np.array_equal(self._given, self._slot_of)):
+            self._given = self._slot_of.copy()
+            self._slots = [mx.array(row, mx.int32) for row in np.maximum(self._given, 0)]
         return self._slots
 
     @contextmanager
@@ -67,7 +67,8 @@ class Assumption:
         if not chosen:
             return True
         experts = np.array(chosen[0])
-        if (self._slot_of[self._layers, experts] == EMPTY).any():
+        where = self._given[self._layers, experts]
+        if (where == EMPTY).any() or (where != self._slot_of[self._layers, experts]).any():
             return False
         self._worth *= KEPT_WORTH  # as `Worth.note` does, for all layers at once
         self._worth[self._layers, experts] += 1

@@ -201,10 +201,9 @@ class Bank:
                 self.slot_of[self.expert_in[slot]] = EMPTY
                 self.expert_in[slot] = EMPTY
             reads = [
-                self.readers.start(partial(part.read, expert, view[slot]))
+                self.readers.start(partial(part.read, expert, view[slot]), self._reads)
                 for part, view in zip(self.parts, self._views, strict=True)
             ]
-            self._reads += reads
             started.append((expert, slot, reads))
         return started
 

@@ -56,8 +56,13 @@ class CompiledStep:
                 for entry in cache
             )
             and self._suited
-            and self._assumption.is_likely()
+            and self._experts_are_known(len(cache[0].lengths))
         )
+
+    def _experts_are_known(self, B: int) -> bool:
+        """Several rows of a batch take one expert after another, which the host must know."""
+        streaming = self._owner.streaming
+        return streaming is None or (B == 1 and streaming.assumption.is_likely())
 
     @cached_property
     def _suited(self) -> bool:

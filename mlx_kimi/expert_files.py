@@ -117,7 +117,7 @@ class ExpertFiles:
     """The open files of a folder that hold routed experts."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+        self._folder, self._tensors = checkpoint.folder, checkpoint.tensors
         self._files: dict[str, OpenFile] = {}
 
     def part(self, name: str, names: Sequence[str], dtype: mx.Dtype) -> Part:
@@ -130,8 +130,8 @@ class ExpertFiles:
         Raises:
             KimiError: the stored floats do not fit `dtype` without rounding.
         """
-        places = [self._place(self.checkpoint.tensors[n]) for n in names]
-        first = self.checkpoint.tensors[names[0]]
+        places = [self._place(self._tensors[n]) for n in names]
+        first = self._tensors[names[0]]
         stored = DTYPES[first.dtype]
         shape = first.shape
         if len(names) == 1:
@@ -152,6 +152,6 @@ class ExpertFiles:
 
     def _place(self, stored: Stored) -> tuple[OpenFile, int]:
         if stored.file not in self._files:
-            self._files[stored.file] = OpenFile(self.checkpoint.folder / stored.file)
+            self._files[stored.file] = OpenFile(self._folder / stored.file)
         file = self._files[stored.file]
         return file, file.data + stored.offset

@@ -113,23 +113,33 @@ def stream_generate(
         answer.counts_at_first = replace(counts)
     token = sampler(model.logits(hidden[:, -1]))
     mx.async_eval(token, *caches.arrays(context.entries))
+
+    def read(token: mx.array) -> mx.array:
+        # Processor time: MLX lets a thread that is far ahead of the device wait in here.
+        before = time.thread_time()
+        following = sampler(model.logits(context.read(token[:, None])[:, -1]))
+        mx.async_eval(following, *caches.arrays(context.entries))
+        answer.host_time += time.thread_time() - before
+        return following
+
+    ahead = model.streaming is None  # (a step that waits for files comes after the text)
     while True:
         following = None
         with context.whole_step():
-            if not answer.is_last:  # the next step computes while this token's text is handled
-                # Processor time: MLX lets a thread that is far ahead of the device wait in here.
-                before = time.thread_time()
-                following = sampler(model.logits(context.read(token[:, None])[:, -1]))
-                mx.async_eval(following, *caches.arrays(context.entries))
-                answer.host_time += time.thread_time() - before
+            if ahead and not answer.is_last:  # it computes while this token's text is handled
+                following = read(token)
             number = int(token.item())  # type: ignore[arg-type]
             if following is not None:
                 context.ids.append(number)
         context.keep_now_and_then()
         chunk = answer.add(number)
         yield chunk
-        if chunk.finish_reason or following is None:
+        if chunk.finish_reason:
             return
+        if following is None:
+            with context.whole_step():
+                following = read(token)
+                context.ids.append(number)
         token = following
 
 

@@ -88,7 +88,8 @@ def load_model(
     banks = streaming.banks if streaming else {}
     weights = Weights(arrays, config, first_expert=first_expert, banks=banks)
     model = KimiLinear(config, weights, reduce, streaming)
-    del arrays, weights  # fused matrices are copies: their parts must not outlive each layer
+    # Fused matrices are copies: their parts must not outlive each layer.
+    del arrays, weights, reader
     if lazy:
         return model
     mx.eval(model.embed_tokens.parameters())
@@ -104,14 +105,19 @@ def _streaming(
     """Banks for the routed experts of `arrays`, with the slots that the budget has room for."""
     files = ExpertFiles(reader.checkpoint)
     layers: dict[str, list[Part]] = {}
-    for tensor in tensors(reader.config):
-        if tensor.join is Join.STACK:
-            path = tensor.module.rsplit(".", 1)[0]
-            for name, stored in reader.stored(tensor).items():
-                layers.setdefault(path, []).append(files.part(name, stored, dtype))
-    routed = {part.name for parts in layers.values() for part in parts}
-    resident = sum(array.nbytes for name, array in arrays.items() if name not in routed)
-    return Streaming(files, layers, slots_for(budget, reader.config, resident, layers))
+    try:
+        for tensor in tensors(reader.config):
+            if tensor.join is Join.STACK:
+                path = tensor.module.rsplit(".", 1)[0]
+                for name, stored in reader.stored(tensor).items():
+                    layers.setdefault(path, []).append(files.part(name, stored, dtype))
+        routed = {part.name for parts in layers.values() for part in parts}
+        resident = sum(array.nbytes for name, array in arrays.items() if name not in routed)
+        slots = slots_for(budget, reader.config, resident, layers)
+    except BaseException:
+        files.close()
+        raise
+    return Streaming(files, layers, slots)
 
 
 def check(config: ModelConfig, checkpoint: Checkpoint) -> None:

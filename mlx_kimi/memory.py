@@ -20,6 +20,7 @@ from mlx_kimi.names import Join, tensors
 
 ANY_SIZE = "MLX_KIMI_ANY_SIZE"  # set in the environment, models load whether they fit or not
 BITS = (8, 6, 5, 4, 3, 2)  # of `convert`
+BESIDE = 2 * 10**9  # bytes of a memory budget for the program, a context and snapshots
 SCALES = 0.5  # bits a weight, at `convert`'s group size: a scale and a bias of 16 bits for 64
 
 
@@ -134,11 +135,11 @@ def _or_stream(config: ModelConfig, wanted: Needs, limit: int) -> str:
         wanted.weights * sum(n for n, is_routed in sizes if is_routed) // sum(n for n, _ in sizes)
     )
     of_a_token = routed * config.num_experts_per_token // max(config.num_experts, 1)
-    least = wanted.at(PREFILL_STEP) - routed + of_a_token
-    if not routed or least > limit:
-        return ""
     budget = limit // 10**9
-    return f"; or --memory-budget {budget}GB reads experts from the disk as they are needed"
+    least = wanted.at(PREFILL_STEP) - routed + of_a_token + BESIDE
+    if not routed or least > budget * 10**9:
+        return ""
+    return f"; or `generate` and `chat` with --memory-budget {budget}GB read experts from the disk"
 
 
 def wire() -> None:

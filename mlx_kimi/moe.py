@@ -201,6 +201,11 @@ class MixtureOfExperts(nn.Module):
         """Whether other ranks have the other experts."""
         return self.bank is None and self.switch_mlp.count < self.router.gate.out_features
 
+    @property
+    def _waits(self) -> bool:
+        """Whether the host waits for the router here, and maybe for files; never within a graph."""
+        return self.bank is not None and not self.bank.holds_all and self.bank.assumed is None
+
     def after(self, norm: RMSNorm, x: mx.array, part: mx.array) -> tuple[mx.array, mx.array]:
         """x, part [B, T, hidden] -> `x + part`, and the experts of its norm."""
         tokens = x.shape[0] * x.shape[1]
@@ -225,7 +230,7 @@ class MixtureOfExperts(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         shared = None if self.shared_experts is None else self.shared_experts(rows)
         experts, weights = (y.reshape(len(rows), -1) for y in (experts, weights))
-        if self.bank and shared is not None:
+        if self._waits and shared is not None:
             mx.async_eval(shared)  # while the host waits for files
         if self.bank and len(rows) > 1:
             y = self._by_expert(self.bank, rows, experts, weights, shared)
@@ -245,7 +250,7 @@ class MixtureOfExperts(nn.Module):
     def _submit(self, y: mx.array) -> None:
         """What reads slots is before all later work in the device's queue, so that whoever has
         results of later work may write the slots."""
-        if self.bank and not self.bank.holds_all and self.bank.assumed is None:
+        if self._waits:
             mx.async_eval(y)
 
     def _by_expert(

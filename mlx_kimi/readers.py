@@ -26,9 +26,13 @@ class Readers:
         for thread in self._threads:
             thread.start()
 
-    def start(self, read: Callable[[], int]) -> Future[int]:
-        """Let `read` run in a thread; it returns how many bytes it read."""
+    def start(self, read: Callable[[], int], begun: list[Future[int]]) -> Future[int]:
+        """Let `read` run in a thread; it returns how many bytes it read.
+
+        It is among those that have `begun` before it begins, whatever interrupts the caller.
+        """
         future: Future[int] = Future()
+        begun.append(future)
         self._work.put((future, read))
         return future
 

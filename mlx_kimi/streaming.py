@@ -16,6 +16,7 @@ from mlx_kimi.bank import EMPTY, Bank, Counts
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.errors import KimiError
 from mlx_kimi.expert_files import ExpertFiles, Part
+from mlx_kimi.generate import PREFILL_STEP
 from mlx_kimi.memory import ANY_SIZE, Machine, gigabytes, needs
 from mlx_kimi.readers import Readers
 
@@ -31,6 +32,7 @@ class Budget:
     context: int | None = None  # None: CONTEXT, or the model's if that is shorter
     latent_bits: int | None = None
     snapshots: int = 0  # bytes of states to go back to, of `Context`
+    prefill_step: int = PREFILL_STEP
 
     def tokens(self, config: ModelConfig) -> int:
         """The longest text."""
@@ -86,8 +88,11 @@ def slots_for(
     here = psutil.Process().memory_info().rss
     context = budget.tokens(config)
     wanted = needs(config, resident, budget.latent_bits)
-    fixed = here + BUFFERS + wanted.at(context) + budget.snapshots
-    one_slot = sum(part.nbytes for parts in layers.values() for part in parts)  # in every layer
+    # The state before a step, and that where the prompt ended, are kept beside the present one.
+    fixed = here + BUFFERS + wanted.at(context) + 2 * wanted.state + budget.snapshots
+    fixed += wanted.work * max(0, budget.prefill_step - PREFILL_STEP) // PREFILL_STEP
+    # In every layer; 1 of a model without routed experts.
+    one_slot = max(1, sum(part.nbytes for parts in layers.values() for part in parts))
     slots = min(config.num_experts, (budget.memory - fixed) // one_slot)
     least = min(config.num_experts, config.num_experts_per_token)
     if slots < least:
@@ -95,7 +100,7 @@ def slots_for(
             f"a memory budget of {gigabytes(budget.memory)} is too small: {gigabytes(fixed)} for "
             f"all but the routed experts and {context:,} tokens of context, and "
             f"{gigabytes(least * one_slot)} for the {least} experts a token in each layer, make "
-            f"{gigabytes(fixed + least * one_slot)}"
+            f"{gigabytes(fixed + least * one_slot + 10**7)}"  # (rounded up)
         )
     mx.set_cache_limit(BUFFERS)
     return slots

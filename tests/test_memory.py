@@ -17,6 +17,7 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.load import load_model
 from mlx_kimi.memory import ANY_SIZE, Machine, Needs, needs, refuse_what_does_not_fit
 from mlx_kimi.model import KimiLinear
+from mlx_kimi.streaming import Budget
 
 GB = 10**9
 CONFIG_48B = ModelConfig.from_json(PUBLISHED_48B)
@@ -55,9 +56,10 @@ def test_the_48b_needs_what_its_sizes_say() -> None:
     assert 0.75 * measured < plain.work < 1.25 * measured
 
 
-def test_weights_state_and_latents_are_exact(pocket: KimiLinear) -> None:
+@pytest.mark.parametrize("budget", [None, Budget(8 * GB)])
+def test_weights_state_and_latents_are_exact(budget: Budget | None) -> None:
     before = settled_memory()
-    model = load_model(pocket_folder())
+    model = load_model(pocket_folder(), budget=budget)
     taken = settled_memory() - before
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     assert abs(taken - weights) < 0.01 * weights
@@ -110,7 +112,9 @@ def test_what_does_not_fit_is_refused_with_a_way_out(
         refuse_what_does_not_fit(Path("kimi"), CONFIG_48B, BFLOAT16_48B)
     assert str(error.value).startswith("kimi: needs 98.25 GB for its weights and about ")
     assert f"this Mac gives its GPU {limit}.00 GB of 64.00 GB; {advice}" in str(error.value)
-    streams = f"; or --memory-budget {limit}GB reads experts from the disk as they are needed"
+    streams = (
+        f"; or `generate` and `chat` with --memory-budget {limit}GB read experts from the disk"
+    )
     assert str(error.value).endswith(streams) == (limit > 8)
     monkeypatch.setenv(ANY_SIZE, "1")
     refuse_what_does_not_fit(Path("kimi"), CONFIG_48B, BFLOAT16_48B)
