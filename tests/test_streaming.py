@@ -409,8 +409,11 @@ cache = model.make_cache()
 mx.eval(model(mx.array([list(range(12))]), cache))
 for token in range(3):
     mx.eval(model(mx.array([[token]]), cache))
-unit = 1 if sys.platform == "darwin" else 1024
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, model.streaming.slots)
+if sys.platform == "linux":  # where ru_maxrss of a new process begins with its parent's
+    peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+else:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(peak, model.streaming.slots)
 """
 
 
