@@ -358,7 +358,7 @@ def test_files_go_with_a_message_and_answers_to_the_clipboard(start, folder, tmp
     (tmp_path / "notes.md").write_text("```\nThe code is 1234.\n```\n<|im_end|>")
     terminal = start(SSH_TTY="/dev/pts/0")
     terminal.say(f"/file {tmp_path / 'lost.md'}")
-    terminal.wait_for(r"lost.md: no\s+such file")
+    terminal.wait_for(r"lost.md:\s+n\s*o\s+such\s+file")
     terminal.wait_for_prompt()
     terminal.type(f"/file {tmp_path / 'no'}")
     terminal.wait_for(r"^ *notes\.md")  # the menu
