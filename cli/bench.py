@@ -90,9 +90,10 @@ def command(
     lengths = _lengths(contexts)
     _check_files(json_file, plot_file)
     folder = local_folder(model_or_pocket(model))
+    config = ModelConfig.read(folder)
+    most = budget.tokens(config) if budget and budget.context else config.model_max_length
     for length in lengths:  # before gigabytes are read
-        most = ModelConfig.read(folder).model_max_length
-        check_fits(length, tokens, min(most, budget and budget.context or most))
+        check_fits(length, tokens, most)
     if budget:  # room for what is measured, unless told
         budget = replace(budget, context=budget.context or max(lengths) + tokens + 1)
     network, tokenizer = load(folder, budget)

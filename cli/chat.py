@@ -91,7 +91,7 @@ def command(
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     latent_bits = options.pop("latent_bits")
     if budget:
-        budget = replace(budget, latent_bits=latent_bits, snapshots=int(snapshot_memory * 1e9))
+        budget = replace(budget, snapshots=int(snapshot_memory * 1e9))
     toolbox = load_tools(tools_file) if tools_file else None
     folder = local_folder(model_or_pocket(model))
     chat = Chat(

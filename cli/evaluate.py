@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from mlx_kimi.cli import show
-from mlx_kimi.cli.options import model_or_pocket
-from mlx_kimi.errors import KimiError
+from mlx_kimi.cli.options import model_or_pocket, read_text
 from mlx_kimi.evaluate import TOKENS, WINDOW, Evaluation, Prediction, evaluate
 from mlx_kimi.hub import local_folder
 
@@ -40,10 +38,7 @@ def command(
     With --against, also the KL divergence from that model's predictions to this one's. Without
     MODEL, it is about the pocket model.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise KimiError(f"{file} is not UTF-8 at byte {error.start}") from None
+    text = read_text(file)
     with show.prefill_progress() as progress:
         found = evaluate(
             local_folder(model_or_pocket(model)),
@@ -53,30 +48,15 @@ def command(
             window=window,
             progress=progress,
         )
-    click.echo(_json(found) if as_json else "\n".join(_lines(found)))
+    click.echo(json.dumps(found.json()) if as_json else "\n".join(_lines(found)))
 
 
 def _lines(found: Evaluation) -> list[str]:
     lines = [_of("model", found.model)]
     if found.reference and found.distance:
-        d = found.distance
-        lines += [
-            _of("against", found.reference),
-            f"KL divergence   {d.mean_kl:.5f} nats a token; median {d.median_kl:.5f}, "
-            f"99 % below {d.high_kl:.5f}",
-            f"same likeliest  {d.agreement:.2%} of the tokens",
-        ]
+        lines += [_of("against", found.reference), *show.distance(found.distance)]
     return lines
 
 
 def _of(name: str, p: Prediction) -> str:
     return f"{name:<15} perplexity {p.perplexity:.4f} over {p.tokens:,} tokens"
-
-
-def _json(found: Evaluation) -> str:
-    whole = asdict(found)
-    for name in ("model", "reference"):
-        prediction = getattr(found, name)
-        if prediction:
-            whole[name]["perplexity"] = prediction.perplexity
-    return json.dumps(whole)

@@ -59,6 +59,14 @@ def read_prompt(prompt: str) -> str:
     return text
 
 
+def read_text(file: Path) -> str:
+    """The text of a file that an option names."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise KimiError(f"{file} is not UTF-8 at byte {error.start}") from None
+
+
 def _stdin() -> str:
     data = sys.stdin.buffer.read()
     try:

@@ -10,6 +10,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mlx_kimi.cli import show
+from mlx_kimi.cli.options import read_text
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.convert.convert import shown
 from mlx_kimi.convert.quality import (
@@ -21,7 +23,6 @@ from mlx_kimi.convert.quality import (
     sample_text,
     write,
 )
-from mlx_kimi.errors import KimiError
 from mlx_kimi.hub import local_folder
 
 COLUMNS = (  # two lines of title, family of weights
@@ -49,10 +50,7 @@ def sample(source: str, report: bool, file: Path | None) -> list[int] | None:
         if file is not None:
             raise click.UsageError("--report-text needs --report.")
         return None
-    try:
-        text = sample_text() if file is None else file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise KimiError(f"{file} is not UTF-8 at byte {error.start}") from None
+    text = sample_text() if file is None else read_text(file)
     return sample_ids(local_folder(source), text)
 
 
@@ -106,16 +104,11 @@ def _layer(layer: LayerQuality) -> str:
 def _predictions(quality: Quality) -> Iterator[str]:
     found = quality.predictions
     assert found.reference is not None and found.distance is not None
-    d = found.distance
     yield (
         f"perplexity      {found.model.perplexity:.4f}, unquantized "
         f"{found.reference.perplexity:.4f}, over {found.model.tokens:,} tokens"
     )
-    yield (
-        f"KL divergence   {d.mean_kl:.5f} nats a token; median {d.median_kl:.5f}, "
-        f"99 % below {d.high_kl:.5f}"
-    )
-    yield f"same likeliest  {d.agreement:.2%} of the tokens"
+    yield from show.distance(found.distance)
 
 
 def _aligned(name: str, cells: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_kimi.bank import Counts
+from mlx_kimi.evaluate import Distance
 from mlx_kimi.generate import Stats
 
 # Joiners of emoji and of Arabic and Indic scripts are format characters like those that turn the
@@ -54,6 +55,15 @@ def experts(counts: Counts, tokens: int) -> str:
         f"experts {counts.hit_rate:.1%} in memory, {size(each)} a token read, "
         f"waited {counts.waited:.2f} s"
     )
+
+
+def distance(found: Distance) -> list[str]:
+    """How far a model's predictions are from a reference's."""
+    return [
+        f"KL divergence   {found.mean_kl:.5f} nats a token; median {found.median_kl:.5f}, "
+        f"99 % below {found.high_kl:.5f}",
+        f"same likeliest  {found.agreement:.2%} of the tokens",
+    ]
 
 
 def size(count: float) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from mlx_kimi.convert.layerwise import Layers
 from mlx_kimi.convert.pieces import pieces
-from mlx_kimi.evaluate import LAST, Distance, Evaluation, Prediction
+from mlx_kimi.evaluate import Distance, Evaluation, Prediction
 from mlx_kimi.names import EMBEDDING, LM_HEAD
 
 BLOCK = 1024  # rows of the vocabulary
@@ -70,10 +70,5 @@ def distance(
     return Evaluation(
         model=q.prediction,
         reference=p.prediction,
-        distance=Distance(
-            float(kl.mean()),
-            float(np.median(kl)),
-            float(np.quantile(kl, LAST)),
-            float((p.best == q.best).mean()),
-        ),
+        distance=Distance.of(kl, p.best == q.best),
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mlx_kimi import checkpoint
 from mlx_kimi.config import ModelConfig, Quantization
 from mlx_kimi.convert.blocks import BLOCK, Source
 from mlx_kimi.convert.quantize import Scheme
-from mlx_kimi.convert.shards import ITEM_BYTES, Part
+from mlx_kimi.convert.shards import Part
 from mlx_kimi.names import Tensor
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # --dtype -> safetensors
@@ -80,7 +81,7 @@ def _working_bytes(plan: Plan, source: Source) -> int:
     """The blocks of a plan that are in memory at once, as if all were the largest one."""
     piece = max(source.pieces(plan.tensor), key=source.nbytes)
     block = next(source.blocks(piece, limit=block_limit(plan.quantization)))
-    rows = block.rows * plan.tensor.shape[-1] * ITEM_BYTES[plan.dtype]
+    rows = block.rows * plan.tensor.shape[-1] * checkpoint.DTYPES[plan.dtype].size
     temporaries = rows * (TEMPORARIES[plan.quantization.mode] if plan.quantization else 1)
     written = block.rows * sum(part.row_bytes for part in plan.parts)
     # What waits and what is converted as it was read, twice, since MLX copies it; in the dtype of

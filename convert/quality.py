@@ -23,8 +23,7 @@ from mlx_kimi.convert.distance import distance
 from mlx_kimi.convert.layerwise import EXPERTS, Layers
 from mlx_kimi.convert.plan import PROCESS
 from mlx_kimi.convert.weight_error import Squares, weight_errors
-from mlx_kimi.errors import KimiError
-from mlx_kimi.evaluate import Evaluation, windows
+from mlx_kimi.evaluate import Evaluation, first_tokens, windows
 from mlx_kimi.generate import PREFILL_STEP
 from mlx_kimi.load import check
 from mlx_kimi.memory import needs
@@ -63,10 +62,7 @@ class Quality:
 
     def json(self) -> dict[str, Any]:
         """All there is, perplexities included."""
-        whole = asdict(self)
-        for name in ("model", "reference"):
-            whole["predictions"][name]["perplexity"] = getattr(self.predictions, name).perplexity
-        return whole
+        return asdict(self) | {"predictions": self.predictions.json()}
 
 
 def sample_text() -> str:
@@ -80,10 +76,7 @@ def sample_ids(folder: Path, text: str) -> list[int]:
     Raises:
         KimiError: the folder has no tokenizer, or the text is too short.
     """
-    ids = load_tokenizer(folder).encode(text)[:TOKENS]
-    if len(ids) < 2:
-        raise KimiError(f"the text must have at least 2 tokens but has {len(ids)}")
-    return ids
+    return first_tokens(load_tokenizer(folder), text, TOKENS)
 
 
 def peak_memory(config: ModelConfig) -> int:

@@ -10,10 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_kimi.checkpoint import INDEX
+from mlx_kimi.checkpoint import DTYPES, INDEX
 
 MAX_SHARD = 5 * 10**9  # bytes, what the hub advises
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,12 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype].size
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one step of all axes but the last."""
-        return self.shape[-1] * ITEM_BYTES[self.dtype]
+        return self.shape[-1] * DTYPES[self.dtype].size
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
+from mlx_kimi.checkpoint import DTYPES
 from mlx_kimi.config import Quantization
 from mlx_kimi.convert.blocks import Block, Source
 from mlx_kimi.convert.output import Output, Rows
@@ -17,8 +18,6 @@ from mlx_kimi.convert.shards import Shard
 from mlx_kimi.convert.steps import Step, by_file
 from mlx_kimi.errors import KimiError
 from mlx_kimi.hub_weights import HubWeights
-
-MLX_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 Progress = Callable[[int, int], None]  # (bytes read, bytes to read)
 Numbered = tuple[int, Block]  # with the number of its step
@@ -105,7 +104,7 @@ def _converted(steps: Sequence[Step], numbered: Numbered, read: np.ndarray, sour
     number, block = numbered
     plan = steps[number].plan
     stored = source.rows(block, read)
-    rows = stored.astype(MLX_DTYPES[plan.dtype])
+    rows = stored.astype(DTYPES[plan.dtype])
     _check_finite(block, stored, rows, source)
     arrays = [mx.contiguous(array) for array in _stored(rows, plan.quantization)]
     mx.eval(arrays)

@@ -18,6 +18,13 @@ from mlx_kimi.errors import KimiError
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16")
+DTYPES = {  # as safetensors spells them
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+}
 SAMPLE = 1 << 16  # bytes of a file: other weights of the same shapes differ there
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from mlx_kimi.errors import KimiError
 from mlx_kimi.load import load
 from mlx_kimi.model import KimiLinear
+from mlx_kimi.tokenizer import Tokenizer
 
 WINDOW = 512  # tokens that are read together, each window from nothing
 TOKENS = 2048  # of the text
@@ -49,6 +50,16 @@ class Distance:
     high_kl: float  # 99 % of the tokens have less
     agreement: float  # share of the tokens whose likeliest is the same
 
+    @staticmethod
+    def of(kl: np.ndarray, same: np.ndarray) -> Distance:
+        """Of each token [N]: the divergence, and whether the likeliest is the same."""
+        return Distance(
+            float(kl.mean()),
+            float(np.median(kl)),
+            float(np.quantile(kl, LAST)),
+            float(same.mean()),
+        )
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -57,6 +68,14 @@ class Evaluation:
     model: Prediction
     reference: Prediction | None = None
     distance: Distance | None = None
+
+    def json(self) -> dict[str, Any]:
+        """All there is, perplexities included."""
+        whole = asdict(self)
+        for name in ("model", "reference"):
+            if prediction := getattr(self, name):
+                whole[name]["perplexity"] = prediction.perplexity
+        return whole
 
 
 def evaluate(
@@ -107,10 +126,19 @@ def evaluate(
 
 def _opened(folder: Path, text: str, tokens: int) -> tuple[list[int], KimiLinear]:
     model, tokenizer = load(folder)
-    ids = tokenizer.encode(text)[:tokens]
+    return first_tokens(tokenizer, text, tokens), model
+
+
+def first_tokens(tokenizer: Tokenizer, text: str, count: int) -> list[int]:
+    """So many tokens of a text, or all that it has.
+
+    Raises:
+        KimiError: that is not enough to predict one.
+    """
+    ids = tokenizer.encode(text)[:count]
     if len(ids) < 2:
         raise KimiError(f"the text must have at least 2 tokens but has {len(ids)}")
-    return ids, model
+    return ids
 
 
 def windows(ids: list[int], window: int) -> Iterator[list[int]]:
@@ -163,15 +191,12 @@ def _compared(
     expected: Prediction,
     progress: Progress,
 ) -> Evaluation:
-    losses, divergences, same, row = [], [], 0, 0
+    losses, divergences, same, row = [], [], [], 0
     for part, log_p in _predictions(model, ids, window, progress):
         reference = np.array(kept[row : row + len(log_p)], np.float64)
         divergences.append((np.exp(reference) * (reference - log_p)).sum(-1))
-        same += int((reference.argmax(-1) == log_p.argmax(-1)).sum())
+        same.append(reference.argmax(-1) == log_p.argmax(-1))
         losses.append(part)
         row += len(log_p)
-    kl = np.concatenate(divergences)
-    distance = Distance(
-        float(kl.mean()), float(np.median(kl)), float(np.quantile(kl, LAST)), same / kl.size
-    )
+    distance = Distance.of(np.concatenate(divergences), np.concatenate(same))
     return Evaluation(_prediction(losses), expected, distance)

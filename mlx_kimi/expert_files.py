@@ -12,17 +12,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_kimi.checkpoint import Checkpoint, Stored, data_start
+from mlx_kimi.checkpoint import DTYPES, Checkpoint, Stored, data_start
 from mlx_kimi.errors import KimiError
 
 Bytes = npt.NDArray[np.uint8]
-DTYPES = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U32": mx.uint32,
-    "U8": mx.uint8,
-}
 
 
 class OpenFile:

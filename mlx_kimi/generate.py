@@ -109,8 +109,6 @@ def stream_generate(
     answer = _Answer(tokenizer, stop, min(max_tokens, room), len(ids), sampler.seed, counts)
 
     hidden, answer.cached_tokens = prefill(context, ids, prefill_step, progress)
-    if counts:
-        answer.counts_at_first = replace(counts)
     token = sampler(model.logits(hidden[:, -1]))
     mx.async_eval(token, *caches.arrays(context.entries))
 
@@ -220,7 +218,7 @@ class _Answer:
         self.stop = StopStrings(stop)
         self.limit, self.prompt_tokens, self.seed = limit, prompt_tokens, seed
         self.cached_tokens = self.count = 0
-        self.counts, self.counts_at_first = counts, Counts()
+        self.counts, self._counts_at_first = counts, Counts()
         self.started = time.perf_counter()
         self.first = self.latest = self.host_time = 0.0
 
@@ -231,6 +229,8 @@ class _Answer:
 
     def add(self, token: int) -> Chunk:
         self.count += 1
+        if self.counts and self.count == 1:
+            self._counts_at_first = replace(self.counts)
         self.latest = time.perf_counter()
         self.first = self.first or self.latest
         reason: FinishReason | None = "length" if self.count >= self.limit else None
@@ -255,7 +255,7 @@ class _Answer:
             self.host_time,
             mx.get_peak_memory(),
             self.seed,
-            None if self.counts is None else self.counts - self.counts_at_first,
+            None if self.counts is None else self.counts - self._counts_at_first,
         )
 
 

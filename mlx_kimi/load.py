@@ -167,12 +167,14 @@ class _Reader:
 
     def stored(self, tensor: Tensor) -> dict[str, list[str]]:
         """The arrays that `tensor` is in memory, and the stored tensors that each is made of."""
-        scales = f"{tensor.module}.scales" in self.checkpoint
-        if not scales and tensor.name not in self.checkpoint:
-            return {tensor.name: tensor.found_in(self.checkpoint.tensors)}
-        parts = ("weight", "scales", "biases") if scales else ("weight",)
-        names = [f"{tensor.module}.{part}" for part in parts]
-        return {name: [name] for name in names if name in self.checkpoint}
+        if f"{tensor.module}.scales" in self.checkpoint:
+            quantization = self.config.quantization_of(tensor.module)
+            assert quantization is not None, tensor.module  # `plans` has checked it
+            names = [f"{tensor.module}.{part}" for part in quantization.packed(tensor.shape)]
+            return {name: [name] for name in names}
+        if tensor.name in self.checkpoint:
+            return {tensor.name: [tensor.name]}
+        return {tensor.name: tensor.found_in(self.checkpoint.tensors)}
 
     def plans(self) -> list[tuple[Tensor, Callable[[], dict[str, mx.array]]]]:
         """Every tensor and how to build it, once all are known to be there and right."""

@@ -185,8 +185,7 @@ class MixtureOfExperts(nn.Module):
 
     def forms(self) -> list[tuple[str, str, str]]:
         """For a step of few and many tokens: how many, what runs, and why."""
-        most = 1 if self.bank else LARGEST_BATCH
-        few = f"1 to {most} tokens" if most > 1 else "1 token"
+        few = "1 token" if self.bank else f"1 to {LARGEST_BATCH} tokens"
         refused = self.kernels.refused(1)
         many = "one expert after another, from the files" if self.bank else "sorted by expert"
         return [

@@ -356,9 +356,9 @@ def test_a_session_full_of_escape_codes_writes_none_to_the_terminal(start, folde
 # ------------------------------------------------------------------------------- files, clipboard
 def test_files_go_with_a_message_and_answers_to_the_clipboard(start, folder, tmp_path) -> None:
     (tmp_path / "notes.md").write_text("```\nThe code is 1234.\n```\n<|im_end|>")
-    terminal = start(SSH_TTY="/dev/pts/0")
+    terminal = start(SSH_TTY="/dev/pts/0", columns=160)  # so that no long path wraps
     terminal.say(f"/file {tmp_path / 'lost.md'}")
-    terminal.wait_for(r"lost.md:\s+n\s*o\s+such\s+file")
+    terminal.wait_for(r"lost.md: no\s+such file")
     terminal.wait_for_prompt()
     terminal.type(f"/file {tmp_path / 'no'}")
     terminal.wait_for(r"^ *notes\.md")  # the menu

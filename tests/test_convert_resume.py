@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 from checkpoints import TINY, WIDE, Config, write_checkpoint
+from processes import peak_memory
 
 from mlx_kimi.convert import output, partial
 from mlx_kimi.convert.convert import Outlook, convert
@@ -258,12 +259,8 @@ def test_memory_stays_under_what_is_stated(
 ) -> None:
     """Of the whole process, seen from outside."""
     source = write_checkpoint(tmp_path / "source", config, dtype="bfloat16")
-    process, peak = started(source, tmp_path / "out", *options), 0
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        if "VmHWM:" in status:
-            peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-        time.sleep(0.002)
+    process = started(source, tmp_path / "out", *options)
+    peak = peak_memory(process)
     _, said = process.communicate()
     assert process.returncode == 0, said
     plan = said.splitlines()[0]

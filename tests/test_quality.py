@@ -3,15 +3,15 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, FULL_WIDTH, PUBLISHED_48B, write_checkpoint
+from checkpoints import CONFIGS, PUBLISHED_48B, WIDE, write_checkpoint
 from click.testing import CliRunner
+from processes import peak_memory
 from safetensors.numpy import load_file
 from tokenizer_files import trained_tokens, write_tiktoken
 
@@ -273,33 +273,25 @@ def test_damage_is_named(talker: Path, tmp_path: Path) -> None:
 
 # A layer of 32 experts of the 48B's width: 0.5 GB in bfloat16. In float32 they alone would take
 # 0.91 GB, so that neither the model nor that layer may ever be whole.
-WIDE = FULL_WIDTH | {
+MANY_EXPERTS = WIDE | {
     "vocab_size": len(trained_tokens()) + 256,
     "num_experts": 32,
     "num_experts_per_token": 1,
     "first_k_dense_replace": 2,
-    "intermediate_size": 1024,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "linear_attn_config": FULL_WIDTH["linear_attn_config"] | {"num_heads": 8},
 }
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is Linux's")
 def test_memory_stays_under_what_is_stated(tmp_path: Path) -> None:
     """Of the whole process, seen from outside."""
-    source = write_checkpoint(tmp_path / "source", WIDE, dtype="bfloat16")
+    source = write_checkpoint(tmp_path / "source", MANY_EXPERTS, dtype="bfloat16")
     write_tiktoken(source)
     (tmp_path / "text").write_text(sample_text()[:160])
     code = "from mlx_kimi.cli.main import cli; cli()"
     asked = ["convert", str(source), str(tmp_path / "out"), "--report"]
     command = [sys.executable, "-c", code, *asked, "--report-text", str(tmp_path / "text")]
-    process, peak = subprocess.Popen(command, stderr=subprocess.PIPE, text=True), 0
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        if "VmHWM:" in status:
-            peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-        time.sleep(0.002)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    peak = peak_memory(process)
     _, said = process.communicate()
     weights = (source / "model.safetensors").stat().st_size
     limit = quality.peak_memory(ModelConfig.read(source))
