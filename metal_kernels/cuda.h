@@ -205,45 +205,89 @@ struct simdgroup_matrix {
 };
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 
-// The product of tiles of which lane 4 g + t holds the elements (g, 2 t) and (g, 2 t + 1).
-#if __CUDA_ARCH__ >= 800
-// The part of x that a matrix unit reads: 11 bits of 24, which the mask cuts off, not rounds.
-inline uint upper(float x) { return __float_as_uint(x) & 0xffffe000u; }
-inline uint lower(float x) { return __float_as_uint(x - __uint_as_float(upper(x))); }
-
-// A lane brings a(g, 2 t + e) and b(2 t + e, g), for the place t + 4 e of k, and gets the sums (g, 2 t)
-// and (g, 2 t + 1) of 16 rows, of which 8 are zeros.
-inline void add_parts(thread float4& sum, uint2 a, uint2 b) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %6, %5, %6}, {%7, %8}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sum.x), "+f"(sum.y), "+f"(sum.z), "+f"(sum.w)
-      : "r"(a.x), "r"(a.y), "r"(0), "r"(b.x), "r"(b.y));
-}
-// What is left out, the product of both lower parts, is 2^-22 of the whole.
-inline float2 product(float2 a, float2 b) {
+// Of a tile, lane 4 g + t holds the elements (g, 2 t) and (g, 2 t + 1): of left factors and of sums. Of a
+// right factor it holds (2 t, g) and (2 t + 1, g).
+template <typename T> vec<T, 2> as_right(vec<T, 2> x);
+template <>
+inline float2 as_right<float>(float2 x) {
   const int g = lane() / 4, t = lane() % 4;
   const int even_row = 8 * t + g / 2, odd_row = even_row + 4;
-  const float2 even(simd_shuffle(b.x, even_row), simd_shuffle(b.y, even_row));
-  const float2 odd(simd_shuffle(b.x, odd_row), simd_shuffle(b.y, odd_row));
-  const float2 right(g % 2 ? even.y : even.x, g % 2 ? odd.y : odd.x);
-  const uint2 a_upper(upper(a.x), upper(a.y)), b_upper(upper(right.x), upper(right.y));
-  float4 sum(0, 0, 0, 0);
-  add_parts(sum, uint2(lower(a.x), lower(a.y)), b_upper);
-  add_parts(sum, a_upper, uint2(lower(right.x), lower(right.y)));
-  add_parts(sum, a_upper, b_upper);
-  return float2(sum.x, sum.y);
+  const float2 even(simd_shuffle(x.x, even_row), simd_shuffle(x.y, even_row));
+  const float2 odd(simd_shuffle(x.x, odd_row), simd_shuffle(x.y, odd_row));
+  return float2(g % 2 ? even.y : even.x, g % 2 ? odd.y : odd.x);
+}
+
+#if __CUDA_ARCH__ >= 800
+template <typename T>
+inline vec<T, 2> as_right(vec<T, 2> x) {
+  static_assert(is_narrow<T>::value, "the unit that transposes has elements of 16 bits");
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"((uint&)x));
+  return x;
+}
+
+// Matrix units read 11 bits of a float's 24: two parts have 23 of them. Elements of 16 bits are one part.
+struct Parts {
+  uint upper, lower;
+};
+inline Parts parts(float x) {
+  const uint upper = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
+  return {upper, __float_as_uint(x - __uint_as_float(upper))};
+}
+inline Parts parts(half x) { return {__float_as_uint(float(x)), 0}; }
+inline Parts parts(bfloat x) { return {__float_as_uint(float(x)), 0}; }
+// 16 rows: those of two tiles. Columns of the left factor and rows of the right one are in the order 0, 2, 4,
+// 6, 1, 3, 5, 7, so that a lane has those it brings.
+inline void add_parts(thread float4& sum, uint2 a0, uint2 a1, uint2 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %6, %5, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum.x), "+f"(sum.y), "+f"(sum.z), "+f"(sum.w)
+      : "r"(a0.x), "r"(a0.y), "r"(a1.x), "r"(a1.y), "r"(b.x), "r"(b.y));
+}
+
+// c[i] += a[i] b, two tiles at a time. What is left out, the product of both lower parts, is 2^-24 of it.
+template <int N, typename L, typename R>
+inline void multiply_add(const vec<L, 2>* a, vec<R, 2> b, float2* c) {
+  const Parts b0 = parts(b.x), b1 = parts(b.y);
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    const bool alone = i + 1 == N;
+    const vec<L, 2> below = alone ? vec<L, 2>(L(0.0f)) : a[alone ? i : i + 1];
+    const Parts top0 = parts(a[i].x), top1 = parts(a[i].y), below0 = parts(below.x), below1 = parts(below.y);
+    const uint2 top(top0.upper, top1.upper), bottom(below0.upper, below1.upper), right(b0.upper, b1.upper);
+    float4 sum(0, 0, 0, 0);
+    if (!is_narrow<L>::value) {
+      add_parts(sum, uint2(top0.lower, top1.lower), uint2(below0.lower, below1.lower), right);
+    }
+    if (!is_narrow<R>::value) {
+      add_parts(sum, top, bottom, uint2(b0.lower, b1.lower));
+    }
+    add_parts(sum, top, bottom, right);
+    // (The units cut off what they add to; this addition rounds.)
+    c[i] += float2(sum.x, sum.y);
+    if (!alone) {
+      c[alone ? i : i + 1] += float2(sum.z, sum.w);
+    }
+  }
 }
 #else
 // By shuffles: a lane needs all of its row of a, and two columns of b.
-inline float2 product(float2 a, float2 b) {
+template <typename T>
+inline vec<T, 2> as_right(vec<T, 2> x) {
+  const float2 right = as_right<float>(float2(float(x.x), float(x.y)));
+  return vec<T, 2>(T(right.x), T(right.y));
+}
+template <int N, typename L, typename R>
+inline void multiply_add(const vec<L, 2>* a, vec<R, 2> b, float2* c) {
   const int g = lane() / 4, t = lane() % 4;
-  float2 sum(0, 0);
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
-    const float left = simd_shuffle(a[k % 2], 4 * g + k / 2);
-    sum += left * float2(simd_shuffle(b.x, 4 * k + t), simd_shuffle(b.y, 4 * k + t));
+    const float2 right(
+        simd_shuffle(float(b[k % 2]), 8 * t + k / 2), simd_shuffle(float(b[k % 2]), 8 * t + 4 + k / 2));
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      c[i] += simd_shuffle(float(a[i][k % 2]), 4 * g + k / 2) * right;
+    }
   }
-  return sum;
 }
 #endif
 
@@ -261,7 +305,9 @@ inline float2 to_apple(float2 x) {
 
 inline void simdgroup_multiply_accumulate(
     simdgroup_float8x8& d, simdgroup_float8x8 a, simdgroup_float8x8 b, simdgroup_float8x8 c) {
-  const float2 sum = product(from_apple(a.elements), from_apple(b.elements));
+  const float2 left = from_apple(a.elements);
+  float2 sum(0, 0);
+  multiply_add<1, float, float>(&left, as_right<float>(from_apple(b.elements)), &sum);
   d.elements = c.elements + to_apple(sum);
 }
 

@@ -1,11 +1,9 @@
 // tiles.h for NVIDIA GPUs, in the layout of their matrix units: lane 4 g + t holds the elements (g, 2 t) and
-// (g, 2 t + 1) of a tile.
+// (g, 2 t + 1) of a tile. `as_right` and `multiply_add` are cuda.h's.
 inline int tile_row(int lane) { return lane / 4; }
 inline int tile_column(int lane) { return lane % 4 * 2; }
 inline int in_tile(int row, int column) { return row * 8 + column; }
 constant constexpr int Tile = 64;
-
-inline float2 multiply_add(float2 a, float2 b, float2 c) { return c + product(a, b); }
 
 inline float max_over_rows(float x) {
   x = max(x, simd_shuffle_xor(x, 4));

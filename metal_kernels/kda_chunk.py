@@ -192,7 +192,7 @@ def _launch(tokens: list[mx.array], state: mx.array, stage: mx.Dtype) -> tuple[m
     groups = Dv // columns
     o, state = SCAN(
         inputs=[*between, v, state.astype(mx.float32), T],
-        template=[("H", H), ("Dk", Dk), ("Dv", Dv), ("Columns", columns)],
+        template=[("StageT", stage), ("H", H), ("Dk", Dk), ("Dv", Dv), ("Columns", columns)],
         grid=(32, groups, B * H),
         threadgroup=(32, gcd(4, groups), 1),
         output_shapes=[v.shape, state.shape],

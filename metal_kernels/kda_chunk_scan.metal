@@ -9,13 +9,15 @@
 //   T             int
 //   o             [B, T, H, Dv] float
 //   new_state     [B, H, Dv, Dk] float
-// Template: H, Dk, Dv, Columns int; Columns is 8 or 16 and divides Dv.
+// Template: StageT, that of k_prefix, q_prefix and k_suffix; H, Dk, Dv, Columns int; Columns is 8 or 16
+// and divides Dv.
 // Grid (32, Dv / Columns, B * H), any threadgroup (32, n, 1) that divides it: a simdgroup owns
 // Columns columns of one head's S, in tiles in its registers from the first chunk to the last.
 constexpr int C = 16;                // tokens of a chunk
 constexpr int Is = C / 8;            // tiles along the tokens
 constexpr int Js = Columns / 8;      // along the simdgroup's columns of values
 constexpr int Ds = Dk / 8;           // along the channels
+typedef vec<StageT, 2> Staged;
 
 const int lane = thread_position_in_grid.x;
 const int head = thread_position_in_grid.z;  // b * H + h
@@ -26,13 +28,13 @@ const int value = thread_position_in_grid.y * Columns + tile_column(lane);
 
 // The state lies transposed in memory: the two elements of a fragment are a row apart.
 const int origin = (head * Dv + value) * Dk + row;
-float2 S[Ds][Js];
+float2 S[Js][Ds];
 #pragma unroll
-for (int d = 0; d < Ds; ++d) {
+for (int j = 0; j < Js; ++j) {
 #pragma unroll
-  for (int j = 0; j < Js; ++j) {
+  for (int d = 0; d < Ds; ++d) {
     const int at = origin + 8 * j * Dk + 8 * d;
-    S[d][j] = float2(state[at], state[at + Dk]);
+    S[j][d] = float2(state[at], state[at + Dk]);
   }
 }
 
@@ -42,94 +44,96 @@ for (int n = 0; n < chunks; ++n) {
   const int square = chunk * C * C + 2 * lane;
 
   // What the state holds for the keys, and for the queries.
-  float2 recalled[Is][Js], output[Is][Js];
+  float2 recalled[Js][Is], output[Js][Is];
 #pragma unroll
-  for (int i = 0; i < Is; ++i) {
+  for (int j = 0; j < Js; ++j) {
 #pragma unroll
-    for (int j = 0; j < Js; ++j) {
-      recalled[i][j] = output[i][j] = filled<2>(0);
+    for (int i = 0; i < Is; ++i) {
+      recalled[j][i] = output[j][i] = filled<2>(0);
     }
   }
 #pragma unroll
   for (int d = 0; d < Ds; ++d) {
+    Staged keys[Is], queries[Is];
 #pragma unroll
     for (int i = 0; i < Is; ++i) {
-      const float2 key = load<2>(k_prefix + staged + (d * Is + i) * Tile);
-      const float2 query = load<2>(q_prefix + staged + (d * Is + i) * Tile);
+      keys[i] = fetch<2>(k_prefix + staged + (d * Is + i) * Tile);
+      queries[i] = fetch<2>(q_prefix + staged + (d * Is + i) * Tile);
+    }
 #pragma unroll
-      for (int j = 0; j < Js; ++j) {
-        recalled[i][j] = multiply_add(key, S[d][j], recalled[i][j]);
-        output[i][j] = multiply_add(query, S[d][j], output[i][j]);
-      }
+    for (int j = 0; j < Js; ++j) {
+      const float2 held = as_right<float>(S[j][d]);
+      multiply_add<Is, StageT, float>(keys, held, recalled[j]);
+      multiply_add<Is, StageT, float>(queries, held, output[j]);
     }
   }
 
-  // What the values add to that, and what each token writes of it. Above the diagonal is nothing.
-  float2 missing[Is][Js], written[Is][Js];
+  // What the values add to that, what each token writes of it, and what the outputs see of the writes of
+  // their own chunk. Of `solve` and `mix` the tile above the diagonal is nothing.
+  float2 solve_first[Is], mix_first[Is], solve_last[1], mix_last[1];  // tiles of the two columns
 #pragma unroll
   for (int i = 0; i < Is; ++i) {
-    const int t = n * C + 8 * i + row;
+    solve_first[i] = load<2>(solve + square + 2 * i * Tile);
+    mix_first[i] = load<2>(mix + square + 2 * i * Tile);
+  }
+  solve_last[0] = load<2>(solve + square + 3 * Tile);
+  mix_last[0] = load<2>(mix + square + 3 * Tile);
+  float2 written[Js][Is];
 #pragma unroll
-    for (int j = 0; j < Js; ++j) {
+  for (int j = 0; j < Js; ++j) {
+    float2 missing[Is];
+#pragma unroll
+    for (int i = 0; i < Is; ++i) {
+      const int t = n * C + 8 * i + row;
       const int at = (tokens + t * H) * Dv + value + 8 * j;
-      missing[i][j] = load_if<2>(t < T, v + at, 0) - recalled[i][j];
-      written[i][j] = filled<2>(0);
+      missing[i] = as_right<float>(load_if<2>(t < T, v + at, 0) - recalled[j][i]);
+      written[j][i] = filled<2>(0);
     }
+    multiply_add<2, float, float>(solve_first, missing[0], written[j]);
+    multiply_add<1, float, float>(solve_last, missing[1], written[j] + 1);
 #pragma unroll
-    for (int m = 0; m <= i; ++m) {
-      const float2 weights = load<2>(solve + square + (i * Is + m) * Tile);
+    for (int i = 0; i < Is; ++i) {
+      written[j][i] = as_right<float>(written[j][i]);
+    }
+    multiply_add<2, float, float>(mix_first, written[j][0], output[j]);
+    multiply_add<1, float, float>(mix_last, written[j][1], output[j] + 1);
 #pragma unroll
-      for (int j = 0; j < Js; ++j) {
-        written[i][j] = multiply_add(weights, missing[m][j], written[i][j]);
+    for (int i = 0; i < Is; ++i) {
+      const int t = n * C + 8 * i + row;
+      if (t < T) {
+        store<2>(o + (tokens + t * H) * Dv + value + 8 * j, output[j][i]);
       }
     }
   }
 
-  // The outputs see the writes of their own chunk up to their own.
+  // The state after the chunk, two tiles at a time.
 #pragma unroll
-  for (int i = 0; i < Is; ++i) {
-#pragma unroll
-    for (int m = 0; m <= i; ++m) {
-      const float2 weights = load<2>(mix + square + (i * Is + m) * Tile);
-#pragma unroll
-      for (int j = 0; j < Js; ++j) {
-        output[i][j] = multiply_add(weights, written[m][j], output[i][j]);
-      }
-    }
-    const int t = n * C + 8 * i + row;
-    if (t < T) {
-#pragma unroll
-      for (int j = 0; j < Js; ++j) {
-        store<2>(o + (tokens + t * H) * Dv + value + 8 * j, output[i][j]);
-      }
-    }
-  }
-
-  // The state after the chunk.
-#pragma unroll
-  for (int d = 0; d < Ds; ++d) {
-    const float fading = decay[chunk * Dk + 8 * d + row];
+  for (int d = 0; d < Ds; d += 2) {
+    const float fading[2] = {decay[chunk * Dk + 8 * d + row], decay[chunk * Dk + 8 * d + 8 + row]};
 #pragma unroll
     for (int j = 0; j < Js; ++j) {
-      S[d][j] *= fading;
+      S[j][d] *= fading[0];
+      S[j][d + 1] *= fading[1];
     }
 #pragma unroll
     for (int i = 0; i < Is; ++i) {
-      const float2 key = load<2>(k_suffix + staged + (d * Is + i) * Tile);
+      const Staged keys[2] = {
+          fetch<2>(k_suffix + staged + (d * Is + i) * Tile),
+          fetch<2>(k_suffix + staged + ((d + 1) * Is + i) * Tile)};
 #pragma unroll
       for (int j = 0; j < Js; ++j) {
-        S[d][j] = multiply_add(key, written[i][j], S[d][j]);
+        multiply_add<2, StageT, float>(keys, written[j][i], &S[j][d]);
       }
     }
   }
 }
 
 #pragma unroll
-for (int d = 0; d < Ds; ++d) {
+for (int j = 0; j < Js; ++j) {
 #pragma unroll
-  for (int j = 0; j < Js; ++j) {
+  for (int d = 0; d < Ds; ++d) {
     const int at = origin + 8 * j * Dk + 8 * d;
-    new_state[at] = S[d][j].x;
-    new_state[at + Dk] = S[d][j].y;
+    new_state[at] = S[j][d].x;
+    new_state[at + Dk] = S[j][d].y;
   }
 }

@@ -2,7 +2,7 @@
 // is groups of 64 channels, each 16 words of 4 codes, the first in the lowest bits, then a float scale
 // and a float bias: a channel is code * scale + bias. The last group may end with channels of nothing.
 //
-// `Fetched` is what a lane holds of one row, untouched until it is wanted as float, so that the lane may
+// `Fetched` is what a lane holds of one row, untouched until it is wanted as numbers, so that the lane may
 // ask for the next row and go on with the last: `Eights` times 8 neighbouring channels, the first a
 // multiple of 8, and `Pairs` times 2.
 constant constexpr int GroupWords = 18;
@@ -24,6 +24,16 @@ template <typename T>
 inline const device uint* as_stored(const device T*, const device uint* segments) {
   return segments;
 }
+
+// What a channel is once it is fetched: a float only where it must be computed.
+template <typename T>
+struct Channel {
+  typedef T type;
+};
+template <>
+struct Channel<uint> {
+  typedef float type;
+};
 
 template <typename T, int Eights, int Pairs>
 struct Fetched {
@@ -68,9 +78,9 @@ inline float2 decoded(ushort codes, float2 line) {
 
 // Channels 2 i and 2 i + 1 of all the eights.
 template <typename T, int E, int P>
-inline float2 of_eights(thread const Fetched<T, E, P>& fetched, int i) {
+inline vec<T, 2> of_eights(thread const Fetched<T, E, P>& fetched, int i) {
   const vec<T, 4> four = i % 4 < 2 ? fetched.low[i / 4] : fetched.high[i / 4];
-  return float2(float(four[i % 2 * 2]), float(four[i % 2 * 2 + 1]));
+  return vec<T, 2>(four[i % 2 * 2], four[i % 2 * 2 + 1]);
 }
 template <int E, int P>
 inline float2 of_eights(thread const Fetched<uint, E, P>& fetched, int i) {
@@ -78,10 +88,16 @@ inline float2 of_eights(thread const Fetched<uint, E, P>& fetched, int i) {
 }
 
 template <typename T, int E, int P>
-inline float2 of_pairs(thread const Fetched<T, E, P>& fetched, int i) {
-  return float2(float(fetched.pairs[i][0]), float(fetched.pairs[i][1]));
+inline vec<T, 2> of_pairs(thread const Fetched<T, E, P>& fetched, int i) {
+  return fetched.pairs[i];
 }
 template <int E, int P>
 inline float2 of_pairs(thread const Fetched<uint, E, P>& fetched, int i) {
   return decoded(fetched.pair_codes[i], fetched.pair_lines[i]);
+}
+
+// A pair of another type: the same, or float.
+template <typename To, typename From>
+inline vec<To, 2> converted(vec<From, 2> x) {
+  return vec<To, 2>(To(x[0]), To(x[1]));
 }

@@ -14,24 +14,26 @@
 //   outputs       [B, Splits, H, Lora] float
 //   sums          [B, Splits, H, 2] float: highest, total
 // Template: TailT; StoredT, the same or, where Packed (a bool), uint; H, Heads, Lora, Shared, Channels,
-// Room, Segments int. Heads, of a threadgroup, and Shared are multiples of 8; Channels is 32 or 64 and
-// divides Lora.
+// Block, Room, Segments int. Heads, of a threadgroup, Shared and Block are multiples of 8; Channels is 32
+// or 64 and divides Lora.
 // Grid (32 * Lora / Channels, Splits, B * ceil(H / Heads)), threadgroup (32 * Lora / Channels, 1, 1): a
 // threadgroup owns the heads of one text in one split, a simdgroup Channels channels of the queries,
-// latents and outputs, and some of the shared keys' tiles of 8. It walks in blocks of 8 columns.
-constexpr int Block = 8;
+// latents and outputs, and some of the shared keys' tiles of 8. It walks in blocks of Block columns.
 constexpr int Width = Lora + Shared;
 constexpr int Simdgroups = Lora / Channels;
 constexpr int Tiles = Channels / 8;
 constexpr int Eights = Channels / 32;                              // of a lane, in a row of the latents
 constexpr int Pairs = (Shared / 8 + Simdgroups - 1) / Simdgroups;  // in one of the shared keys, at most
 constexpr int HeadTiles = Heads / 8;
+constexpr int ColumnTiles = Block / 8;
+constexpr int Stride = ColumnTiles % 2 == 0 ? Block + 8 : Block;  // of heads: 4 are in 32 banks
 constexpr int HeadGroups = (H + Heads - 1) / Heads;
 constexpr int Turns = (HeadTiles + Simdgroups - 1) / Simdgroups;
 
 typedef float2 Two;
-threadgroup Two partial[Simdgroups * HeadTiles * Tile / 2];
-threadgroup Two shares[Heads * Block / 2];
+typedef typename Channel<StoredT>::type KeyT;
+threadgroup Two partial[Simdgroups * HeadTiles * ColumnTiles * Tile / 2];
+threadgroup Two shares[Heads * Stride / 2];
 threadgroup float fading[Heads];
 
 const int index = thread_position_in_threadgroup.x;
@@ -80,17 +82,18 @@ for (int i = 0; i < Tiles + Pairs; ++i) {
   for (int n = 0; n < HeadTiles; ++n) {
     const int head = first_head + 8 * n + column;
     const auto from = queries + (b * H + head) * Width + at;
-    query[i][n].x = at < Width && head < H ? from[0] : 0.0f;
-    query[i][n].y = at < Width && head + 1 < H ? from[Width] : 0.0f;
+    const float first = at < Width && head < H ? from[0] : 0.0f;
+    const float second = at < Width && head + 1 < H ? from[Width] : 0.0f;
+    query[i][n] = as_right<float>(float2(first, second));
   }
 }
 
-float2 output[HeadTiles][Tiles];
+float2 output[Tiles][HeadTiles];
 #pragma unroll
-for (int n = 0; n < HeadTiles; ++n) {
+for (int i = 0; i < Tiles; ++i) {
 #pragma unroll
-  for (int i = 0; i < Tiles; ++i) {
-    output[n][i] = filled<2>(0);
+  for (int n = 0; n < HeadTiles; ++n) {
+    output[i][n] = filled<2>(0);
   }
 }
 float highest[Turns][2], total[Turns][2];
@@ -103,102 +106,139 @@ for (int turn = 0; turn < Turns; ++turn) {
   }
 }
 
-float2 key[Tiles + Pairs];
-Fetched<StoredT, Eights, Pairs> ahead;
-Fetched<TailT, Eights, Pairs> fresh;  // the same, in the tail of packed segments
+vec<KeyT, 2> key[Tiles + Pairs][ColumnTiles];
+Fetched<StoredT, Eights, Pairs> ahead[ColumnTiles];
+Fetched<TailT, Eights, Pairs> fresh[ColumnTiles];  // the same, in the tail of packed segments
 for (int at = start < end ? start - Block : end; at < end; at += Block) {
   // Ask for the next block before this one: nothing else is as far away. After the last row comes the
   // last row again, which must be some number.
-  const int next = min(at + Block + row, end - 1);
   if (at + Block < end) {
-    const auto fresh_row = fresh_rows + next * Width;
-    const auto stored_row = rows + next * row_size(rows, Width);
 #pragma unroll
-    for (int i = 0; i < Eights; ++i) {
-      if (in_tail) {
-        fetch_eight(fresh, i, fresh_row, channel + 32 * i);
-      } else {
-        fetch_eight(ahead, i, stored_row, channel + 32 * i);
+    for (int m = 0; m < ColumnTiles; ++m) {
+      const int next = min(at + Block + 8 * m + row, end - 1);
+      const auto fresh_row = fresh_rows + next * Width;
+      const auto stored_row = rows + next * row_size(rows, Width);
+#pragma unroll
+      for (int i = 0; i < Eights; ++i) {
+        if (in_tail) {
+          fetch_eight(fresh[m], i, fresh_row, channel + 32 * i);
+        } else {
+          fetch_eight(ahead[m], i, stored_row, channel + 32 * i);
+        }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < Pairs; ++i) {
-      const int shared = 8 * (part + i * Simdgroups) + column;
-      if (shared < Shared && in_tail) {
-        fetch_pair(fresh, i, fresh_row, Lora + shared);
-      } else if (shared < Shared) {
-        fetch_pair(ahead, i, stored_row, Lora + shared);
+      for (int i = 0; i < Pairs; ++i) {
+        const int shared = 8 * (part + i * Simdgroups) + column;
+        if (shared < Shared && in_tail) {
+          fetch_pair(fresh[m], i, fresh_row, Lora + shared);
+        } else if (shared < Shared) {
+          fetch_pair(ahead[m], i, stored_row, Lora + shared);
+        }
       }
     }
   }
 
   if (at >= start) {
     // What this simdgroup's channels add to the scores: [column, head].
-    float2 score[HeadTiles];
+    float2 score[HeadTiles][ColumnTiles];
 #pragma unroll
     for (int n = 0; n < HeadTiles; ++n) {
-      score[n] = filled<2>(0);
+#pragma unroll
+      for (int m = 0; m < ColumnTiles; ++m) {
+        score[n][m] = filled<2>(0);
+      }
     }
 #pragma unroll
     for (int i = 0; i < Tiles + Pairs; ++i) {
       if (i < Tiles || part + (i - Tiles) * Simdgroups < Shared / 8) {
 #pragma unroll
         for (int n = 0; n < HeadTiles; ++n) {
-          score[n] = multiply_add(key[i], query[i][n], score[n]);
+          multiply_add<ColumnTiles, KeyT, float>(key[i], query[i][n], score[n]);
         }
       }
     }
 #pragma unroll
     for (int n = 0; n < HeadTiles; ++n) {
-      partial[(part * HeadTiles + n) * 32 + lane] = score[n];
+#pragma unroll
+      for (int m = 0; m < ColumnTiles; ++m) {
+        partial[((part * HeadTiles + n) * ColumnTiles + m) * 32 + lane] = score[n][m];
+      }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    // One simdgroup makes shares of the whole scores of 8 heads; a lane keeps the sums of its column.
+    // One simdgroup makes shares of the whole scores of 8 heads; a lane keeps the sums of its columns.
 #pragma unroll
     for (int turn = 0; turn < Turns; ++turn) {
       const int n = part + turn * Simdgroups;
       if (n < HeadTiles) {
-        float2 whole = filled<2>(0);
+        float2 whole[ColumnTiles];
 #pragma unroll
-        for (int i = 0; i < Simdgroups; ++i) {
-          whole += partial[(i * HeadTiles + n) * 32 + lane];
+        for (int m = 0; m < ColumnTiles; ++m) {
+          whole[m] = filled<2>(0);
+#pragma unroll
+          for (int i = 0; i < Simdgroups; ++i) {
+            whole[m] += partial[((i * HeadTiles + n) * ColumnTiles + m) * 32 + lane];
+          }
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float seen = at + row < end ? whole[i] : -INFINITY;
+          const int head = 8 * n + column + i;
           const float before = highest[turn][i];
-          highest[turn][i] = max(before, max_over_rows(seen));
-          const float share = exp(seen - highest[turn][i]);
+          float most = -INFINITY;
+#pragma unroll
+          for (int m = 0; m < ColumnTiles; ++m) {
+            whole[m][i] = at + 8 * m + row < end ? whole[m][i] : -INFINITY;
+            most = max(most, whole[m][i]);
+          }
+          highest[turn][i] = max(before, max_over_rows(most));
           const float fade = exp(before - highest[turn][i]);
-          total[turn][i] = total[turn][i] * fade + share;
-          ((threadgroup float*)shares)[(8 * n + column + i) * Block + row] = share;
+          total[turn][i] *= fade;
+#pragma unroll
+          for (int m = 0; m < ColumnTiles; ++m) {
+            const float share = exp(whole[m][i] - highest[turn][i]);
+            total[turn][i] += share;
+            ((threadgroup float*)shares)[head * Stride + 8 * m + row] = share;
+          }
           if (row == 0) {
-            fading[8 * n + column + i] = fade;
+            fading[head] = fade;
           }
         }
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
+    float2 share[ColumnTiles][HeadTiles];
 #pragma unroll
     for (int n = 0; n < HeadTiles; ++n) {
       const float fade = fading[8 * n + row];
-      const float2 share = shares[((8 * n + row) * Block + column) / 2];
+#pragma unroll
+      for (int m = 0; m < ColumnTiles; ++m) {
+        share[m][n] = shares[((8 * n + row) * Stride + 8 * m + column) / 2];
+      }
 #pragma unroll
       for (int i = 0; i < Tiles; ++i) {
-        output[n][i] = multiply_add(share, key[i], output[n][i] * fade);
+        output[i][n] *= fade;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Tiles; ++i) {
+#pragma unroll
+      for (int m = 0; m < ColumnTiles; ++m) {
+        multiply_add<HeadTiles, float, KeyT>(share[m], as_right<KeyT>(key[i][m]), output[i]);
       }
     }
   }
 
 #pragma unroll
-  for (int i = 0; i < Tiles; ++i) {
-    key[i] = in_tail ? of_eights(fresh, i) : of_eights(ahead, i);
-  }
+  for (int m = 0; m < ColumnTiles; ++m) {
 #pragma unroll
-  for (int i = 0; i < Pairs; ++i) {
-    key[Tiles + i] = in_tail ? of_pairs(fresh, i) : of_pairs(ahead, i);
+    for (int i = 0; i < Tiles; ++i) {
+      key[i][m] = in_tail ? converted<KeyT, TailT>(of_eights(fresh[m], i)) : of_eights(ahead[m], i);
+    }
+#pragma unroll
+    for (int i = 0; i < Pairs; ++i) {
+      key[Tiles + i][m] = in_tail ? converted<KeyT, TailT>(of_pairs(fresh[m], i)) : of_pairs(ahead[m], i);
+    }
   }
 }
 
@@ -210,7 +250,7 @@ for (int n = 0; n < HeadTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < Tiles; i += 2) {
       const auto to = outputs + (place + head) * Lora + channel + i / 4 * 32 + i % 4 * 2;
-      store<4>(to, float4(output[n][i].x, output[n][i].y, output[n][i + 1].x, output[n][i + 1].y));
+      store<4>(to, float4(output[i][n].x, output[i][n].y, output[i + 1][n].x, output[i + 1][n].y));
     }
   }
 }

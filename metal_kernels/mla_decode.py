@@ -51,18 +51,20 @@ class Shape(NamedTuple):
 
     heads: int  # of a threadgroup: each latent is read once for so many
     channels: int  # of a simdgroup, 32 or 64
+    columns: int  # between two of its meetings, a multiple of 8
 
     def fitted(self, H: int, lora: int) -> Shape:
         """The same for a layer of these sizes."""
         channels = 32 if lora % self.channels else self.channels
-        return Shape(min(self.heads, _multiple_of(8, H)), channels)
+        return Shape(min(self.heads, _multiple_of(8, H)), channels, self.columns)
 
 
 # Queries and outputs of 32 heads of the 48B fill 136 KB of registers, 16 simdgroups of 32 lanes
 # with 68 each. A GPU that cannot give such lanes their 104 takes half of the heads at a time, and
 # has the latents from its cache for the other half.
-WIDE = Shape(32, 32)
-NARROW = Shape(16, 64)
+WIDE = Shape(32, 32, 8)
+NARROW = Shape(16, 64, 8)
+NVIDIA = Shape(16, 64, 16)
 
 
 class LatentWeights(NamedTuple):
@@ -236,7 +238,7 @@ def _attend(
     shape: Shape,
 ) -> tuple[mx.array, mx.array]:
     B, H, width = queries.shape
-    heads, channels = shape
+    heads, channels, columns = shape
     threads = 32 * lora // channels
     packed = bool(segments) and is_packed(segments[0])
     absent = segments[0] if segments else tail
@@ -245,7 +247,8 @@ def _attend(
         template=[
             *(("TailT", tail.dtype), ("StoredT", absent.dtype), ("Packed", packed)),
             *(("H", H), ("Heads", heads), ("Lora", lora), ("Shared", width - lora)),
-            *(("Channels", channels), ("Room", tail.shape[1]), ("Segments", SEGMENTS)),
+            *(("Channels", channels), ("Block", columns)),
+            *(("Room", tail.shape[1]), ("Segments", SEGMENTS)),
         ],
         grid=(threads, splits, B * -(-H // heads)),
         threadgroup=(threads, 1, 1),
@@ -304,7 +307,7 @@ def _shape_here() -> Shape:
     has 128, and the compiler keeps a part of `WIDE` in memory, but nothing of `NARROW` on Hopper.
     """
     if mx.cuda.is_available():
-        return NARROW
+        return NVIDIA
     if not mx.metal.is_available():
         return WIDE
     architecture = str(mx.device_info()["architecture"])  # applegpu_g13s: an M1

@@ -14,17 +14,27 @@ inline int in_tile(int row, int column) {
 }
 constant constexpr int Tile = 64;  // elements
 
-// a b + c, of fragments.
-inline float2 multiply_add(float2 a, float2 b, float2 c) {
+// A right factor as `multiply_add` wants it, from its fragment. NVIDIA's matrix units want another one.
+template <typename T>
+inline vec<T, 2> as_right(vec<T, 2> fragment) {
+  return fragment;
+}
+
+// c[i] += a[i] b for N tiles of fragments. L and R are the types of the factors, of any float type.
+template <int N, typename L, typename R>
+inline void multiply_add(const thread vec<L, 2>* a, vec<R, 2> b, thread float2* c) {
   simdgroup_float8x8 A, B, C;
-  A.thread_elements()[0] = a.x;
-  A.thread_elements()[1] = a.y;
-  B.thread_elements()[0] = b.x;
-  B.thread_elements()[1] = b.y;
-  C.thread_elements()[0] = c.x;
-  C.thread_elements()[1] = c.y;
-  simdgroup_multiply_accumulate(C, A, B, C);
-  return float2(C.thread_elements()[0], C.thread_elements()[1]);
+  B.thread_elements()[0] = float(b[0]);
+  B.thread_elements()[1] = float(b[1]);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    A.thread_elements()[0] = float(a[i][0]);
+    A.thread_elements()[1] = float(a[i][1]);
+    C.thread_elements()[0] = c[i].x;
+    C.thread_elements()[1] = c[i].y;
+    simdgroup_multiply_accumulate(C, A, B, C);
+    c[i] = float2(C.thread_elements()[0], C.thread_elements()[1]);
+  }
 }
 
 // Over the 8 lanes that hold a column of a tile.

@@ -10,10 +10,16 @@ inline vec<float, N> filled(float x) {
   return y;
 }
 
+// As they are stored.
+template <int N, typename T>
+inline vec<T, N> fetch(const device T* p) {
+  return *(const device vec<T, N>*)p;
+}
+
 // N elements of any float type, as float.
 template <int N, typename T>
 inline vec<float, N> load(const device T* p) {
-  const vec<T, N> x = *(const device vec<T, N>*)p;
+  const vec<T, N> x = fetch<N>(p);
   vec<float, N> y;
   for (int i = 0; i < N; ++i) {
     y[i] = float(x[i]);

@@ -24,7 +24,7 @@ from mlx_kimi.metal_kernels.kda_decode import kda_decode
 from mlx_kimi.metal_kernels.kda_prepare import kda_finish_kernel, kda_prepare_kernel
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
-from mlx_kimi.metal_kernels.mla_decode import NARROW, WIDE, Shape
+from mlx_kimi.metal_kernels.mla_decode import NARROW, NVIDIA, WIDE, Shape
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 of_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,7 +89,7 @@ def test_the_latent_step_compiles(dtype: mx.Dtype, bits: int, packed: bool) -> N
         mla_case(POCKET, bits=bits, dtype=dtype, packed=packed).run()
 
 
-@pytest.mark.parametrize("shape", [WIDE, NARROW], ids=str)
+@pytest.mark.parametrize("shape", [WIDE, NARROW, NVIDIA], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_latent_step_of_the_48b_compiles(shape: Shape, packed: bool) -> None:
     with use_backend(nvrtc):

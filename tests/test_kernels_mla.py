@@ -16,6 +16,7 @@ from mlx_kimi.metal_kernels.latents import pack, unpack
 from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.mla_decode import (
     NARROW,
+    NVIDIA,
     SEGMENTS,
     WIDE,
     LatentWeights,
@@ -180,13 +181,13 @@ def test_equals_the_equations_at_every_shape(form: str, sizes: Sizes, B: int) ->
     assert_is_oracle(form, case(sizes, B=B))
 
 
-@pytest.mark.parametrize("shape", [WIDE, NARROW, Shape(8, 64)], ids=str)
+@pytest.mark.parametrize("shape", [WIDE, NARROW, NVIDIA, Shape(8, 64, 24)], ids=str)
 @pytest.mark.parametrize("sizes", [POCKET, Sizes(12, 128, 64, 16, 8)], ids=str)
 def test_equals_the_equations_however_the_work_is_divided(sizes: Sizes, shape: Shape) -> None:
     assert_is_oracle("kernel", case(sizes, B=2), shape=shape)
 
 
-@pytest.mark.parametrize("shape", [WIDE, NARROW], ids=str)
+@pytest.mark.parametrize("shape", [WIDE, NARROW, NVIDIA], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_takes_the_heads_of_the_48b(shape: Shape, packed: bool) -> None:
     given = case(PUBLISHED, 3, [24], bits=4, group_size=64, dtype=mx.bfloat16, packed=packed)
