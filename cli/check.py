@@ -14,6 +14,7 @@ from mlx_kimi.goldens import Goldens, goldens_of
 from mlx_kimi.hub import local_folder
 from mlx_kimi.load import load_model
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
+from mlx_kimi.mla import EXPAND_FROM
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.names import tensors
 from mlx_kimi.tokenizer import Tokenizer, load_tokenizer
@@ -24,7 +25,7 @@ TEXT = (
     "Kimi Linear is a model that reads long texts. Three of four layers remember in a matrix of "
     "fixed size, and every fourth looks back at all tokens. What is 12 + 30? It is 42."
 )
-TOKENS = 48  # of it, from its beginning again if it is shorter
+MANY, FEW, ONE_BY_ONE = EXPAND_FROM, 7, 8  # tokens of it, again and again: every kernel runs
 QUESTION = "Is 123 a prime?"  # asked where no golden answer is known
 Finding = tuple[str, str | None]  # what was found; what is wrong with it
 
@@ -75,8 +76,9 @@ def _kernels(network: KimiLinear, tokenizer: Tokenizer) -> Finding:
     if backend() is None:
         return "none run here", None
     text = tokenizer.encode(TEXT)
-    ids = mx.array([(text * TOKENS)[:TOKENS]])
-    cuts = [33, 40, *range(41, TOKENS)]  # many tokens, few, and one by one
+    count = MANY + FEW + ONE_BY_ONE
+    ids = mx.array([(text * count)[:count]])
+    cuts = [MANY, *range(MANY + FEW, count)]
 
     def logits() -> mx.array:
         cache = network.make_cache()

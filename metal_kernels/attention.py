@@ -78,17 +78,18 @@ def query_block() -> int:
 class Ahead:
     """Keeps the host one piece of work ahead of the device, and no further.
 
-    Left to itself MLX holds what all pieces need at the same time: gigabytes of scores.
+    Left to itself MLX holds what all pieces need at the same time: gigabytes.
     """
 
     def __init__(self) -> None:
         self._last: tuple[mx.array, ...] = ()
+        self._before: tuple[mx.array, ...] = ()
 
     def submit(self, *results: mx.array) -> None:
-        """Let the device begin `results`, and wait for those before."""
+        """Let the device begin `results` as soon as it has done all but the last piece."""
+        mx.eval(*self._before)  # (here, not after: by now the host has built what follows)
         mx.async_eval(*results)
-        mx.eval(*self._last)
-        self._last = results
+        self._before, self._last = self._last, results
 
 
 class _Rows:
@@ -109,7 +110,7 @@ class _Rows:
         shares, log_total = _softmax(scores, seen[0].values)
         output = _weighed(shares, [block.values for block in seen])
         if self.sums is not None:
-            log_total, output = _together(*self.sums, log_total, output)
+            log_total, output = together(*self.sums, log_total, output)
         self.sums = log_total, output
 
     def _scores(self, block: Block, visible: mx.array | None) -> mx.array:
@@ -153,10 +154,13 @@ def _shares(scores: mx.array, log_total: mx.array, values: mx.array) -> mx.array
 
 
 @mx.compile
-def _together(
+def together(
     log_total: mx.array, output: mx.array, other_log_total: mx.array, other_output: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """The softmax over two groups of columns, from those over each."""
+    """The softmax over two groups of columns, from those over each.
+
+    `log_total` [..., 1] and `output` [..., Dv]: float32, of the same queries.
+    """
     both = mx.logaddexp(log_total, other_log_total)
     share, other_share = mx.exp(log_total - both), mx.exp(other_log_total - both)
     return both, output * share + other_output * other_share

@@ -244,29 +244,46 @@ inline void add_parts(thread float4& sum, uint2 a0, uint2 a1, uint2 b) {
       : "r"(a0.x), "r"(a0.y), "r"(a1.x), "r"(a1.y), "r"(b.x), "r"(b.y));
 }
 
-// c[i] += a[i] b, two tiles at a time. What is left out, the product of both lower parts, is 2^-24 of it.
+// c0 += a0 b and c1 += a1 b. What is left out, the product of both lower parts, is 2^-24 of it.
+template <typename L, typename R>
+inline void add_products(vec<L, 2> a0, vec<L, 2> a1, vec<R, 2> b, thread float2& c0, thread float2& c1) {
+  const Parts a0x = parts(a0.x), a0y = parts(a0.y), a1x = parts(a1.x), a1y = parts(a1.y);
+  const Parts bx = parts(b.x), by = parts(b.y);
+  const uint2 top(a0x.upper, a0y.upper), bottom(a1x.upper, a1y.upper), right(bx.upper, by.upper);
+  float4 sum(0, 0, 0, 0);
+  if (!is_narrow<L>::value) {
+    add_parts(sum, uint2(a0x.lower, a0y.lower), uint2(a1x.lower, a1y.lower), right);
+  }
+  if (!is_narrow<R>::value) {
+    add_parts(sum, top, bottom, uint2(bx.lower, by.lower));
+  }
+  add_parts(sum, top, bottom, right);
+  c0 += float2(sum.x, sum.y);  // (This addition rounds; those of the units cut off.)
+  c1 += float2(sum.z, sum.w);
+}
+// Factors of 16 bits as they are. What the units cut off from the sums is little beside their roundings.
+#define MSL_PRODUCTS(T, TYPE)                                                                       \
+  inline void add_products(                                                                         \
+      vec<T, 2> a0, vec<T, 2> a1, vec<T, 2> b, thread float2& c0, thread float2& c1) {              \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5}, "   \
+        "{%6}, {%0, %1, %2, %3};"                                                                   \
+        : "+f"(c0.x), "+f"(c0.y), "+f"(c1.x), "+f"(c1.y)                                            \
+        : "r"((uint&)a0), "r"((uint&)a1), "r"((uint&)b));                                           \
+  }
+MSL_PRODUCTS(half, "f16")
+MSL_PRODUCTS(bfloat, "bf16")
+#undef MSL_PRODUCTS
+
+// c[i] += a[i] b, two tiles at a time.
 template <int N, typename L, typename R>
 inline void multiply_add(const vec<L, 2>* a, vec<R, 2> b, float2* c) {
-  const Parts b0 = parts(b.x), b1 = parts(b.y);
 #pragma unroll
-  for (int i = 0; i < N; i += 2) {
-    const bool alone = i + 1 == N;
-    const vec<L, 2> below = alone ? vec<L, 2>(L(0.0f)) : a[alone ? i : i + 1];
-    const Parts top0 = parts(a[i].x), top1 = parts(a[i].y), below0 = parts(below.x), below1 = parts(below.y);
-    const uint2 top(top0.upper, top1.upper), bottom(below0.upper, below1.upper), right(b0.upper, b1.upper);
-    float4 sum(0, 0, 0, 0);
-    if (!is_narrow<L>::value) {
-      add_parts(sum, uint2(top0.lower, top1.lower), uint2(below0.lower, below1.lower), right);
-    }
-    if (!is_narrow<R>::value) {
-      add_parts(sum, top, bottom, uint2(b0.lower, b1.lower));
-    }
-    add_parts(sum, top, bottom, right);
-    // (The units cut off what they add to; this addition rounds.)
-    c[i] += float2(sum.x, sum.y);
-    if (!alone) {
-      c[alone ? i : i + 1] += float2(sum.z, sum.w);
-    }
+  for (int i = 0; i + 1 < N; i += 2) {
+    add_products(a[i], a[i + 1], b, c[i], c[i + 1]);
+  }
+  if (N % 2) {
+    float2 none(0, 0);
+    add_products(a[N - 1], vec<L, 2>(L(0.0f)), b, c[N - 1], none);
   }
 }
 #else

@@ -2,8 +2,12 @@
 // (g, 2 t + 1) of a tile. `as_right` and `multiply_add` are cuda.h's.
 inline int tile_row(int lane) { return lane / 4; }
 inline int tile_column(int lane) { return lane % 4 * 2; }
+inline int tile_lane(int row, int column) { return row * 4 + column / 2; }
 inline int in_tile(int row, int column) { return row * 8 + column; }
-constant constexpr int Tile = 64;
+enum { Tile = 64 };  // elements
+
+template <typename T>
+inline vec<T, 2> transposed(vec<T, 2> fragment, int) { return as_right<T>(fragment); }
 
 inline float max_over_rows(float x) {
   x = max(x, simd_shuffle_xor(x, 4));

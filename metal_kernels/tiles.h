@@ -6,13 +6,27 @@ inline int tile_row(int lane) {
 inline int tile_column(int lane) {
   return lane / 8 % 2 * 4 + lane % 2 * 2;
 }
+// The lane whose fragment has element (row, column).
+inline int tile_lane(int row, int column) {
+  return row / 4 * 16 + row % 4 * 2 + column / 4 * 8 + column % 4 / 2;
+}
 
 // Where element (row, column) of a tile stands when all fragments stand in the order of the lanes,
 // so that a simdgroup reads 64 neighbours: in 4 x 4 blocks.
 inline int in_tile(int row, int column) {
   return row / 4 * 32 + column / 4 * 16 + row % 4 * 4 + column % 4;
 }
-constant constexpr int Tile = 64;  // elements
+enum { Tile = 64 };  // elements
+
+// The fragment of the transpose.
+template <typename T>
+inline vec<T, 2> transposed(vec<T, 2> fragment, int lane) {
+  const int row = tile_row(lane), column = tile_column(lane);
+  const int upper = tile_lane(column, row), lower = tile_lane(column + 1, row);
+  const vec<T, 2> first = vec<T, 2>(simd_shuffle(fragment[0], upper), simd_shuffle(fragment[1], upper));
+  const vec<T, 2> second = vec<T, 2>(simd_shuffle(fragment[0], lower), simd_shuffle(fragment[1], lower));
+  return vec<T, 2>(first[row % 2], second[row % 2]);
+}
 
 // A right factor as `multiply_add` wants it, from its fragment. NVIDIA's matrix units want another one.
 template <typename T>

@@ -92,7 +92,10 @@ def needs(
 
 
 def _work(config: ModelConfig, number: int) -> int:
-    """Two halves of a layer at a time, as `model.SUBMITTED_FROM` says, and two blocks of scores."""
+    """Two halves of a layer at a time, as `model.SUBMITTED_FROM` says, and two blocks of scores.
+
+    Where `mla_prefill` leaves scores out, keys and values of two blocks take less than they would.
+    """
     delta_rule = config.kda_width * (9 * number + 16)  # q, k, v thrice; decays, outputs in float32
     experts = config.num_experts_per_token * (
         2 * config.hidden_size + 3 * config.moe_intermediate_size

@@ -13,7 +13,8 @@ from mlx_kimi.cache import LatentCache, Segment
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.layers import RMSNorm
 from mlx_kimi.linear import FusedLinear
-from mlx_kimi.metal_kernels.attention import Block, attend, query_block
+from mlx_kimi.metal_kernels import mla_prefill
+from mlx_kimi.metal_kernels.attention import Ahead, Block, attend, query_block, together
 from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights, Plan, mla_decode, refused
 
@@ -27,6 +28,7 @@ EXPAND_FROM = 171  # queries
 KV_A_EPS = 1e-6
 SCORES = 1 << 24  # elements of the largest block of scores (64 MiB in float32)
 LARGEST_BLOCK = 4096  # keys
+KERNEL_BLOCK = 2048  # columns whose keys and values a kernel meets: 34 MB in 16 bits in the 48B
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -58,24 +60,30 @@ class MultiHeadLatentAttention(nn.Module):
         if T == 1 and real is None and self.decode_refused(cache) is None:
             return self._decode(x, cache, plan or cache.plan())
         heads = self.embed_q.weight.shape[0]
-        q, kv = self.in_proj(x)
-        q = q.reshape(B, T, heads, -1).transpose(0, 2, 1, 3)  # [B, H, T, nope + shared]
-        latent = self.kv_a_layernorm(kv[..., : self.lora])
+        x = self.in_proj.joined(x)
+        q, latent, shared = mx.split(x, [-self.width, self.lora - self.width], axis=-1)
         past = cache.columns
-        cache.append(mx.concatenate([latent, kv[..., self.lora :]], axis=-1), real)
+        cache.append(mx.concatenate([self.kv_a_layernorm(latent), shared], axis=-1), real)
+        if T >= EXPAND_FROM and self.prefill_refused(cache) is None:
+            return self.o_proj(self._prefill(x, cache, past).reshape(B, T, -1))
+        q = q.reshape(B, T, heads, -1).transpose(0, 2, 1, 3)  # [B, H, T, nope + shared]
         attention = self._expanded if T >= EXPAND_FROM else self._absorbed
         o = attention(q, cache, past)  # [B, H, T, v]
         return self.o_proj(o.transpose(0, 2, 1, 3).reshape(B, T, -1))
 
     def forms(self) -> list[tuple[str, str, str]]:
         """For a step of one, few and many tokens: how many, what runs, and why."""
-        refused = self.decode_refused(LatentCache())
+        refused, many = (f(LatentCache()) for f in (self.decode_refused, self.prefill_refused))
         return [
             ("1 token", "ops form", refused)
             if refused
             else ("1 token", "mla_query, mla_attend, mla_output", "its domain"),
             (f"2 to {EXPAND_FROM - 1} tokens", "ops form", "absorbed"),
-            (f"{EXPAND_FROM} tokens or more", "ops form", "latents expanded block by block"),
+            (
+                f"{EXPAND_FROM} tokens or more",
+                "ops form" if many else "mla_prefill",
+                many or "latents expanded block by block",
+            ),
         ]
 
     def _decode(self, x: mx.array, cache: LatentCache, plan: Plan) -> mx.array:
@@ -93,6 +101,15 @@ class MultiHeadLatentAttention(nn.Module):
             return NO_BACKEND
         return "some columns are padding" if cache.is_masked else self._unsuited
 
+    def prefill_refused(self, cache: LatentCache) -> str | None:
+        """Why many tokens take MLX operations; None: `mla_prefill` takes them."""
+        if backend() is None:
+            return NO_BACKEND
+        if cache.is_masked:
+            return "some columns are padding"
+        shared = self.width - self.lora
+        return mla_prefill.refused(self.nope, shared, self.unembed_out.out_features)
+
     @cached_property
     def _unsuited(self) -> str | None:
         return refused(self._for_decode, self.in_proj.width)
@@ -102,6 +119,39 @@ class MultiHeadLatentAttention(nn.Module):
         norm = self.kv_a_layernorm
         matrices = (self.embed_q.matrix, self.unembed_out.matrix)
         return LatentWeights(*matrices, norm.weight, norm.eps, self.scale)
+
+    def _prefill(self, x: mx.array, cache: LatentCache, past: int) -> mx.array:
+        """Each block of latents becomes keys and values, to which a kernel attends.
+
+        `x` [B, T, width of in_proj], whose tokens stand behind the `past` columns: [B, T, H, v].
+        """
+        sums: tuple[mx.array, mx.array] | None = None  # log of the total, output
+        ahead, start = Ahead(), 0
+        for latents in _joined_blocks(cache, self.width, x.dtype):
+            dtype = x.dtype if latents.shape[1] == cache.columns else mx.float32
+            # (No name here keeps what the sums are made of: they may take its place in memory.)
+            sums = self._meet(sums, x, latents, past - start, dtype)
+            ahead.submit(*sums)
+            start += latents.shape[1]
+        assert sums is not None, "the queries' own columns are always in the cache"
+        return sums[1].astype(x.dtype)
+
+    def _meet(
+        self,
+        sums: tuple[mx.array, mx.array] | None,
+        x: mx.array,
+        latents: mx.array,
+        offset: int,
+        dtype: mx.Dtype,
+    ) -> tuple[mx.array, mx.array]:
+        """The sums of a softmax over the columns so far and those of `latents`."""
+        latent = latents[:, None, :, : self.lora]
+        keys, values = self.embed_q.from_outputs(latent), self.unembed_out(latent)
+        output, log_total = mla_prefill.mla_prefill(
+            x, keys, latents, values, self.scale, offset, dtype
+        )
+        found = log_total[..., None], output
+        return found if sums is None else together(*sums, *found)
 
     def _absorbed(self, q: mx.array, cache: LatentCache, past: int) -> mx.array:
         """Queries go through kv_b's key half into latent space, results through its value half."""
@@ -140,3 +190,20 @@ def _blocks(
             part = segment.slice(first, min(first + size, segment.size))
             yield Block(start, *keys_and_values(part), part.real)
             start += part.size
+
+
+def _joined_blocks(cache: LatentCache, width: int, dtype: mx.Dtype) -> Iterator[mx.array]:
+    """The cached latents [B, S, width], KERNEL_BLOCK columns at a time, whatever the segments."""
+    parts: list[mx.array] = []
+    for segment in cache.segments:
+        first = 0
+        while first < segment.size:
+            room = KERNEL_BLOCK - sum(part.shape[1] for part in parts)
+            last = min(first + room, segment.size)
+            parts.append(segment.slice(first, last).plain(width, dtype).latents)
+            if last - first == room:
+                yield mx.concatenate(parts, axis=1)
+                parts = []
+            first = last
+    if parts:
+        yield mx.concatenate(parts, axis=1)

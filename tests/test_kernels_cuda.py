@@ -10,6 +10,8 @@ from test_kernels_kda_decode import case as decode_case
 from test_kernels_kda_prepare import case as prepare_case
 from test_kernels_mla import POCKET, PUBLISHED
 from test_kernels_mla import case as mla_case
+from test_kernels_mla_prefill import Sizes
+from test_kernels_mla_prefill import case as prefill_attention
 
 from mlx_kimi.metal_kernels import cuda
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
@@ -25,6 +27,8 @@ from mlx_kimi.metal_kernels.kda_prepare import kda_finish_kernel, kda_prepare_ke
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
 from mlx_kimi.metal_kernels.mla_decode import NARROW, NVIDIA, WIDE, Shape
+from mlx_kimi.metal_kernels.mla_prefill import NVIDIA as NVIDIA_PREFILL
+from mlx_kimi.metal_kernels.mla_prefill import SHAPE
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 of_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -95,6 +99,13 @@ def test_the_latent_step_of_the_48b_compiles(shape: Shape, packed: bool) -> None
     with use_backend(nvrtc):
         given = mla_case(PUBLISHED, bits=4, dtype=mx.bfloat16, packed=packed)
         given.run(shape=shape)
+
+
+@of_dtype
+@pytest.mark.parametrize("shape", [SHAPE, NVIDIA_PREFILL], ids=str)
+def test_attention_of_many_tokens_compiles(dtype: mx.Dtype, shape: Shape) -> None:
+    with use_backend(nvrtc):
+        prefill_attention(2, 2, sizes=Sizes(1, 128, 64, 128, 512), dtype=dtype).run(shape)
 
 
 # ------------------------------------------------------------------------------- the translation

@@ -8,10 +8,12 @@ import pytest
 from assertions import assert_close
 from emulator import emulator
 
+from mlx_kimi import mla
 from mlx_kimi.bundled import pocket_folder
+from mlx_kimi.cache import LatentCache
 from mlx_kimi.cli import check, info
 from mlx_kimi.load import load, load_model
-from mlx_kimi.metal_kernels import kda_decode, mla_decode
+from mlx_kimi.metal_kernels import kda_decode, mla_decode, mla_prefill
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model import KimiLinear
 
@@ -58,6 +60,29 @@ def test_unequal_rows_give_the_same_logits(model: Callable[[str], KimiLinear]) -
         mx.eval(ours)
     assert_close("first", ours[0][1, :4], expected[0][1, :4], SPLIT)
     assert_close("second", ours[1][1], expected[1][1], SPLIT)
+
+
+@pytest.mark.parametrize("largest", [2048, 24])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_many_tokens_of_an_mla_layer_meet_blocks_of_columns(
+    monkeypatch: pytest.MonkeyPatch, largest: int, bits: int | None
+) -> None:
+    pocket = load_model(pocket_folder())
+    mixers = [x.self_attn for x in pocket.layers]
+    layer = next(x for x in mixers if isinstance(x, mla.MultiHeadLatentAttention))
+    x = mx.random.normal((2, 320, pocket.config.hidden_size), key=mx.random.key(0))
+    monkeypatch.setattr(mla, "KERNEL_BLOCK", largest)
+    results = []
+    for backend in (None, emulator):
+        entry = LatentCache(bits=bits)
+        with use_backend(None):
+            layer(x[:, :280], entry, None)  # a frozen segment and a tail
+        with use_backend(backend), monkeypatch.context() as patch:
+            patch.setattr(mla, "EXPAND_FROM", 40)
+            results.append(layer(x[:, 280:], entry, None))
+            mx.eval(results)
+    assert emulator(mla_prefill.KERNEL).counts
+    assert_close("o", *results, 2e-5, 5e-6)
 
 
 def test_check_compares_the_kernels_with_the_ops_form() -> None:

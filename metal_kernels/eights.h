@@ -1,0 +1,16 @@
+// Rows of 32 channels as fragments of 4 tiles: a lane takes 8 neighbouring channels, the first 4 times its
+// tile_column, and 2 i and 2 i + 1 of them stand in tile i. Tiles that meet follow the same order.
+template <typename T>
+struct Eight {
+  vec<T, 4> low, high;
+};
+template <typename T>
+inline void fetch_eight(thread Eight<T>& to, const device T* from) {
+  to.low = fetch<4>(from);
+  to.high = fetch<4>(from + 4);
+}
+template <typename T>
+inline vec<T, 2> pair_of(const thread Eight<T>& eight, int i) {
+  const vec<T, 4> four = i < 2 ? eight.low : eight.high;
+  return vec<T, 2>(four[i % 2 * 2], four[i % 2 * 2 + 1]);
+}

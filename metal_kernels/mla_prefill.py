@@ -1,0 +1,119 @@
+"""Many tokens of an MLA layer: attention over expanded keys and values, block by block."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_kimi.metal_kernels.attention import NO_KEY
+from mlx_kimi.metal_kernels.kernel import Kernel
+
+SIMDGROUPS = 4  # of a threadgroup: they read the same keys at about the same time
+KERNEL = Kernel(
+    "mla_prefill",
+    inputs=("x", "keys", "latents", "values", "T", "S", "offset", "scale"),
+    outputs=("outputs", "log_totals"),
+    headers=("vectors.h", "tiles.h", "eights.h"),
+)
+
+
+class Shape(NamedTuple):
+    """How the kernel divides its work."""
+
+    queries: int  # of a simdgroup
+    columns: int  # that it takes at a time
+
+
+# At the published sizes queries and outputs of 8 tokens take 24 and 32 registers of a lane.
+SHAPE = Shape(8, 16)
+NVIDIA = Shape(16, 32)
+
+
+def naive_mla_prefill(
+    x: mx.array,
+    keys: mx.array,
+    latents: mx.array,
+    values: mx.array,
+    scale: float,
+    offset: int,
+    dtype: mx.Dtype,
+) -> tuple[mx.array, mx.array]:
+    """Attend to a block of S columns: token t to those up to t + `offset`, which may be none.
+
+    Args:
+        x: [B, T, row], the input projection: the queries of each head, nope | shared, come first.
+        keys: [B, H, S, nope].
+        latents: [B, S, lora + shared], of which the shared keys are last.
+        values: [B, H, S, v].
+        scale: of the scores.
+        dtype: of the outputs; all others are in x's.
+
+    Returns:
+        The outputs [B, T, H, v] and the logarithms of their totals [B, T, H] float32: what
+        `attention.together` joins with those of other blocks. Where a token sees no column the
+        output is 0 and the logarithm below -1e29.
+    """
+    B, T, _ = x.shape
+    _, H, S, nope = keys.shape
+    shared = _shared(x, keys, latents)
+    q = x[..., : H * (nope + shared)].reshape(B, T, H, -1).swapaxes(1, 2).astype(mx.float32)
+    beside = mx.broadcast_to(latents[:, None, :, -shared:], (B, H, S, shared))
+    k = mx.concatenate([keys, beside], axis=-1).astype(mx.float32)
+    scores = scale * q @ k.swapaxes(-1, -2)  # [B, H, T, S]
+    seen = mx.arange(S) <= mx.arange(T)[:, None] + offset
+    highest = mx.where(seen, scores, NO_KEY).max(axis=-1, keepdims=True)
+    shares = mx.where(seen, mx.exp(scores - highest), 0)
+    total = mx.maximum(shares.sum(axis=-1, keepdims=True), 1e-30)
+    outputs = shares @ values.astype(mx.float32) / total
+    log_totals = (highest + mx.log(total))[..., 0]
+    return outputs.swapaxes(1, 2).astype(dtype), log_totals.swapaxes(1, 2)
+
+
+def mla_prefill(
+    x: mx.array,
+    keys: mx.array,
+    latents: mx.array,
+    values: mx.array,
+    scale: float,
+    offset: int,
+    dtype: mx.Dtype,
+    shape: Shape | None = None,
+) -> tuple[mx.array, mx.array]:
+    """`naive_mla_prefill` in one launch, within the domain of `refused`.
+
+    Shares are rounded to x's dtype before they weigh the values. `shape` None: that of this GPU.
+    """
+    B, T, _ = x.shape
+    _, H, S, nope = keys.shape
+    v = values.shape[-1]
+    queries, columns = shape or (NVIDIA if mx.cuda.is_available() else SHAPE)
+    groups = -(-T // (queries * SIMDGROUPS)) * SIMDGROUPS
+    outputs, log_totals = KERNEL(
+        inputs=[x, keys, latents, values, T, S, offset, scale],
+        template=[
+            *(("XT", x.dtype), ("H", H), ("Nope", nope), ("V", v)),
+            *(("Shared", _shared(x, keys, latents)), ("Row", x.shape[-1])),
+            *(("LatentRow", latents.shape[-1]), ("Queries", queries), ("Block", columns)),
+        ],
+        grid=(32, groups, B * H),
+        threadgroup=(32, SIMDGROUPS, 1),
+        output_shapes=[(B, T, H, v), (B, T, H)],
+        output_dtypes=[dtype, mx.float32],
+    )
+    return outputs, log_totals
+
+
+def refused(nope: int, shared: int, v: int) -> str | None:
+    """Why `mla_prefill` does not take heads of these sizes; None: it does."""
+    names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    for name, size in zip(names, (nope, shared, v), strict=True):
+        if size % 32 or size < 32:
+            return f"{name} = {size} is not a multiple of 32"
+    return None
+
+
+def _shared(x: mx.array, keys: mx.array, latents: mx.array) -> int:
+    """Channels of the shared key: x's rows hold the queries and then a row of latents."""
+    _, H, _, nope = keys.shape
+    return (x.shape[-1] - latents.shape[-1]) // H - nope
