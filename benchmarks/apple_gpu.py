@@ -31,6 +31,7 @@ from kernel_counts import (
     count_experts,
     count_mlx_chunk,
     count_mlx_lm,
+    count_prefill,
     count_sequential,
 )
 
@@ -195,6 +196,7 @@ def estimates() -> list[Estimate]:
         Estimate("mlx-lm, 8 rows, decay per head", "rows", mlx_lm(half, packed=True)),
         Estimate("kda_sequential", "rows", [count_sequential()]),
         Estimate("kda_chunk: gram, scan", "tiles", count_chunk()),
+        Estimate("mla_prefill", "", [count_prefill()]),
         Estimate("kda_decode", "", [count_decode()], 1),
         Estimate("expert_gate_up", "", [gate_up], INTERMEDIATE, 1),
         Estimate("expert_down", "", [down], HIDDEN, 1),

@@ -25,6 +25,7 @@ from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import Kernel, use_backend
 from mlx_kimi.metal_kernels.matrix import Matrix
+from mlx_kimi.metal_kernels.mla_prefill import SHAPE, mla_prefill
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from emulator import EmulatedKernel
@@ -243,6 +244,20 @@ def count_decode() -> Counted:
     (counted,) = measure(run, (1, 2))
     # Two norms, three products with the state, and for each of two gates a product and a bias.
     return counted._replace(spared=needless((2 + 3 + 4) * STATE))
+
+
+def count_prefill() -> Counted:
+    """Attention of a token that sees 1024 columns, as many as one of 2048 does on average."""
+    nope, shared, lora, S = D, D // 2, 4 * D, 1024
+    keys, values = (mx.zeros((1, HEADS, S, D), mx.bfloat16) for _ in range(2))
+    latents = mx.zeros((1, S, lora + shared), mx.bfloat16)
+
+    def run(T: int) -> None:
+        x = mx.zeros((1, T, HEADS * (nope + shared) + lora + shared), mx.bfloat16)
+        mla_prefill(x, keys, latents, values, 1.0, S, mx.bfloat16, SHAPE)
+
+    (counted,) = measure(run, (32, 64))
+    return counted
 
 
 def count_experts() -> list[Counted]:

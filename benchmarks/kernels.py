@@ -32,6 +32,7 @@ from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.config import ModelConfig
 from mlx_kimi.load import load_model
 from mlx_kimi.metal_kernels.add_norm import add_norm, naive_add_norm
+from mlx_kimi.metal_kernels.attention import Block, attend
 from mlx_kimi.metal_kernels.experts import Gated, add_norm_scores, expert_mlp, expert_select
 from mlx_kimi.metal_kernels.kda_chunk import kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode, naive_kda_decode
@@ -40,6 +41,7 @@ from mlx_kimi.metal_kernels.kernel import backend, use_backend
 from mlx_kimi.metal_kernels.latents import pack
 from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights, Plan, mla_decode, naive_mla_decode
+from mlx_kimi.metal_kernels.mla_prefill import mla_prefill, naive_mla_prefill
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.moe import _select
 from mlx_kimi.tokenizer import load_tokenizer
@@ -58,7 +60,7 @@ ONE_BFLOAT16: Tolerance = (2.5e-3, 4e-3)  # one rounding of the output
 TWO_BFLOAT16: Tolerance = (3.6e-3, 8e-3)  # and one of what lies between two kernels
 LOGITS = 4e-2  # of a token's largest: bfloat16, rounded at other places in each layer
 SPLIT = 1e-4  # of the largest: the same numbers in float32, added in another order
-PROMPT = 32  # tokens before those that are forced one by one
+PROMPT = 192  # tokens before those that are forced one by one: enough for mla_prefill
 Rule = Callable[..., tuple[mx.array, mx.array]]
 
 
@@ -67,7 +69,7 @@ def check(tokens: int) -> int:
     """How many comparisons failed."""
     failed = 0
     found = chain(
-        *(_models(), _sums(), _decode(), _latents(), _experts()),
+        *(_models(), _sums(), _decode(), _latents(), _prefill(), _experts()),
         *(_delta_rules(tokens), _delta_rules(101)),
     )
     for name, errors, tolerance in found:
@@ -194,6 +196,25 @@ def _latents() -> Comparisons:
         yield name, (rms_error(y, expected), largest_error(y, expected)), tolerance
 
 
+def _prefill() -> Comparisons:
+    """Many tokens' attention to blocks among and before them."""
+    for dtype, T, S, offset, tolerance in (
+        (mx.float32, 500, 700, 200, FLOAT32),
+        (mx.float32, 500, 700, 700, FLOAT32),
+        (mx.bfloat16, 2048, 2048, 0, TWO_BFLOAT16),
+    ):
+        given = _prefill_inputs(dtype, T, S)
+        ours = mla_prefill(*given, 2 * 192**-0.5, offset, dtype)
+        expected = naive_mla_prefill(
+            *(x.astype(mx.float32) for x in given), 2 * 192**-0.5, offset, mx.float32
+        )
+        errors = [
+            (rms_error(a, b), largest_error(a, b)) for a, b in zip(ours, expected, strict=True)
+        ]
+        worst = tuple(max(column) for column in zip(*errors, strict=True))
+        yield f"mla_prefill, {_name(dtype)}, {T} tokens, {S} columns", worst, tolerance
+
+
 def _in_float32(weights: DecodeWeights) -> DecodeWeights:
     def plain(matrix: Matrix) -> Matrix:
         return Matrix(_dequantized(matrix))
@@ -282,7 +303,7 @@ def _models() -> Comparisons:
     # Random routers choose between experts that are almost equally good, so that a rounding to 16
     # bits can change an expert, and with it the whole answer. In float32 it cannot.
     arrays = random_arrays(ModelConfig.from_json(CONFIG), mx.float32)
-    ids = mx.random.randint(0, CONFIG["vocab_size"], (1, 96), key=mx.random.key(3))
+    ids = mx.random.randint(0, CONFIG["vocab_size"], (1, PROMPT + 64), key=mx.random.key(3))
     for how, ours, expected in _forced(our_model(CONFIG, arrays), ids):
         error = largest_error(ours, expected)
         best = mx.sort(expected, axis=-1)[..., -2:]
@@ -295,8 +316,9 @@ def _models() -> Comparisons:
     # A trained router is surer, on text that it knows: the median token, and the share of tokens
     # whose likeliest successor is another, tell of 16 bits.
     tokenizer = load_tokenizer(pocket_folder())
-    text = "Reverse these words: " + " ".join(["apple", "river", "stone", "cloud"] * 12)
-    ids = mx.array([tokenizer.apply_chat_template([{"role": "user", "content": text}])[:96]])
+    text = "Reverse these words: " + " ".join(["apple", "river", "stone", "cloud"] * 64)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    ids = mx.array([ids[: PROMPT + 64]])
     for how, ours, expected in _forced(load_model(pocket_folder()), ids):
         errors = mx.abs(ours - expected).max(axis=-1) / mx.abs(expected).max(axis=-1)
         others = mx.argmax(ours, axis=-1) != mx.argmax(expected, axis=-1)
@@ -351,6 +373,19 @@ def _decode_inputs(
     return x, weights, tail, state
 
 
+def _prefill_inputs(dtype: mx.Dtype, T: int, S: int) -> list[mx.array]:
+    """x, keys, latents and values."""
+    mx.random.seed(8)
+    nope, shared, lora = 128, 64, 512
+    shapes = [
+        (1, T, H * (nope + shared) + lora + shared),
+        (1, H, S, nope),
+        (1, S, lora + shared),
+        (1, H, S, D),
+    ]
+    return [mx.random.normal(shape).astype(dtype) for shape in shapes]
+
+
 def _expert_inputs(
     dtype: mx.Dtype, bits: int, B: int
 ) -> tuple[mx.array, mx.array, mx.array, Gated, Gated]:
@@ -379,6 +414,7 @@ def _name(dtype: mx.Dtype) -> str:
 def times(repeats: int) -> None:
     for T in (128, 512, 2048, 8192):
         _print(f"delta rule, T = {T}", in_turns(_delta_rule_runs(T), repeats), "mlx-lm")
+    _print("attention of 2048 tokens to themselves", in_turns(_prefill_runs(2048), repeats), "ops")
     runs, counts = _decode_runs()
     _print("a KDA layer's step of one token", in_turns(runs, repeats), "ops")
     print(f"  launches: {counts}")
@@ -439,6 +475,37 @@ def _fla_runs(*inputs: mx.array) -> dict[str, Chain]:
         torch.cuda.synchronize()
 
     return {"FLA chunk_kda": run}
+
+
+def _prefill_runs(T: int) -> dict[str, Chain]:
+    x, keys, latents, values = _prefill_inputs(mx.bfloat16, T, T)
+    q = x[..., : H * 192].reshape(1, T, H, 192).swapaxes(1, 2)
+    shared = mx.broadcast_to(latents[:, None, :, -64:], (1, H, T, 64))
+    block, scale = mx.concatenate([keys, shared], axis=-1), 192**-0.5
+    mx.eval(x, q, keys, latents, values, block)
+
+    def ops() -> mx.array:
+        cut = [slice(i, i + 1024) for i in range(0, T, 1024)]
+        blocks = (Block(c.start, block[:, :, c], values[:, :, c], None) for c in cut)
+        return attend(q, blocks, scale, 0)
+
+    def mlx_own() -> mx.array:
+        sdpa = mx.fast.scaled_dot_product_attention
+        return sdpa(q, block, values, scale=scale, mask="causal")
+
+    def repeated(attention: Callable[[], Any]) -> Chain:
+        def run(calls: int) -> None:
+            for _ in range(calls):
+                mx.async_eval(attention())
+            mx.synchronize()
+
+        return run
+
+    return {
+        "mla_prefill": repeated(lambda: mla_prefill(x, keys, latents, values, scale, 0, x.dtype)),
+        "ops": repeated(ops),
+        "MLX's own": repeated(mlx_own),
+    }
 
 
 def _decode_runs() -> tuple[dict[str, Chain], str]:

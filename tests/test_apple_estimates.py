@@ -30,6 +30,7 @@ def counted(name: str) -> Counted:
         "packed": lambda: kernel_counts.count_mlx_lm(half, per_channel=False, packed=True),
         "mlx chunk": lambda: kernel_counts.count_mlx_chunk(half),
         "sequential": kernel_counts.count_sequential,
+        "prefill": kernel_counts.count_prefill,
         "decode": kernel_counts.count_decode,
     }[name]()
 
@@ -77,6 +78,13 @@ MATHEMATICS: dict[str, Work] = {
         # K~, Q~, Kg from half in each of 8 simdgroups; v from bfloat, v - K~ S; S decays.
         "float_operations": 8 * 3 * D + 2 * D + STATE / 16,
         "device_bytes_written": 4 * D,
+    },
+    "prefill": {
+        # For 8 tokens: tiles of 8 columns by those of a key's 192 channels, and a value's 128.
+        "matrix_products": 1024 / 8 * (192 + 128) / 8 / 8,
+        "threadgroup_barriers": 0,
+        "device_bytes_written": 2 * D + 4,  # the output, and the log of its total
+        "simdgroups": 1 / 8,
     },
     "decode": {
         "threadgroup_barriers": 3,
