@@ -5,9 +5,10 @@
 
 `check` compares every operator with its naive twin and with float64, and a whole model with kernels
 on and off on forced tokens. `time` runs ours, mlx-lm's and, where they are installed, FLA's kernels
-in turns; a figure is the median over repeats, of calls one after another that, where they are short,
-each need the last one's result, so that the time to submit a call hides behind the one that runs. Steps of one token go
-through `mx.compile`, ours and the ops form alike: building a graph would take longer than it runs.
+in turns; a figure is the median over repeats, of calls one after another that, where they are
+short, each need the last one's result, so that the time to submit a call hides behind the one that
+runs. Steps of one token go through `mx.compile`, ours and the ops form alike: building a graph
+would take longer than it runs.
 """
 
 from __future__ import annotations
