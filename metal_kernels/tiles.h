@@ -18,14 +18,15 @@ inline int in_tile(int row, int column) {
 }
 enum { Tile = 64 };  // elements
 
-// The fragment of the transpose.
+// The fragment of the transpose. (Shuffled as float: Metal shuffles no bfloat.)
 template <typename T>
 inline vec<T, 2> transposed(vec<T, 2> fragment, int lane) {
   const int row = tile_row(lane), column = tile_column(lane);
+  const float x = float(fragment[0]), y = float(fragment[1]);
   const int upper = tile_lane(column, row), lower = tile_lane(column + 1, row);
-  const vec<T, 2> first = vec<T, 2>(simd_shuffle(fragment[0], upper), simd_shuffle(fragment[1], upper));
-  const vec<T, 2> second = vec<T, 2>(simd_shuffle(fragment[0], lower), simd_shuffle(fragment[1], lower));
-  return vec<T, 2>(first[row % 2], second[row % 2]);
+  const float2 first = float2(simd_shuffle(x, upper), simd_shuffle(y, upper));
+  const float2 second = float2(simd_shuffle(x, lower), simd_shuffle(y, lower));
+  return row % 2 == 0 ? vec<T, 2>(T(first.x), T(second.x)) : vec<T, 2>(T(first.y), T(second.y));
 }
 
 // A right factor as `multiply_add` wants it, from its fragment. NVIDIA's matrix units want another one.
