@@ -2,6 +2,7 @@
 // (g, 2 t + 1) of a tile. `as_right` and `multiply_add` are cuda.h's.
 inline int tile_row(int lane) { return lane / 4; }
 inline int tile_column(int lane) { return lane % 4 * 2; }
+inline int tile_lane(int row) { return row * 4; }
 inline int in_tile(int row, int column) { return row * 8 + column; }
 constant constexpr int Tile = 64;
 
@@ -14,4 +15,8 @@ inline float sum_over_rows(float x) {
   x += simd_shuffle_xor(x, 4);
   x += simd_shuffle_xor(x, 8);
   return x + simd_shuffle_xor(x, 16);
+}
+inline float sum_over_columns(float x) {
+  x += simd_shuffle_xor(x, 1);
+  return x + simd_shuffle_xor(x, 2);
 }

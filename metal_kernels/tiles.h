@@ -6,6 +6,10 @@ inline int tile_row(int lane) {
 inline int tile_column(int lane) {
   return lane / 8 % 2 * 4 + lane % 2 * 2;
 }
+// A lane whose tile_row is `row`.
+inline int tile_lane(int row) {
+  return row / 4 * 16 + row % 4 * 2;
+}
 
 // Where element (row, column) of a tile stands when all fragments stand in the order of the lanes,
 // so that a simdgroup reads 64 neighbours: in 4 x 4 blocks.
@@ -47,4 +51,9 @@ inline float sum_over_rows(float x) {
   x += simd_shuffle_xor(x, 2);
   x += simd_shuffle_xor(x, 4);
   return x + simd_shuffle_xor(x, 16);
+}
+// Over the 4 lanes that hold a row of a tile.
+inline float sum_over_columns(float x) {
+  x += simd_shuffle_xor(x, 1);
+  return x + simd_shuffle_xor(x, 8);
 }
