@@ -6,9 +6,9 @@
 // ask for the next row and go on with the last: `Eights` times 8 neighbouring channels, 32 apart, the first
 // a multiple of 8 and all in one group, and `Pairs` times 2.
 //
-// Products are made of keys: plain channels, or codes - 128, which half holds exactly, and which leave a
-// bias that is small where the channels are spread about 0. So a channel is key * line.x + line.y with one
-// line for the eights of a row and one for each pair; plain channels have the line (1, 0).
+// Products are made of keys: plain channels, or code - 128, which half holds exactly, and which cancels
+// less against the bias than the code does. A channel is then key * line.x + line.y, with one line for the
+// eights of a row and one for each pair; that of plain channels is (1, 0).
 constant constexpr int GroupWords = 18;
 
 template <typename T>
@@ -29,7 +29,7 @@ inline const device uint* as_stored(const device T*, const device uint* segments
   return segments;
 }
 
-// What a key is.
+// The type of a key.
 template <typename T>
 struct Key {
   typedef T type;
@@ -94,9 +94,10 @@ inline void fetch_row(
   }
 }
 
-// In half the bits 0x6400 + n are 1024 + n.
+// In half the bits 0x6400 + n are 1024 + n, up to n = 1023.
 inline half2 key_of(ushort codes) {
-  return as_type<half2>(0x64006400u | (codes & 255u) | uint(codes >> 8) << 16) - half2(half(1152.0f));
+  const uint bits = 0x64006400u | (codes & 255u) | uint(codes >> 8) << 16;
+  return as_type<half2>(bits) - as_type<half2>(0x64806480u);
 }
 
 // Channels 2 i and 2 i + 1 of all the eights.
@@ -132,7 +133,8 @@ inline float2 line_of(thread const Fetched<uint, E, P>& fetched, int i) {
 template <typename T, int N>
 using Fragments = vec<T, 2>[N];
 
-// The keys and lines of M rows: fragments of M tiles of rows for 4 E tiles of channels, then for P.
+// Of M tiles of rows the keys, 4 E tiles of channels and P of pairs, and the lines, of the eights and of each
+// pair.
 template <int M, typename T, int E, int P>
 inline void as_keys(
     thread const Fetched<T, E, P>* fetched,
@@ -155,9 +157,9 @@ inline void as_keys(
   }
 }
 
-// score += key query, over I tiles of channels, for M tiles of rows and N of heads. Of packed channels the
-// keys are those of one line, and `query_sums` has for a lane's two columns of each tile of heads, 4 apart,
-// the sums of the query over them.
+// score += channel . query, over I tiles of channels, for M tiles of rows and N of heads; `query` is
+// as_right. Packed channels are of one line, and query_sums[4 n] are the sums of the query over them, for
+// a lane's two heads of tile n.
 template <int I, int M, int N, typename K, bool Packed>
 inline void add_scores(
     const thread Fragments<K, M>* key,
@@ -190,10 +192,12 @@ inline void add_scores(
   }
 }
 
-// output += share key, the same way.
+// output += share key. Where the keys are packed, shares already have the scale.
 template <int I, int M, int N, typename K>
 inline void add_outputs(
-    const thread Fragments<K, M>* key, const thread Fragments<float, N>* share, thread Fragments<float, N>* output) {
+    const thread Fragments<K, M>* key,
+    const thread Fragments<float, N>* share,
+    thread Fragments<float, N>* output) {
 #pragma unroll
   for (int i = 0; i < I; ++i) {
 #pragma unroll

@@ -19,6 +19,13 @@
 // Grid (32 * Lora / Channels, Splits, B * ceil(H / Heads)), threadgroup (32 * Lora / Channels, 1, 1): a
 // threadgroup owns the heads of one text in one split, a simdgroup Channels channels of the queries,
 // latents and outputs, and some of the shared keys' tiles of 8. It walks in blocks of Block columns.
+//
+// Of packed rows the codes are multiplied, as latents.h says. A simdgroup's channels lie in one group, so
+// with k the keys and (x, y) the line of a row there:
+//
+//     score += x (query . k) + y (sum of query)     output = sum of (share x) k + sum of share y
+//
+// The shared keys' tiles lie in one group each, and add to the score the same way. The tail stays plain.
 constexpr int Width = Lora + Shared;
 constexpr int Simdgroups = Lora / Channels;
 constexpr int Tiles = Channels / 8;
@@ -75,7 +82,7 @@ const auto rows =
 const int channel = Channels * part + 4 * column;
 const int pair = Lora + 8 * part + column;
 float2 query[Tiles + Pairs][HeadTiles];
-float2 query_sum[HeadTiles];  // of a lane's channels, up to those that share a line
+float2 query_sum[HeadTiles];  // over a lane's channels of one line
 #pragma unroll
 for (int i = 0; i < Tiles + Pairs; ++i) {
   const int tile = part + (i - Tiles) * Simdgroups;  // of the shared keys
@@ -104,7 +111,7 @@ if (Packed) {
 }
 
 float2 output[Tiles][HeadTiles];
-float offset[HeadTiles];  // a lane's part of what is to be added to all channels
+float offset[HeadTiles];  // a lane's part of the sum of share y
 #pragma unroll
 for (int n = 0; n < HeadTiles; ++n) {
   offset[n] = 0;
@@ -126,7 +133,8 @@ for (int turn = 0; turn < Turns; ++turn) {
 vec<KeyT, 2> key[Tiles + Pairs][ColumnTiles];
 float2 line[1 + Pairs][ColumnTiles];
 Fetched<StoredT, Eights, Pairs> ahead[ColumnTiles];
-vec<TailT, 2> fresh_key[Tiles + Pairs][ColumnTiles];  // the same, in the tail of packed segments
+// The same, in the tail of packed segments.
+vec<TailT, 2> fresh_key[Tiles + Pairs][ColumnTiles];
 Fetched<TailT, Eights, Pairs> fresh[ColumnTiles];
 for (int at = start < end ? start - Block : end; at < end; at += Block) {
   // Ask for the next block before this one: nothing else is as far away. After the last row comes the
@@ -153,17 +161,19 @@ for (int at = start < end ? start - Block : end; at < end; at += Block) {
         score[n][m] = filled<2>(0);
       }
     }
-    const threadgroup Two* sums_here = query_sums + part * (1 + Pairs) * HeadTiles * 4 + column / 2;
+    const threadgroup Two* sums_of_latents = query_sums + part * (1 + Pairs) * HeadTiles * 4 + column / 2;
     if (in_tail) {
-      add_scores<Tiles, ColumnTiles, HeadTiles, TailT, Packed>(fresh_key, query, line[0], sums_here, score);
+      add_scores<Tiles, ColumnTiles, HeadTiles, TailT, Packed>(
+          fresh_key, query, line[0], sums_of_latents, score);
     } else {
-      add_scores<Tiles, ColumnTiles, HeadTiles, KeyT, Packed>(key, query, line[0], sums_here, score);
+      add_scores<Tiles, ColumnTiles, HeadTiles, KeyT, Packed>(
+          key, query, line[0], sums_of_latents, score);
     }
 #pragma unroll
     for (int i = 0; i < Pairs; ++i) {
       if (part + i * Simdgroups < Shared / 8) {
         const int t = Tiles + i;
-        const threadgroup Two* sums_of_pair = sums_here + (1 + i) * HeadTiles * 4;
+        const threadgroup Two* sums_of_pair = sums_of_latents + (1 + i) * HeadTiles * 4;
         if (in_tail) {
           add_scores<1, ColumnTiles, HeadTiles, TailT, Packed>(
               fresh_key + t, query + t, line[1 + i], sums_of_pair, score);
