@@ -136,6 +136,17 @@ MSL_VECTORS(float)
 MSL_VECTORS(double)
 #undef MSL_VECTORS
 
+inline half2 operator-(half2 x, half2 y) {
+  const __half2 difference = __hsub2((const __half2&)x, (const __half2&)y);
+  return (const half2&)difference;
+}
+
+template <typename To, typename From>
+inline To as_type(From x) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits as another type");
+  return (const To&)x;
+}
+
 namespace metal {
 inline float exp(float x) { return ::expf(x); }
 inline float exp2(float x) { return ::exp2f(x); }

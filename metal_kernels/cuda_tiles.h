@@ -19,3 +19,7 @@ inline float sum_over_rows(float x) {
   x += simd_shuffle_xor(x, 8);
   return x + simd_shuffle_xor(x, 16);
 }
+inline float sum_over_columns(float x) {
+  x += simd_shuffle_xor(x, 1);
+  return x + simd_shuffle_xor(x, 2);
+}

@@ -3,8 +3,12 @@
 // and a float bias: a channel is code * scale + bias. The last group may end with channels of nothing.
 //
 // `Fetched` is what a lane holds of one row, untouched until it is wanted as numbers, so that the lane may
-// ask for the next row and go on with the last: `Eights` times 8 neighbouring channels, the first a
-// multiple of 8, and `Pairs` times 2.
+// ask for the next row and go on with the last: `Eights` times 8 neighbouring channels, 32 apart, the first
+// a multiple of 8 and all in one group, and `Pairs` times 2.
+//
+// Products are made of keys: plain channels, or code - 128, which half holds exactly, and which cancels
+// less against the bias than the code does. A channel is then key * line.x + line.y, with one line for the
+// eights of a row and one for each pair; that of plain channels is (1, 0).
 constant constexpr int GroupWords = 18;
 
 template <typename T>
@@ -25,79 +29,178 @@ inline const device uint* as_stored(const device T*, const device uint* segments
   return segments;
 }
 
-// What a channel is once it is fetched: a float only where it must be computed.
+// The type of a key.
 template <typename T>
-struct Channel {
+struct Key {
   typedef T type;
 };
 template <>
-struct Channel<uint> {
-  typedef float type;
+struct Key<uint> {
+  typedef half type;
 };
 
 template <typename T, int Eights, int Pairs>
 struct Fetched {
-  vec<T, 4> low[Eights], high[Eights];
+  Eight<T> eights[Eights];
   vec<T, 2> pairs[Pairs];
 };
 
 template <int Eights, int Pairs>
 struct Fetched<uint, Eights, Pairs> {
   vec<ushort, 4> codes[Eights];
-  float2 lines[Eights];  // scale and bias
   ushort pair_codes[Pairs];
-  float2 pair_lines[Pairs];
+  float2 lines[1 + Pairs];  // scale and bias, of the eights and of each pair
 };
 
 template <typename T, int E, int P>
-inline void fetch_eight(thread Fetched<T, E, P>& to, int i, const device T* row, int channel) {
-  to.low[i] = *(const device vec<T, 4>*)(row + channel);
-  to.high[i] = *(const device vec<T, 4>*)(row + channel + 4);
+inline void fetch_eights(thread Fetched<T, E, P>& to, const device T* row, int channel) {
+#pragma unroll
+  for (int i = 0; i < E; ++i) {
+    fetch_eight(to.eights[i], row + channel + 32 * i);
+  }
 }
 template <int E, int P>
-inline void fetch_eight(thread Fetched<uint, E, P>& to, int i, const device uint* row, int channel) {
+inline void fetch_eights(thread Fetched<uint, E, P>& to, const device uint* row, int channel) {
   const device uint* group = row + channel / 64 * GroupWords;
-  to.codes[i] = *(const device vec<ushort, 4>*)(group + channel % 64 / 4);
-  to.lines[i] = *(const device float2*)(group + 16);
+#pragma unroll
+  for (int i = 0; i < E; ++i) {
+    to.codes[i] = *(const device vec<ushort, 4>*)(group + channel % 64 / 4 + 8 * i);
+  }
+  to.lines[0] = *(const device float2*)(group + 16);
 }
 
 template <typename T, int E, int P>
 inline void fetch_pair(thread Fetched<T, E, P>& to, int i, const device T* row, int channel) {
-  to.pairs[i] = *(const device vec<T, 2>*)(row + channel);
+  to.pairs[i] = fetch<2>(row + channel);
 }
 template <int E, int P>
 inline void fetch_pair(thread Fetched<uint, E, P>& to, int i, const device uint* row, int channel) {
   const device uint* group = row + channel / 64 * GroupWords;
   to.pair_codes[i] = ((const device ushort*)group)[channel % 64 / 2];
-  to.pair_lines[i] = *(const device float2*)(group + 16);
+  to.lines[1 + i] = *(const device float2*)(group + 16);
 }
 
-inline float2 decoded(ushort codes, float2 line) {
-  return float2(codes & 255, codes >> 8) * line.x + line.y;
+// Eights from `channel` on, and pairs from `pair` on, `step` apart, as far as the row has them.
+template <typename T, int E, int P>
+inline void fetch_row(
+    thread Fetched<T, E, P>& to, const device T* row, int channel, int pair, int step, int width) {
+  fetch_eights(to, row, channel);
+#pragma unroll
+  for (int i = 0; i < P; ++i) {
+    if (pair + step * i < width) {
+      fetch_pair(to, i, row, pair + step * i);
+    }
+  }
+}
+
+// In half the bits 0x6400 + n are 1024 + n, up to n = 1023.
+inline half2 key_of(ushort codes) {
+  const uint bits = 0x64006400u | (codes & 255u) | uint(codes >> 8) << 16;
+  return as_type<half2>(bits) - as_type<half2>(0x64806480u);
 }
 
 // Channels 2 i and 2 i + 1 of all the eights.
 template <typename T, int E, int P>
-inline vec<T, 2> of_eights(thread const Fetched<T, E, P>& fetched, int i) {
-  const vec<T, 4> four = i % 4 < 2 ? fetched.low[i / 4] : fetched.high[i / 4];
-  return vec<T, 2>(four[i % 2 * 2], four[i % 2 * 2 + 1]);
+inline vec<T, 2> key_of_eights(thread const Fetched<T, E, P>& fetched, int i) {
+  return pair_of(fetched.eights[i / 4], i % 4);
 }
 template <int E, int P>
-inline float2 of_eights(thread const Fetched<uint, E, P>& fetched, int i) {
-  return decoded(fetched.codes[i / 4][i % 4], fetched.lines[i / 4]);
+inline half2 key_of_eights(thread const Fetched<uint, E, P>& fetched, int i) {
+  return key_of(fetched.codes[i / 4][i % 4]);
 }
 
 template <typename T, int E, int P>
-inline vec<T, 2> of_pairs(thread const Fetched<T, E, P>& fetched, int i) {
+inline vec<T, 2> key_of_pair(thread const Fetched<T, E, P>& fetched, int i) {
   return fetched.pairs[i];
 }
 template <int E, int P>
-inline float2 of_pairs(thread const Fetched<uint, E, P>& fetched, int i) {
-  return decoded(fetched.pair_codes[i], fetched.pair_lines[i]);
+inline half2 key_of_pair(thread const Fetched<uint, E, P>& fetched, int i) {
+  return key_of(fetched.pair_codes[i]);
 }
 
-// A pair of another type: the same, or float.
-template <typename To, typename From>
-inline vec<To, 2> converted(vec<From, 2> x) {
-  return vec<To, 2>(To(x[0]), To(x[1]));
+template <typename T, int E, int P>
+inline float2 line_of(thread const Fetched<T, E, P>&, int) {
+  return float2(1, 0);
+}
+template <int E, int P>
+inline float2 line_of(thread const Fetched<uint, E, P>& fetched, int i) {
+  const float2 line = fetched.lines[i];
+  return float2(line.x, line.y + 128 * line.x);
+}
+
+template <typename T, int N>
+using Fragments = vec<T, 2>[N];
+
+// Of M tiles of rows the keys, 4 E tiles of channels and P of pairs, and the lines, of the eights and of each
+// pair.
+template <int M, typename T, int E, int P>
+inline void as_keys(
+    thread const Fetched<T, E, P>* fetched,
+    thread Fragments<typename Key<T>::type, M>* key,
+    thread Fragments<float, M>* line) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int i = 0; i < 4 * E; ++i) {
+      key[i][m] = key_of_eights(fetched[m], i);
+    }
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      key[4 * E + i][m] = key_of_pair(fetched[m], i);
+    }
+#pragma unroll
+    for (int i = 0; i < 1 + P; ++i) {
+      line[i][m] = line_of(fetched[m], i);
+    }
+  }
+}
+
+// score += channel . query, over I tiles of channels, for M tiles of rows and N of heads; `query` is
+// as_right. Packed channels are of one line, and query_sums[4 n] are the sums of the query over them, for
+// a lane's two heads of tile n.
+template <int I, int M, int N, typename K, bool Packed>
+inline void add_scores(
+    const thread Fragments<K, M>* key,
+    const thread Fragments<float, N>* query,
+    const thread float2* line,
+    const threadgroup float2* query_sums,
+    thread Fragments<float, M>* score) {
+  float2 sum[N][M];
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      sum[n][m] = Packed ? filled<2>(0) : score[n][m];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < I; ++i) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      multiply_add<M, K, float>(key[i], query[i][n], sum[n]);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float2 whole = Packed ? query_sums[4 * n] : filled<2>(0);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      score[n][m] = Packed ? score[n][m] + sum[n][m] * line[m].x + whole * line[m].y : sum[n][m];
+    }
+  }
+}
+
+// output += share key. Where the keys are packed, shares already have the scale.
+template <int I, int M, int N, typename K>
+inline void add_outputs(
+    const thread Fragments<K, M>* key,
+    const thread Fragments<float, N>* share,
+    thread Fragments<float, N>* output) {
+#pragma unroll
+  for (int i = 0; i < I; ++i) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      multiply_add<N, float, K>(share[m], as_right<K>(key[i][m]), output[i]);
+    }
+  }
 }

@@ -19,6 +19,13 @@
 // Grid (32 * Lora / Channels, Splits, B * ceil(H / Heads)), threadgroup (32 * Lora / Channels, 1, 1): a
 // threadgroup owns the heads of one text in one split, a simdgroup Channels channels of the queries,
 // latents and outputs, and some of the shared keys' tiles of 8. It walks in blocks of Block columns.
+//
+// Of packed rows the codes are multiplied, as latents.h says. A simdgroup's channels lie in one group, so
+// with k the keys and (x, y) the line of a row there:
+//
+//     score += x (query . k) + y (sum of query)     output = sum of (share x) k + sum of share y
+//
+// The shared keys' tiles lie in one group each, and add to the score the same way. The tail stays plain.
 constexpr int Width = Lora + Shared;
 constexpr int Simdgroups = Lora / Channels;
 constexpr int Tiles = Channels / 8;
@@ -31,7 +38,8 @@ constexpr int HeadGroups = (H + Heads - 1) / Heads;
 constexpr int Turns = (HeadTiles + Simdgroups - 1) / Simdgroups;
 
 typedef float2 Two;
-typedef typename Channel<StoredT>::type KeyT;
+typedef typename Key<StoredT>::type KeyT;
+threadgroup Two query_sums[Packed ? Simdgroups * (1 + Pairs) * HeadTiles * 4 : 1];
 threadgroup Two partial[Simdgroups * HeadTiles * ColumnTiles * Tile / 2];
 threadgroup Two shares[Heads * Stride / 2];
 threadgroup float fading[Heads];
@@ -72,7 +80,9 @@ const auto rows =
 // Of 32 channels a lane takes 8 neighbours, of which 2 i and 2 i + 1 stand in tile i; the same fragment
 // is a key and a value. Queries and outputs follow that order of the channels.
 const int channel = Channels * part + 4 * column;
+const int pair = Lora + 8 * part + column;
 float2 query[Tiles + Pairs][HeadTiles];
+float2 query_sum[HeadTiles];  // over a lane's channels of one line
 #pragma unroll
 for (int i = 0; i < Tiles + Pairs; ++i) {
   const int tile = part + (i - Tiles) * Simdgroups;  // of the shared keys
@@ -85,14 +95,28 @@ for (int i = 0; i < Tiles + Pairs; ++i) {
     const float first = at < Width && head < H ? from[0] : 0.0f;
     const float second = at < Width && head + 1 < H ? from[Width] : 0.0f;
     query[i][n] = as_right<float>(float2(first, second));
+    if (Packed) {
+      query_sum[n] = (0 < i && i < Tiles ? query_sum[n] : filled<2>(0)) + float2(first, second);
+    }
+    if (Packed && i >= Tiles - 1) {
+      const float2 sum = float2(sum_over_rows(query_sum[n].x), sum_over_rows(query_sum[n].y));
+      if (row == 0) {
+        query_sums[((part * (1 + Pairs) + i - (Tiles - 1)) * HeadTiles + n) * 4 + column / 2] = sum;
+      }
+    }
   }
+}
+if (Packed) {
+  simdgroup_barrier(mem_flags::mem_threadgroup);
 }
 
 float2 output[Tiles][HeadTiles];
+float offset[HeadTiles];  // a lane's part of the sum of share y
 #pragma unroll
-for (int i = 0; i < Tiles; ++i) {
+for (int n = 0; n < HeadTiles; ++n) {
+  offset[n] = 0;
 #pragma unroll
-  for (int n = 0; n < HeadTiles; ++n) {
+  for (int i = 0; i < Tiles; ++i) {
     output[i][n] = filled<2>(0);
   }
 }
@@ -107,34 +131,18 @@ for (int turn = 0; turn < Turns; ++turn) {
 }
 
 vec<KeyT, 2> key[Tiles + Pairs][ColumnTiles];
+float2 line[1 + Pairs][ColumnTiles];
 Fetched<StoredT, Eights, Pairs> ahead[ColumnTiles];
-Fetched<TailT, Eights, Pairs> fresh[ColumnTiles];  // the same, in the tail of packed segments
+vec<TailT, 2> fresh_key[Tiles + Pairs][ColumnTiles];  // those in the tail of packed segments
 for (int at = start < end ? start - Block : end; at < end; at += Block) {
   // Ask for the next block before this one: nothing else is as far away. After the last row comes the
   // last row again, which must be some number.
-  if (at + Block < end) {
+  const int next = at + Block + row;
+  if (at + Block < end && !in_tail) {
 #pragma unroll
     for (int m = 0; m < ColumnTiles; ++m) {
-      const int next = min(at + Block + 8 * m + row, end - 1);
-      const auto fresh_row = fresh_rows + next * Width;
-      const auto stored_row = rows + next * row_size(rows, Width);
-#pragma unroll
-      for (int i = 0; i < Eights; ++i) {
-        if (in_tail) {
-          fetch_eight(fresh[m], i, fresh_row, channel + 32 * i);
-        } else {
-          fetch_eight(ahead[m], i, stored_row, channel + 32 * i);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < Pairs; ++i) {
-        const int shared = 8 * (part + i * Simdgroups) + column;
-        if (shared < Shared && in_tail) {
-          fetch_pair(fresh[m], i, fresh_row, Lora + shared);
-        } else if (shared < Shared) {
-          fetch_pair(ahead[m], i, stored_row, Lora + shared);
-        }
-      }
+      const auto from = rows + min(next + 8 * m, end - 1) * row_size(rows, Width);
+      fetch_row(ahead[m], from, channel, pair, 8 * Simdgroups, Width);
     }
   }
 
@@ -148,12 +156,25 @@ for (int at = start < end ? start - Block : end; at < end; at += Block) {
         score[n][m] = filled<2>(0);
       }
     }
+    const threadgroup Two* sums_of_latents = query_sums + part * (1 + Pairs) * HeadTiles * 4 + column / 2;
+    if (in_tail) {
+      add_scores<Tiles, ColumnTiles, HeadTiles, TailT, Packed>(
+          fresh_key, query, line[0], sums_of_latents, score);
+    } else {
+      add_scores<Tiles, ColumnTiles, HeadTiles, KeyT, Packed>(
+          key, query, line[0], sums_of_latents, score);
+    }
 #pragma unroll
-    for (int i = 0; i < Tiles + Pairs; ++i) {
-      if (i < Tiles || part + (i - Tiles) * Simdgroups < Shared / 8) {
-#pragma unroll
-        for (int n = 0; n < HeadTiles; ++n) {
-          multiply_add<ColumnTiles, KeyT, float>(key[i], query[i][n], score[n]);
+    for (int i = 0; i < Pairs; ++i) {
+      if (part + i * Simdgroups < Shared / 8) {
+        const int t = Tiles + i;
+        const threadgroup Two* sums_of_pair = sums_of_latents + (1 + i) * HeadTiles * 4;
+        if (in_tail) {
+          add_scores<1, ColumnTiles, HeadTiles, TailT, Packed>(
+              fresh_key + t, query + t, line[1 + i], sums_of_pair, score);
+        } else {
+          add_scores<1, ColumnTiles, HeadTiles, KeyT, Packed>(
+              key + t, query + t, line[1 + i], sums_of_pair, score);
         }
       }
     }
@@ -219,26 +240,40 @@ for (int at = start < end ? start - Block : end; at < end; at += Block) {
       for (int i = 0; i < Tiles; ++i) {
         output[i][n] *= fade;
       }
+      offset[n] *= fade;
     }
-#pragma unroll
-    for (int i = 0; i < Tiles; ++i) {
+    if (Packed) {
 #pragma unroll
       for (int m = 0; m < ColumnTiles; ++m) {
-        multiply_add<HeadTiles, float, KeyT>(share[m], as_right<KeyT>(key[i][m]), output[i]);
+        const int first = tile_lane(column, 0), second = tile_lane(column + 1, 0);
+        const float2 own = line[0][m];
+        const float2 scales = float2(simd_shuffle(own.x, first), simd_shuffle(own.x, second));
+        const float2 biases = float2(simd_shuffle(own.y, first), simd_shuffle(own.y, second));
+#pragma unroll
+        for (int n = 0; n < HeadTiles; ++n) {
+          offset[n] += dot(share[m][n], biases);
+          share[m][n] *= scales;
+        }
       }
+    }
+    if (in_tail) {
+      add_outputs<Tiles, ColumnTiles, HeadTiles, TailT>(fresh_key, share, output);
+    } else {
+      add_outputs<Tiles, ColumnTiles, HeadTiles, KeyT>(key, share, output);
     }
   }
 
+  if (in_tail) {
+    // (The tail is short, and a block of it more would be held by every lane of the other splits.)
+    Fetched<TailT, Eights, Pairs> fresh[ColumnTiles];
 #pragma unroll
-  for (int m = 0; m < ColumnTiles; ++m) {
-#pragma unroll
-    for (int i = 0; i < Tiles; ++i) {
-      key[i][m] = in_tail ? converted<KeyT, TailT>(of_eights(fresh[m], i)) : of_eights(ahead[m], i);
+    for (int m = 0; m < ColumnTiles; ++m) {
+      const auto from = fresh_rows + min(next + 8 * m, end - 1) * Width;
+      fetch_row(fresh[m], from, channel, pair, 8 * Simdgroups, Width);
     }
-#pragma unroll
-    for (int i = 0; i < Pairs; ++i) {
-      key[Tiles + i][m] = in_tail ? converted<KeyT, TailT>(of_pairs(fresh[m], i)) : of_pairs(ahead[m], i);
-    }
+    as_keys<ColumnTiles>(fresh, fresh_key, line);
+  } else {
+    as_keys<ColumnTiles>(ahead, key, line);
   }
 }
 
@@ -246,11 +281,13 @@ const int place = (b * plan[1] + split) * H + first_head;
 #pragma unroll
 for (int n = 0; n < HeadTiles; ++n) {
   const int head = 8 * n + row;
+  const float added = Packed ? sum_over_columns(offset[n]) : 0;
   if (first_head + head < H) {
 #pragma unroll
     for (int i = 0; i < Tiles; i += 2) {
       const auto to = outputs + (place + head) * Lora + channel + i / 4 * 32 + i % 4 * 2;
-      store<4>(to, float4(output[i][n].x, output[i][n].y, output[i + 1][n].x, output[i + 1][n].y));
+      const float4 four = float4(output[i][n].x, output[i][n].y, output[i + 1][n].x, output[i + 1][n].y);
+      store<4>(to, Packed ? four + added : four);
     }
   }
 }

@@ -36,7 +36,7 @@ ATTEND = Kernel(
     "mla_attend",
     inputs=("queries", "tail", *(f"segment{i + 1}" for i in range(SEGMENTS)), "plan"),
     outputs=("outputs", "sums"),
-    headers=("vectors.h", "tiles.h", "latents.h"),
+    headers=("vectors.h", "tiles.h", "eights.h", "latents.h"),
 )
 OUTPUT = Kernel(
     "mla_output",

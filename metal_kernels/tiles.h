@@ -63,3 +63,8 @@ inline float sum_over_rows(float x) {
   x += simd_shuffle_xor(x, 4);
   return x + simd_shuffle_xor(x, 16);
 }
+// Over the 4 lanes that hold a row of a tile.
+inline float sum_over_columns(float x) {
+  x += simd_shuffle_xor(x, 1);
+  return x + simd_shuffle_xor(x, 8);
+}

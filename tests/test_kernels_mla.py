@@ -12,7 +12,7 @@ from emulator.lint import linter
 
 from mlx_kimi.metal_kernels import mla_decode as module
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
-from mlx_kimi.metal_kernels.latents import pack, unpack
+from mlx_kimi.metal_kernels.latents import CODE_WORDS, GROUP_WORDS, pack, unpack
 from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.mla_decode import (
     NARROW,
@@ -242,6 +242,34 @@ def test_takes_quantized_matrices(form: str, bits: int, group_size: int) -> None
 @pytest.mark.parametrize("sizes", [SMALL, POCKET, Sizes(3, 64, 24, 8, 8)], ids=str)
 def test_reads_packed_latents(form: str, sizes: Sizes) -> None:
     assert_is_oracle(form, case(sizes, 13, [40, 8], B=2, packed=True))
+
+
+def with_uneven_groups(rows: mx.array) -> mx.array:
+    """Packed rows whose groups differ in scale and bias; one of each row has the scale 0."""
+    words = np.array(rows)
+    groups = words.reshape(-1, words.shape[-1] // GROUP_WORDS, GROUP_WORDS)
+    lines = groups[..., CODE_WORDS:].view(np.float32)  # scale, bias
+    rng = np.random.default_rng(7)
+    lines *= rng.choice([0.1, 1.0, 3.0], lines.shape[:2])[..., None]
+    lines[..., 1] += rng.uniform(-4, 4, lines.shape[:2])
+    row = np.arange(len(lines))
+    lines[row, row % lines.shape[1], 0] = 0
+    return mx.array(words)
+
+
+@pytest.mark.parametrize("shape", [WIDE, NARROW, NVIDIA], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(12, 128, 72, 16, 8),  # shared keys in two groups, after two of latents
+        Sizes(3, 96, 40, 8, 8),  # a group of latents and shared keys, and one of 8 shared keys
+    ],
+    ids=str,
+)
+def test_packed_channels_have_the_line_of_their_group(sizes: Sizes, shape: Shape) -> None:
+    given = case(sizes, 13, [40, 8], B=2, packed=True, spread=0.5)
+    given = given._replace(segments=[with_uneven_groups(s) for s in given.segments])
+    assert_is_oracle("kernel", given, columns=16, shape=shape)
 
 
 # The kernels round y once, and the new latent: by at most half of 2^-8, of each number itself. What
