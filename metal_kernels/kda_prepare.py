@@ -31,6 +31,18 @@ FINISH = Kernel(
 )
 
 
+class Projected(NamedTuple):
+    """What a layer's projections give for T tokens, what it remembers, and its parameters."""
+
+    x: mx.array  # [B, T, width], the input projections: q | k | v, others, and last b [H]
+    f: mx.array  # [B, T, H * D], the decay's second projection
+    taps: mx.array  # [K, 3 * H * D], the convolution, the present token's last
+    tail: mx.array  # [B, K - 1, 3 * H * D], the last tokens of q | k | v
+    lengths: mx.array | None  # [B] int32, how many tokens of each row are real; None: all T
+    A_log: mx.array  # [H]
+    dt_bias: mx.array  # [H, D]
+
+
 class Prepared(NamedTuple):
     """The arguments of the delta rule, but for its state, and the convolution's next tail."""
 
@@ -42,18 +54,11 @@ class Prepared(NamedTuple):
     tail: mx.array  # [B, K - 1, 3 * H * D]
 
 
-def kda_prepare(
-    x: mx.array,
-    f: mx.array,
-    taps: mx.array,
-    tail: mx.array,
-    lengths: mx.array | None,
-    A_log: mx.array,
-    dt_bias: mx.array,
-) -> Prepared:
+def kda_prepare(given: Projected) -> Prepared:
     """`naive_kda_prepare`, in a kernel where kernels run and take heads of this size."""
-    form = naive_kda_prepare if refused(x.shape[-1], dt_bias.shape[-1]) else kda_prepare_kernel
-    return form(x, f, taps, tail, lengths, A_log, dt_bias)
+    if refused(given.x.shape[-1], given.dt_bias.shape[-1]):
+        return naive_kda_prepare(given)
+    return kda_prepare_kernel(given)
 
 
 def kda_finish(o: mx.array, g: mx.array, norm: mx.array, eps: float) -> mx.array:
@@ -78,25 +83,9 @@ def prepared_by(width: int, D: int) -> tuple[str, str]:
 
 
 # ------------------------------------------------------------------------------------- operations
-def naive_kda_prepare(
-    x: mx.array,
-    f: mx.array,
-    taps: mx.array,
-    tail: mx.array,
-    lengths: mx.array | None,
-    A_log: mx.array,
-    dt_bias: mx.array,
-) -> Prepared:
-    """Make the arguments of the delta rule.
-
-    Args:
-        x: [B, T, width], the input projections: q | k | v, others, and last b [H].
-        f: [B, T, H * D], the decay's second projection.
-        taps: [K, 3 * H * D], the convolution, the present token's last.
-        tail: [B, K - 1, 3 * H * D], the last tokens of q | k | v.
-        lengths: [B] int32, how many tokens of each row are real; None: all T.
-        A_log: [H]. dt_bias: [H, D].
-    """
+def naive_kda_prepare(given: Projected) -> Prepared:
+    """Make the arguments of the delta rule."""
+    x, f, taps, tail, lengths, A_log, dt_bias = given
     B, T, _ = x.shape
     H, D = dt_bias.shape
     qkv, _, b = mx.split(x, [3 * H * D, x.shape[-1] - H], axis=-1)
@@ -160,16 +149,9 @@ def _last_real(window: mx.array, keep: int, T: int, lengths: mx.array | None) ->
 
 
 # ---------------------------------------------------------------------------------------- kernels
-def kda_prepare_kernel(
-    x: mx.array,
-    f: mx.array,
-    taps: mx.array,
-    tail: mx.array,
-    lengths: mx.array | None,
-    A_log: mx.array,
-    dt_bias: mx.array,
-) -> Prepared:
+def kda_prepare_kernel(given: Projected) -> Prepared:
     """`naive_kda_prepare` in one launch, within the domain of `refused`."""
+    x, f, taps, tail, lengths, A_log, dt_bias = given
     B, T, width = x.shape
     H, D = dt_bias.shape
     heads = (B, T, H, D)

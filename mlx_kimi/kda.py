@@ -14,7 +14,12 @@ from mlx_kimi.layers import RMSNorm
 from mlx_kimi.linear import FusedLinear
 from mlx_kimi.metal_kernels.kda import CHUNKED_FROM, chosen_form, decode_refused, kda
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode
-from mlx_kimi.metal_kernels.kda_prepare import kda_finish, kda_prepare, prepared_by
+from mlx_kimi.metal_kernels.kda_prepare import (
+    Projected,
+    kda_finish,
+    kda_prepare,
+    prepared_by,
+)
 
 if TYPE_CHECKING:
     from mlx_kimi.weights import Weights
@@ -51,7 +56,7 @@ class KimiDeltaAttention(nn.Module):
         f_a, g_a = mx.split(y, self._ends, axis=-1)[1:3]
         tail, state = self._memory(cache, B, y.dtype)
         f, g = self.f_b_proj(f_a), self.g_b_proj(g_a)
-        given = kda_prepare(y, f, self.taps, tail, lengths, self.A_log, self.dt_bias)
+        given = kda_prepare(Projected(y, f, self.taps, tail, lengths, self.A_log, self.dt_bias))
         o, state = kda(given.q, given.k, given.v, given.alpha, given.beta, state)
         cache.conv_tail, cache.state = given.tail, state
         return self.o_proj(kda_finish(o, g, self.o_norm.weight, self.o_norm.eps))

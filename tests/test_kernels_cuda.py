@@ -48,7 +48,7 @@ def test_the_delta_rule_compiles(dtype: mx.Dtype, D: int) -> None:
 @pytest.mark.parametrize("D", [64, 128])
 def test_what_stands_around_the_delta_rule_compiles(dtype: mx.Dtype, D: int) -> None:
     with use_backend(nvrtc):
-        kda_prepare_kernel(*prepare_case(D=D, dtype=dtype))
+        kda_prepare_kernel(prepare_case(D=D, dtype=dtype))
         gate = mx.zeros((1, 2, 2 * D), dtype)
         kda_finish_kernel(mx.zeros((1, 2, 2, D)), gate, mx.ones(D, dtype), 1e-5)
 

@@ -1,7 +1,6 @@
 """What stands around the delta rule of many tokens: float64 -> the ops form -> the kernels."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +12,7 @@ from emulator.lint import linter
 from mlx_kimi.metal_kernels import kda_prepare as module
 from mlx_kimi.metal_kernels.kda_prepare import (
     Prepared,
+    Projected,
     kda_finish_kernel,
     kda_prepare_kernel,
     naive_kda_finish,
@@ -35,18 +35,6 @@ def on_the_emulator() -> Iterator[None]:
         yield
 
 
-class Case(NamedTuple):
-    """The arguments of naive_kda_prepare."""
-
-    x: mx.array
-    f: mx.array
-    taps: mx.array
-    tail: mx.array
-    lengths: mx.array | None
-    A_log: mx.array
-    dt_bias: mx.array
-
-
 def case(
     B: int = 1,
     T: int = 20,
@@ -57,14 +45,14 @@ def case(
     lengths: list[int] | None = None,
     dtype: mx.Dtype = mx.float32,
     rate: float = 1.0,
-) -> Case:
+) -> Projected:
     rng = np.random.default_rng([B, T, H, D, K])
 
     def normal(*shape: int) -> mx.array:
         return mx.array(rng.standard_normal(shape, np.float32))
 
     width = 3 * H * D + between + H
-    return Case(
+    return Projected(
         normal(B, T, width).astype(dtype),
         normal(B, T, H * D).astype(dtype),
         (normal(K, 3 * H * D) * 0.5).astype(dtype),
@@ -79,7 +67,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def oracle(given: Case) -> Prepared:
+def oracle(given: Projected) -> Prepared:
     """In float64, from the published equations."""
     x, taps, tail = numbers(given.x), numbers(given.taps), numbers(given.tail)
     B, T, _ = x.shape
@@ -99,8 +87,8 @@ def oracle(given: Case) -> Prepared:
     return Prepared(*map(mx.array, (q * D**-0.5, k, v, alpha, beta, tails)))
 
 
-def assert_is_oracle(form: str, given: Case) -> None:
-    ours, expected = PREPARES[form](*given), oracle(given)
+def assert_is_oracle(form: str, given: Projected) -> None:
+    ours, expected = PREPARES[form](given), oracle(given)
     dtype = given.x.dtype
     for name in ("q", "k", "v"):
         found = getattr(ours, name)
@@ -164,7 +152,7 @@ def test_the_gated_norm_is_the_equation(
 def test_every_version_of_metal_takes_the_text(dtype: mx.Dtype) -> None:
     large = {*module.PREPARE.inputs, *module.FINISH.inputs} - {"lengths", "A_log"}
     with use_backend(linter(large=large)):
-        kda_prepare_kernel(*case(dtype=dtype))
+        kda_prepare_kernel(case(dtype=dtype))
         kda_finish_kernel(
             mx.zeros((1, 2, 2, 64)), mx.zeros((1, 2, 128), dtype), mx.ones(64, dtype), 1e-5
         )
