@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_kimi.bank import EMPTY, KEPT_WORTH, Bank, Counts
+from mlx_kimi.bank import EMPTY, Bank, Counts, Worth
 
 
 class Assumption:
@@ -30,7 +30,8 @@ class Assumption:
 
         slot_of, worth: [layers, experts], of which the banks have the rows.
         """
-        self._banks, self._counts, self._slot_of, self._worth = banks, counts, slot_of, worth
+        self._banks, self._counts = banks, counts
+        self._slot_of, self._worth = slot_of, Worth(worth)
         self._layers = np.arange(len(banks))[:, None]
         self._read = -1
         self._given = np.full_like(slot_of, EMPTY)  # what `_slots` were made of
@@ -70,7 +71,6 @@ class Assumption:
         where = self._given[self._layers, experts]
         if (where == EMPTY).any() or (where != self._slot_of[self._layers, experts]).any():
             return False
-        self._worth *= KEPT_WORTH  # as `Worth.note` does, for all layers at once
-        self._worth[self._layers, experts] += 1
+        self._worth.note(experts[:, None])  # [layers, one token, k]
         self._counts.asked += experts.size
         return True

@@ -63,15 +63,16 @@ class Worth:
     subsumes the LRU and LFU policies").
     """
 
-    of: npt.NDArray[np.float64]  # by expert
+    of: npt.NDArray[np.float64]  # by expert; or of several layers, [layers, experts]
     fading: float = KEPT_WORTH
 
     def note(self, chosen: npt.NDArray[np.int64]) -> None:
-        """Tokens in turn chose these experts [tokens, k]."""
-        tokens = len(chosen)
+        """Tokens in turn chose these experts: [tokens, k], or [layers, tokens, k]."""
+        tokens = chosen.shape[-2]
         faded = self.fading ** np.arange(tokens - 1, -1, -1.0)
         self.of *= self.fading**tokens
-        np.add.at(self.of, chosen, faded[:, None])
+        layers = () if self.of.ndim == 1 else (np.arange(len(self.of))[:, None, None],)
+        np.add.at(self.of, (*layers, chosen), faded[:, None])
 
 
 class Bank:

@@ -257,6 +257,10 @@ def test_what_is_worth_most_stays() -> None:
     together = Worth(np.zeros(5), fading=0.5)
     together.note(np.array([[0, 1], [0, 2], [3, 2]]))
     assert np.allclose(worth.of, together.of)
+    layers = Worth(np.zeros((2, 5)), fading=0.5)
+    layers.note(np.array([[[0, 1], [0, 2], [3, 2]], [[4, 1], [0, 4], [3, 4]]]))
+    assert layers.of[0].tolist() == together.of.tolist()
+    assert layers.of[1].tolist() == [0.5, 0.25, 0, 1, 0.25 + 0.5 + 1]
 
 
 def test_the_least_worth_makes_room(streamed: Streamed) -> None:
