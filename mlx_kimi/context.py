@@ -58,6 +58,10 @@ class Context:
         """Feed ids [1, T] to `KimiLinear.hidden`. The caller adds them to `self.ids`."""
         return self.model.hidden(ids, self.entries)
 
+    def advance(self, ids: mx.array) -> None:
+        """Feed ids [1, T] to `KimiLinear.advance`. The caller adds them to `self.ids`."""
+        self.model.advance(ids, self.entries)
+
     @contextmanager
     def whole_step(self) -> Iterator[None]:
         """Interrupted within, by Ctrl-C or anything else, tokens and cache stay as they were."""

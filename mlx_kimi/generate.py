@@ -190,13 +190,15 @@ def prefill(
             progress(done, len(ids))
         part = ids[done : done + step]
         with context.whole_step():
-            hidden = context.read(mx.array([part]))
+            if done + len(part) == len(ids):
+                last = mx.contiguous(context.read(mx.array([part]))[:, -1:])
+            else:
+                context.advance(mx.array([part]))
             context.ids += part
-        if len(context.ids) == len(ids):
-            last = mx.contiguous(hidden[:, -1:])
+        if last is not None:
             context.keep(last)
         else:
-            mx.eval(caches.arrays(context.entries))  # the last layer's output is not even computed
+            mx.eval(caches.arrays(context.entries))
             context.keep_now_and_then()
     return last, known
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -42,6 +43,10 @@ class Step:
         return Step(mx.arange(T) < counts[:, None], counts)
 
 
+def _nothing(*results: mx.array) -> None:
+    """Few tokens are computed when their results are wanted."""
+
+
 class DecoderLayer(nn.Module):
     """h = x + Attention(RMSNorm(x));  y = h + FeedForward(RMSNorm(h))."""
 
@@ -77,15 +82,32 @@ class DecoderLayer(nn.Module):
         entry: CacheEntry,
         step: Step,
         reduce: Callable[[mx.array], mx.array],
-        submit: Callable[..., None],
     ) -> tuple[mx.array, mx.array]:
         """The residual stream x, and the part that the layer before adds to it -> the same of y.
 
         A sum is made where it is normalised, so that both take one launch.
         """
+        return self.fed_forward(*self.attended(x, part, entry, step, reduce), reduce)
+
+    def attended(
+        self,
+        x: mx.array,
+        part: mx.array | None,
+        entry: CacheEntry,
+        step: Step,
+        reduce: Callable[[mx.array], mx.array],
+        submit: Callable[..., None] = _nothing,
+    ) -> tuple[mx.array, mx.array]:
+        """The first half of a call: the same of h. `entry` moves on."""
         x, normed = self.input_layernorm.of_sum(x, part)
         part = reduce(self.attend(normed, entry, step))
         submit(x, part, *entry.arrays())  # (which would keep what they are made of alive)
+        return x, part
+
+    def fed_forward(
+        self, x: mx.array, part: mx.array, reduce: Callable[[mx.array], mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        """The second half of a call: the same of h -> the same of y."""
         x, part = self.mlp.after(self.post_attention_layernorm, x, part)
         return x, reduce(part)
 
@@ -150,24 +172,39 @@ class KimiLinear(nn.Module):
             x = self.compiled(ids, cache)
         else:
             x = self.run(ids, cache, Step())
-        for entry in cache:
-            read = entry.lengths or (0,) * B
-            entry.lengths = tuple(n + new for n, new in zip(read, real, strict=True))
+        _count(cache, real)
         return x
 
-    def run(self, ids: mx.array, cache: Sequence[CacheEntry], step: Step) -> mx.array:
-        """ids [B, T] -> [B, T, hidden]; the entries' arrays move on, their lengths do not.
+    def advance(self, ids: mx.array, cache: list[CacheEntry]) -> None:
+        """Move `cache` on by ids [B, T], whose output nobody wants.
 
-        Many tokens are computed layer by layer, all but the last, which only some calls need.
+        All ends with the last layer's attention: experts after it would be read for nothing.
         """
-        x, part = self.embed_tokens.rows(ids), None
+        self._attended(ids, cache, Step())
+        _count(cache, [ids.shape[1]] * ids.shape[0])
+
+    def run(self, ids: mx.array, cache: Sequence[CacheEntry], step: Step) -> mx.array:
+        """ids [B, T] -> [B, T, hidden]; the entries' arrays move on, their lengths do not."""
+        x, part = self._attended(ids, cache, step)
+        x, part = self.layers[-1].fed_forward(x, part, self.reduce)
+        return self.norm.of_sum(x, part)[1]
+
+    def _attended(
+        self, ids: mx.array, cache: Sequence[CacheEntry], step: Step
+    ) -> tuple[mx.array, mx.array]:
+        """All but the last layer's MLP or MoE: the residual stream, and the part to add to it.
+
+        Many tokens are computed half a layer at a time.
+        """
         many = ids.shape[1] > 1 and ids.size >= SUBMITTED_FROM  # (one token may be in a graph)
         submit = Ahead().submit if many else _nothing
-        for layer, entry in zip(self.layers, cache, strict=True):
-            if part is not None:
-                submit(x, part)
-            x, part = layer(x, part, entry, step, self.reduce, submit)
-        return self.norm.of_sum(x, part)[1]
+        x = self.embed_tokens.rows(ids)
+        x, part = self.layers[0].attended(x, None, cache[0], step, self.reduce, submit)
+        for (before, layer), entry in zip(pairwise(self.layers), cache[1:], strict=True):
+            x, part = before.fed_forward(x, part, self.reduce)
+            submit(x, part)
+            x, part = layer.attended(x, part, entry, step, self.reduce, submit)
+        return x, part
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[..., hidden] after the last norm -> [..., vocab]."""
@@ -184,5 +221,8 @@ class KimiLinear(nn.Module):
         ]
 
 
-def _nothing(*results: mx.array) -> None:
-    """Few tokens are computed when their results are wanted."""
+def _count(cache: Sequence[CacheEntry], real: Sequence[int]) -> None:
+    """Note that the entries have read so many more tokens of each row."""
+    for entry in cache:
+        read = entry.lengths or (0,) * len(real)
+        entry.lengths = tuple(n + new for n, new in zip(read, real, strict=True))

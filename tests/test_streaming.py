@@ -26,6 +26,7 @@ from mlx_kimi.cli import bench, generate
 from mlx_kimi.context import Context
 from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.expert_files import OpenFile
+from mlx_kimi.generate import prefill
 from mlx_kimi.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model import KimiLinear
@@ -247,6 +248,24 @@ def test_a_step_of_many_tokens_reads_each_expert_once(streamed: Streamed) -> Non
         // layers
     )
     assert counts.bytes_read == counts.read * one_expert
+
+
+def test_only_the_last_step_of_a_prompt_asks_the_last_layer_for_experts(
+    streamed: Streamed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, whole = streamed(pocket_folder(), 4), load_model(pocket_folder())
+    visit, visited = Bank.visit, []
+
+    def noted(bank, *arguments):  # type: ignore[no-untyped-def]
+        visited.append(bank)
+        return visit(bank, *arguments)
+
+    monkeypatch.setattr(Bank, "visit", noted)
+    text = ids(70)
+    last, _ = prefill(Context(model, every=None), text, step=30)
+    assert [visited.count(bank) for bank in model.streaming.banks.values()] == [3] * 6 + [1]
+    assert_same_bits("hidden", last, prefill(Context(whole, every=None), text, step=30)[0])
+    assert_close("hidden", last, whole.hidden(mx.array([text]))[:, -1:], 1e-4)
 
 
 def test_what_is_worth_most_stays() -> None:
