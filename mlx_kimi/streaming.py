@@ -52,6 +52,7 @@ class Streaming:
     def __init__(self, files: ExpertFiles, layers: Mapping[str, list[Part]], slots: int) -> None:
         self.slots, self.counts, self.readers = slots, Counts(), Readers()
         weakref.finalize(self, _close, files, self.readers)
+        FEW_BUFFERS.while_alive(self)
         experts = max((len(p.places) for parts in layers.values() for p in parts), default=0)
         slot_of = np.full((len(layers), experts), EMPTY)
         worth = np.zeros((len(layers), experts))
@@ -102,8 +103,28 @@ def slots_for(
             f"{gigabytes(least * one_slot)} for the {least} experts a token in each layer, make "
             f"{gigabytes(fixed + least * one_slot + 10**7)}"  # (rounded up)
         )
-    mx.set_cache_limit(BUFFERS)
     return slots
+
+
+class FewBuffers:
+    """MLX keeps `BUFFERS` at most of freed arrays while any of some objects lives."""
+
+    def __init__(self) -> None:
+        self._alive = self._before = 0
+
+    def while_alive(self, owner: object) -> None:
+        if not self._alive:
+            self._before = mx.set_cache_limit(BUFFERS)
+        self._alive += 1
+        weakref.finalize(owner, self._one_less)
+
+    def _one_less(self) -> None:
+        self._alive -= 1
+        if not self._alive:
+            mx.set_cache_limit(self._before)
+
+
+FEW_BUFFERS = FewBuffers()  # the limit is the process's
 
 
 def _close(files: ExpertFiles, readers: Readers) -> None:

@@ -1,5 +1,6 @@
 """Experts from the files: the same bits whatever is in memory, clear errors when files fail."""
 
+import gc
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 from twins import twins
 
 from mlx_kimi import cache as caches
-from mlx_kimi import load, moe, stream_generate
+from mlx_kimi import load, moe, stream_generate, streaming
 from mlx_kimi.bank import Bank, Worth
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cli import bench, generate
@@ -31,7 +32,7 @@ from mlx_kimi.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.readers import Readers
-from mlx_kimi.streaming import Budget
+from mlx_kimi.streaming import BUFFERS, Budget
 
 GB = 10**9
 ROOMY = Budget(8 * GB)
@@ -420,6 +421,30 @@ def test_a_budget_has_room_for_a_context_and_no_more() -> None:
     assert model.config.model_max_length == 64
     with pytest.raises(ContextFull, match="64"):
         list(stream_generate(model, tokenizer, ids(70)))
+
+
+def test_mlx_keeps_few_buffers_as_long_as_a_budget_lasts(
+    streamed: Streamed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "FEW_BUFFERS", streaming.FewBuffers())
+
+    def limit() -> int:
+        now = mx.set_cache_limit(0)
+        mx.set_cache_limit(now)
+        return now
+
+    before = mx.set_cache_limit(3 * BUFFERS)
+    try:
+        first, second = streamed(pocket_folder(), 2), streamed(pocket_folder(), 2)
+        assert limit() == BUFFERS
+        del first
+        gc.collect()
+        assert limit() == BUFFERS
+        del second
+        gc.collect()
+        assert limit() == 3 * BUFFERS
+    finally:
+        mx.set_cache_limit(before)
 
 
 MEASURED = """
