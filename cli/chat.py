@@ -25,11 +25,13 @@ from mlx_kimi.cli.options import (
     sessions_option,
     utf8,
 )
+from mlx_kimi.config import ModelConfig
 from mlx_kimi.context import SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
 from mlx_kimi.hub import local_folder
 from mlx_kimi.identity import identity
 from mlx_kimi.load import load
+from mlx_kimi.session import refuse_longer
 from mlx_kimi.sessions import Sessions
 from mlx_kimi.streaming import Budget
 from mlx_kimi.tools import load_tools
@@ -94,10 +96,14 @@ def command(
         budget = replace(budget, snapshots=int(snapshot_memory * 1e9))
     toolbox = load_tools(tools_file) if tools_file else None
     folder = local_folder(model_or_pocket(model))
+    same = identity(folder, latent_bits, toolbox.schemas if toolbox else None)
+    if budget and resume is not None:  # likewise
+        longest = budget.tokens(ModelConfig.read(folder))
+        refuse_longer(Sessions(sessions).existing(resume), same, longest)
     chat = Chat(
         *load(folder, budget),
         sessions=Sessions(sessions),
-        identity=identity(folder, latent_bits, toolbox.schemas if toolbox else None),
+        identity=same,
         options=options,
         autosave=is_terminal,
         toolbox=toolbox,

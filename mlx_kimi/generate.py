@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_kimi import cache as caches
 from mlx_kimi.bank import Counts
 from mlx_kimi.context import Context
-from mlx_kimi.errors import ContextFull, KimiError
+from mlx_kimi.errors import ContextFull, KimiError, beyond_budget
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.sample import Sampler, Sampling
 from mlx_kimi.tokenizer import Tokenizer
@@ -159,6 +159,8 @@ def prompt_ids(
         raise KimiError("the prompt is empty")
     limit, vocab = model.config.model_max_length, model.config.vocab_size
     if len(ids) >= limit:
+        if model.streaming and model.streaming.bounds_context:
+            raise ContextFull(beyond_budget("the prompt", len(ids), limit))
         raise ContextFull(
             f"the prompt has {len(ids):,} tokens but the model's context (model_max_length) "
             f"holds {limit:,}, the answer included"

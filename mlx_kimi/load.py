@@ -76,8 +76,8 @@ def load_model(
     arrays = {name: _in_dtype(name, array, dtype) for name, array in arrays.items()}
     streaming = None
     if budget is not None:
-        config = replace(config, model_max_length=budget.tokens(config))
         streaming = _streaming(budget, reader, arrays, dtype)
+        config = replace(config, model_max_length=budget.tokens(config))
         arrays |= streaming.arrays
     elif not lazy:
         refuse_what_does_not_fit(folder, config, sum(array.nbytes for array in arrays.values()))
@@ -117,7 +117,8 @@ def _streaming(
     except BaseException:
         files.close()
         raise
-    return Streaming(files, layers, slots)
+    config = reader.config
+    return Streaming(files, layers, slots, budget.tokens(config) < config.model_max_length)
 
 
 def check(config: ModelConfig, checkpoint: Checkpoint) -> None:

@@ -25,7 +25,7 @@ from mlx_kimi import states
 from mlx_kimi.context import Context, common_prefix
 from mlx_kimi.conversation import Conversation, read_turn
 from mlx_kimi.durable import write_durably
-from mlx_kimi.errors import KimiError
+from mlx_kimi.errors import KimiError, beyond_budget
 from mlx_kimi.identity import differences
 from mlx_kimi.states import StateFile
 
@@ -65,7 +65,8 @@ class Session:
         """Read the conversation, and bring `context`, which is empty, to its end if that is stored.
 
         Raises:
-            KimiError: nothing of the conversation can be read.
+            KimiError: nothing of the conversation can be read, or its states are of more tokens
+                than the model's memory budget leaves room for.
         """
         conversation, self._files, self.notes = _read(self.folder, self.identity, context)
         self._ids = list(context.ids)
@@ -168,6 +169,8 @@ def read_session(
 def _read(
     folder: Path, identity: Mapping[str, Any], context: Context
 ) -> tuple[Conversation, list[StateFile], list[str]]:
+    if context.model.streaming:
+        refuse_longer(folder, identity, context.model.config.model_max_length)
     about, conversation, note = read_text(folder)
     notes = [note] if note else []
     unlike = differences(about.get("identity", {}), identity)
@@ -203,6 +206,19 @@ def read_text(folder: Path) -> tuple[dict[str, Any], Conversation, str]:
         if (folder / name).is_file() and (rescued := _rescued(folder / name)).turns:
             return {}, rescued, f"damaged: {len(rescued.turns)} turns could be read"
     raise KimiError(f"{folder}: no session can be read: {'; '.join(problems)}")
+
+
+def refuse_longer(folder: Path, identity: Mapping[str, Any], limit: int) -> None:
+    """Refuse a session whose states are of more tokens than a memory budget leaves room for.
+
+    Raises:
+        KimiError: they are, or nothing of the session can be read.
+    """
+    about, _, _ = read_text(folder)
+    listed = _listed(about)
+    is_used = not differences(about.get("identity", {}), identity)
+    if is_used and listed and listed[-1].end > limit:
+        raise KimiError(beyond_budget(f"the session {folder.name}", listed[-1].end, limit))
 
 
 def text_file(folder: Path) -> Path | None:
@@ -272,4 +288,4 @@ def _listed(about: Mapping[str, Any]) -> list[StateFile]:
     except TypeError:
         return []
     own = all(Path(s.file).name == s.file and s.file.endswith(states.SUFFIX) for s in files)
-    return files if own else []
+    return files if own and all(isinstance(s.end, int) for s in files) else []

@@ -44,12 +44,20 @@ class Streaming:
     """The banks of all layers, the threads that fill them, and what that has cost.
 
     Attributes:
+        bounds_context: whether the budget, and not the model, says how long a text may be.
         banks: by the path of the stacks, `model.layers.3.mlp.switch_mlp`.
         slots: of each bank.
         assumption: that a token's experts are in memory, where not all are.
     """
 
-    def __init__(self, files: ExpertFiles, layers: Mapping[str, list[Part]], slots: int) -> None:
+    def __init__(
+        self,
+        files: ExpertFiles,
+        layers: Mapping[str, list[Part]],
+        slots: int,
+        bounds_context: bool = False,
+    ) -> None:
+        self.bounds_context = bounds_context
         self.slots, self.counts, self.readers = slots, Counts(), Readers()
         weakref.finalize(self, _close, files, self.readers)
         FEW_BUFFERS.while_alive(self)

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,15 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, TAB, UP, Terminal
 
 from mlx_kimi import load
 from mlx_kimi.calls import Call
 from mlx_kimi.chat import Chat
+from mlx_kimi.cli import chat
 from mlx_kimi.cli.chat_input import PipedLines
 from mlx_kimi.cli.chat_loop import Loop
 from mlx_kimi.cli.chat_screen import PlainScreen
 from mlx_kimi.conversation import Conversation, Turn
+from mlx_kimi.identity import identity
 from mlx_kimi.session import Session, read_text
 from mlx_kimi.sessions import Sessions
 from mlx_kimi.tokenizer import load_tokenizer
@@ -438,6 +442,25 @@ def test_a_pipe_can_save_and_resume(talker: Path, folder: Path) -> None:
     done = piped(talker, folder, b"three\n", "--resume", "mine")
     assert b"mine: 2 turns" in done.stderr and b"kept)" in done.stderr
     assert [turn.text for turn in saved(folder, "mine").turns] == ["one", "two", "three"]
+
+
+def test_a_session_beyond_the_budget_is_refused_before_a_model_is_loaded(
+    talker: Path, loaded, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same, options = identity(talker, None), {"max_tokens": 4}
+    talk = Chat(*loaded, sessions=Sessions(folder), identity=same, options=options, autosave=False)
+    talk.say("one")
+    list(talk.answer())
+    talk.save_as("mine")
+    talk.session.close()
+    monkeypatch.setattr(chat, "load", None)
+    where = ["--model", str(talker), "--sessions", str(folder), "--resume", "mine"]
+    small = ["--memory-budget", "8GB", "--context", "9"]
+    result = CliRunner().invoke(chat.command, [*where, *small])
+    assert re.fullmatch(
+        r"--context must be more than the \d\d tokens of the session mine but is 9",
+        str(result.exception),
+    )
 
 
 @pytest.mark.parametrize(

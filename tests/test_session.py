@@ -23,11 +23,12 @@ from mlx_kimi import load, load_model, states
 from mlx_kimi.chat import Chat
 from mlx_kimi.context import Context
 from mlx_kimi.conversation import Conversation
-from mlx_kimi.errors import KimiError
+from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.generate import prompt_ids, stream_generate
 from mlx_kimi.identity import identity
 from mlx_kimi.session import PREVIOUS, RETURN_POINTS, TEXT, Session
 from mlx_kimi.sessions import Sessions
+from mlx_kimi.streaming import Budget
 
 IDENTITY = {"model": "m", "runtime": "0", "device": "cpu", "latent_bits": None}
 
@@ -440,6 +441,28 @@ def test_files_outside_the_folder_are_never_read(loaded, sessions) -> None:
     text.write_text(head + "\n" + body)
     again, _ = reopened(loaded, chat)
     assert again.context.ids == [] and again.conversation.turns[0].text == "one"
+
+
+def test_a_session_beyond_a_budget_is_refused_before_its_states_are_read(
+    loaded, sessions, talker, monkeypatch
+) -> None:
+    chat = new_chat(loaded, sessions)
+    talk(chat, "one", "two")
+    chat.session.close()
+    tokens, name = len(chat.context.ids), chat.session.name
+    monkeypatch.setattr(states, "restore_states", None)
+    small = Budget(8 * 10**9, context=tokens - 1)
+    again = new_chat((load_model(talker, budget=small), loaded[1]), sessions)
+    with pytest.raises(KimiError) as error:
+        again.load(name)
+    expected = f"--context must be more than the {tokens} tokens of the session {name} but is "
+    assert str(error.value) == f"{expected}{tokens - 1}"
+    monkeypatch.undo()
+    roomy = Budget(8 * 10**9, context=tokens)
+    again = new_chat((load_model(talker, budget=roomy), loaded[1]), sessions)
+    assert again.load(name) == [] and len(again.context.ids) == tokens
+    with pytest.raises(ContextFull, match=r"^--context must be more than the \d+ tokens of the pr"):
+        talk(again, "three")
 
 
 def test_control_tokens_stay_text_in_a_resumed_session(loaded, sessions) -> None:

@@ -419,7 +419,8 @@ def test_one_rank_of_several_has_no_budget() -> None:
 def test_a_budget_has_room_for_a_context_and_no_more() -> None:
     model, tokenizer = load(pocket_folder(), Budget(8 * GB, context=64))
     assert model.config.model_max_length == 64
-    with pytest.raises(ContextFull, match="64"):
+    rule = "--context must be more than the 70 tokens of the prompt but is 64"
+    with pytest.raises(ContextFull, match=rule):
         list(stream_generate(model, tokenizer, ids(70)))
 
 
