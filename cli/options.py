@@ -15,8 +15,9 @@ from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cache import check_latent_bits
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generate import MAX_TOKENS, PREFILL_STEP, check_lengths
+from mlx_kimi.memory import CONTEXT
 from mlx_kimi.sample import Sampling
-from mlx_kimi.streaming import CONTEXT, Budget
+from mlx_kimi.streaming import Budget
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

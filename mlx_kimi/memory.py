@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import mlx.core as mx
 import psutil
 
 from mlx_kimi.config import ModelConfig
+from mlx_kimi.context import SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generate import PREFILL_STEP
 from mlx_kimi.metal_kernels.attention import GPU_QUERY_BLOCK
@@ -20,7 +21,8 @@ from mlx_kimi.names import Join, tensors
 
 ANY_SIZE = "MLX_KIMI_ANY_SIZE"  # set in the environment, models load whether they fit or not
 BITS = (8, 6, 5, 4, 3, 2)  # of `convert`
-BESIDE = 2 * 10**9  # bytes of a memory budget for the program, a context and snapshots
+CONTEXT = 32_768  # tokens that a memory budget leaves room for, unless told
+BUFFERS = 256 << 20  # bytes that MLX may keep of freed arrays under a budget, to use again
 SCALES = 0.5  # bits a weight, at `convert`'s group size: a scale and a bias of 16 bits for 64
 
 
@@ -91,6 +93,22 @@ def needs(
     )
 
 
+def beside_experts(
+    wanted: Needs, context: int, snapshots: int = 0, prefill_step: int = PREFILL_STEP
+) -> int:
+    """Bytes that this process would take with a memory budget, but for its routed experts.
+
+    Args:
+        wanted: of a model whose weights are all but the routed experts'.
+        context: the longest text, in tokens.
+        snapshots: bytes of states to go back to.
+    """
+    here = psutil.Process().memory_info().rss
+    # The state before a step, and that where the prompt ended, are kept beside the present one.
+    fixed = here + BUFFERS + wanted.at(context) + 2 * wanted.state + snapshots
+    return fixed + wanted.work * max(0, prefill_step - PREFILL_STEP) // PREFILL_STEP
+
+
 def _work(config: ModelConfig, number: int) -> int:
     """Two halves of a layer at a time, as `model.SUBMITTED_FROM` says, and two blocks of scores.
 
@@ -138,9 +156,12 @@ def _or_stream(config: ModelConfig, wanted: Needs, limit: int) -> str:
         wanted.weights * sum(n for n, is_routed in sizes if is_routed) // sum(n for n, _ in sizes)
     )
     of_a_token = routed * config.num_experts_per_token // max(config.num_experts, 1)
+    context = min(CONTEXT, config.model_max_length)
+    beside = beside_experts(
+        replace(wanted, weights=wanted.weights - routed), context, SNAPSHOT_MEMORY
+    )
     budget = limit // 10**9
-    least = wanted.at(PREFILL_STEP) - routed + of_a_token + BESIDE
-    if not routed or least > budget * 10**9:
+    if not routed or beside + of_a_token > budget * 10**9:
         return ""
     return f"; or `generate` and `chat` with --memory-budget {budget}GB read experts from the disk"
 

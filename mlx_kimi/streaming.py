@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-import psutil
 
 from mlx_kimi.assumption import Assumption
 from mlx_kimi.bank import EMPTY, Bank, Counts
@@ -17,11 +16,8 @@ from mlx_kimi.config import ModelConfig
 from mlx_kimi.errors import KimiError
 from mlx_kimi.expert_files import ExpertFiles, Part
 from mlx_kimi.generate import PREFILL_STEP
-from mlx_kimi.memory import ANY_SIZE, Machine, gigabytes, needs
+from mlx_kimi.memory import ANY_SIZE, BUFFERS, CONTEXT, Machine, beside_experts, gigabytes, needs
 from mlx_kimi.readers import Readers
-
-CONTEXT = 32_768  # tokens that a budget leaves room for, unless told
-BUFFERS = 256 << 20  # bytes that MLX may keep of freed arrays, to use again
 
 
 @dataclass(frozen=True)
@@ -94,12 +90,9 @@ def slots_for(
     machine = Machine.here()
     if budget.memory > machine.limit and not os.environ.get(ANY_SIZE):
         raise KimiError(f"a memory budget of {gigabytes(budget.memory)} is too large: {machine}")
-    here = psutil.Process().memory_info().rss
     context = budget.tokens(config)
     wanted = needs(config, resident, budget.latent_bits)
-    # The state before a step, and that where the prompt ended, are kept beside the present one.
-    fixed = here + BUFFERS + wanted.at(context) + 2 * wanted.state + budget.snapshots
-    fixed += wanted.work * max(0, budget.prefill_step - PREFILL_STEP) // PREFILL_STEP
+    fixed = beside_experts(wanted, context, budget.snapshots, budget.prefill_step)
     # In every layer; 1 of a model without routed experts.
     one_slot = max(1, sum(part.nbytes for parts in layers.values() for part in parts))
     slots = min(config.num_experts, (budget.memory - fixed) // one_slot)

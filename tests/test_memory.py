@@ -1,9 +1,12 @@
 """What a model is said to need is what it takes; what does not fit is refused unread."""
 
 import gc
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
+import psutil
 import pytest
 from checkpoints import PUBLISHED_48B
 from click.testing import CliRunner
@@ -13,11 +16,13 @@ from mlx_kimi import cache as caches
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cli import info
 from mlx_kimi.config import ModelConfig
+from mlx_kimi.context import SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
 from mlx_kimi.load import load_model
 from mlx_kimi.memory import ANY_SIZE, Machine, Needs, needs, refuse_what_does_not_fit
 from mlx_kimi.model import KimiLinear
-from mlx_kimi.streaming import Budget
+from mlx_kimi.names import Join, tensors
+from mlx_kimi.streaming import Budget, slots_for
 
 GB = 10**9
 CONFIG_48B = ModelConfig.from_json(PUBLISHED_48B)
@@ -118,6 +123,28 @@ def test_what_does_not_fit_is_refused_with_a_way_out(
     assert str(error.value).endswith(streams) == (limit > 8)
     monkeypatch.setenv(ANY_SIZE, "1")
     refuse_what_does_not_fit(Path("kimi"), CONFIG_48B, BFLOAT16_48B)
+
+
+@pytest.mark.parametrize("here", [0, 5 * GB])
+def test_a_budget_is_offered_where_it_would_be_taken(
+    here: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=here))
+    routed = sum(t.join is Join.STACK and math.prod(t.shape) for t in tensors(CONFIG_48B)) * 2
+    layers = {"all": [SimpleNamespace(nbytes=routed // CONFIG_48B.num_experts)]}
+    taken, offered = [], []
+    for limit in range(6, 24):
+        machine(monkeypatch, limit * GB, 64 * GB)
+        with pytest.raises(KimiError) as error:
+            refuse_what_does_not_fit(Path("kimi"), CONFIG_48B, BFLOAT16_48B)
+        offered.append(f"--memory-budget {limit}GB" in str(error.value))
+        budget = Budget(limit * GB, snapshots=SNAPSHOT_MEMORY)
+        try:
+            slots_for(budget, CONFIG_48B, BFLOAT16_48B - routed, layers)
+            taken.append(True)
+        except KimiError:
+            taken.append(False)
+    assert offered == taken == sorted(taken) and {*taken} == {False, True}
 
 
 def test_a_load_that_cannot_fit_reads_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:

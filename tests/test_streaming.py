@@ -29,10 +29,11 @@ from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.expert_files import OpenFile
 from mlx_kimi.generate import prefill
 from mlx_kimi.load import load_model
+from mlx_kimi.memory import BUFFERS
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.readers import Readers
-from mlx_kimi.streaming import BUFFERS, Budget
+from mlx_kimi.streaming import Budget
 
 GB = 10**9
 ROOMY = Budget(8 * GB)
