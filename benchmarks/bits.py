@@ -25,11 +25,12 @@ from mlx_kimi.checkpoint import Checkpoint
 from mlx_kimi.config import ModelConfig, read_json
 from mlx_kimi.convert import quality
 from mlx_kimi.convert.blocks import Source
-from mlx_kimi.convert.convert import convert, shown
+from mlx_kimi.convert.convert import convert
 from mlx_kimi.convert.folder import copy_files
 from mlx_kimi.convert.pieces import read
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
 from mlx_kimi.load import load
+from mlx_kimi.memory import human_size
 from mlx_kimi.names import tensors
 from mlx_kimi.weights import Weights
 
@@ -156,7 +157,7 @@ def main() -> None:
 
 
 def size(folder: Path) -> str:
-    return shown((folder / "model.safetensors").stat().st_size)
+    return human_size((folder / "model.safetensors").stat().st_size)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ from mlx_kimi.bench import Progress as OnProgress
 from mlx_kimi.cli import show
 from mlx_kimi.cli.options import budget_options, model_or_pocket, prefill_step_option
 from mlx_kimi.config import ModelConfig
-from mlx_kimi.convert.convert import shown
 from mlx_kimi.errors import KimiError
 from mlx_kimi.hub import local_folder
 from mlx_kimi.load import load
+from mlx_kimi.memory import human_size
 from mlx_kimi.metal_kernels.kernel import backend
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.names import tensors
@@ -180,7 +180,7 @@ def _heading(facts: dict[str, Any]) -> list[str]:
     kernels = "with our kernels" if machine["kernels"] else "without our kernels"
     return [
         f"{model['name']}, {stored}, on {machine.get('device_name', '?')} ({machine['device']})",
-        f"{shown(model['weights_memory'])} of weights; mlx_kimi {versions['mlx_kimi']}, "
+        f"{human_size(model['weights_memory'])} of weights; mlx_kimi {versions['mlx_kimi']}, "
         f"mlx {versions['mlx']} {kernels}",
     ]
 
@@ -200,8 +200,8 @@ def _line(row: Row) -> str:
             f"{row.token_time * 1e3:.2f}",
             f"{row.host_time * 1e3:.2f}",
             row.bound_by,
-            shown(row.active_memory),
-            shown(row.peak_memory),
+            human_size(row.active_memory),
+            human_size(row.peak_memory),
         ]
     )
 

@@ -16,6 +16,7 @@ from mlx_kimi.cli import chat_settings, show
 from mlx_kimi.cli.chat_clipboard import copy
 from mlx_kimi.cli.chat_file import file_message
 from mlx_kimi.errors import KimiError
+from mlx_kimi.memory import human_size
 
 if TYPE_CHECKING:
     from mlx_kimi.cli.chat_loop import Loop
@@ -131,10 +132,10 @@ def stats(loop: Loop, argument: str) -> None:
     cache = sum(array.nbytes for array in caches.arrays(context.entries))
     lines = [
         f"context    {loop.used()}",
-        f"state      {show.size(cache)}, and {len(context.kept)} snapshots to go back to: "
-        f"{show.size(context.snapshot_bytes)} of at most {show.size(context.memory)}",
-        f"memory     {show.size(mx.get_active_memory())} now, "
-        f"{show.size(mx.get_peak_memory())} at most",
+        f"state      {human_size(cache)}, and {len(context.kept)} snapshots to go back to: "
+        f"{human_size(context.snapshot_bytes)} of at most {human_size(context.memory)}",
+        f"memory     {human_size(mx.get_active_memory())} now, "
+        f"{human_size(mx.get_peak_memory())} at most",
         f"session    {chat.session.name if chat.session else 'not kept'}",
     ]
     if last:

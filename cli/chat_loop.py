@@ -13,6 +13,7 @@ from mlx_kimi.cli.chat_screen import Screen, TerminalScreen
 from mlx_kimi.cli.options import check_utf8
 from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.generate import Stats
+from mlx_kimi.memory import human_size
 
 ROUNDS = 8  # answers in a row that may call tools, before the user is asked to go on
 DENIED = "The user did not allow this call."
@@ -157,8 +158,8 @@ def toolbar(loop: Loop) -> str:
     parts = [loop.used()]
     if loop.stats:
         parts.append(f"{loop.stats.generation_speed:.1f} tok/s")
-    parts.append(f"{show.size(mx.get_active_memory())} memory")
-    parts.append(f"{show.size(loop.chat.context.snapshot_bytes)} snapshots")
+    parts.append(f"{human_size(mx.get_active_memory())} memory")
+    parts.append(f"{human_size(loop.chat.context.snapshot_bytes)} snapshots")
     if loop.attached:
         parts.append(f"{len(loop.attached)} files attached")
     return " · ".join(parts)
@@ -168,5 +169,5 @@ def status(chat: Chat, stats: Stats) -> str:
     """The line below an answer that is being written."""
     limit = chat.model.config.model_max_length
     used = _share(stats.prompt_tokens + stats.generated_tokens, limit)
-    memory = show.size(mx.get_active_memory())
+    memory = human_size(mx.get_active_memory())
     return f"{stats.generation_speed:.1f} tok/s · {used} · {memory} memory · Ctrl-C stops"

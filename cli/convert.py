@@ -22,13 +22,14 @@ from rich.progress import (
 
 from mlx_kimi.cli import quality
 from mlx_kimi.config import QUANTIZATION_MODES
-from mlx_kimi.convert.convert import Outlook, Report, convert, shown
+from mlx_kimi.convert.convert import Outlook, Report, convert
 from mlx_kimi.convert.partial import partial_of
 from mlx_kimi.convert.plan import DTYPES
 from mlx_kimi.convert.quality import TOKENS
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
 from mlx_kimi.convert.write import Progress as OnProgress
 from mlx_kimi.hub import local_folder
+from mlx_kimi.memory import human_size
 
 Hidden = Callable[[], AbstractContextManager[object]]
 
@@ -186,16 +187,17 @@ def _bar(console: Console) -> Iterator[tuple[OnProgress, Hidden]]:
 
 
 def _print_outlook(outlook: Outlook) -> None:
-    size = shown(outlook.out_bytes)
+    size = human_size(outlook.out_bytes)
     if outlook.left_bytes < outlook.out_bytes:
-        size = f"going on: {shown(outlook.left_bytes)} of {size}"
+        size = f"going on: {human_size(outlook.left_bytes)} of {size}"
     if outlook.source_at_once:
-        size += f" to write, and at most {shown(outlook.source_at_once)} of the source at a time"
+        at_once = human_size(outlook.source_at_once)
+        size += f" to write, and at most {at_once} of the source at a time"
     else:
         size += " to write"
     click.echo(
-        f"{size}, {shown(outlook.free)} free on that disk; "
-        f"at most {shown(outlook.memory)} of memory",
+        f"{size}, {human_size(outlook.free)} free on that disk; "
+        f"at most {human_size(outlook.memory)} of memory",
         err=True,
     )
 
@@ -203,8 +205,8 @@ def _print_outlook(outlook: Outlook) -> None:
 def _print_report(report: Report) -> None:
     files = "1 file" if report.shards == 1 else f"{report.shards} files"
     click.echo(
-        f"{report.out}: {shown(report.out_bytes)} in {files}, made from "
-        f"{shown(report.source_bytes)}; {report.bits_per_weight:.3f} bits per weight, "
+        f"{report.out}: {human_size(report.out_bytes)} in {files}, made from "
+        f"{human_size(report.source_bytes)}; {report.bits_per_weight:.3f} bits per weight, "
         f"{report.seconds:.1f} s",
         err=True,
     )

@@ -12,14 +12,13 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_kimi.cache import check_latent_bits
-from mlx_kimi.cli import show
 from mlx_kimi.cli.options import model_or_pocket
 from mlx_kimi.errors import KimiError
 from mlx_kimi.hub import local_folder
 from mlx_kimi.kda import KimiDeltaAttention
 from mlx_kimi.layers import MLP
 from mlx_kimi.load import load_model
-from mlx_kimi.memory import Machine, needs
+from mlx_kimi.memory import Machine, human_size, needs
 from mlx_kimi.metal_kernels.kernel import OFF, backend
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.names import tensors
@@ -64,14 +63,14 @@ def _memory(network: KimiLinear, context: int | None, latent_bits: int | None) -
     weights = sum(array.nbytes for _, array in parameters)
     wanted, machine = needs(config, weights, latent_bits), Machine.here()
     yield (
-        f"memory        {show.size(wanted.weights)} weights, {show.size(wanted.state)} state, "
-        f"{show.size(wanted.latent)} a token of context, about {show.size(wanted.work)} to work"
+        f"memory        {human_size(wanted.weights)} weights, {human_size(wanted.state)} state, "
+        f"{human_size(wanted.latent)} a token of context, about {human_size(wanted.work)} to work"
     )
     lengths = [n for n in LENGTHS if n < config.model_max_length] + [config.model_max_length]
     for length in lengths if context is None else [context]:
         total = wanted.at(length)
         fits = "fits" if total <= machine.limit else "does not fit"
-        yield f"  {length:>11,} tokens  {show.size(total):>9}  {fits}"
+        yield f"  {length:>11,} tokens  {human_size(total):>9}  {fits}"
     longest = wanted.longest(machine.limit, config.model_max_length)
     yield f"here          {machine}: " + (
         f"up to {longest:,} tokens" if longest else "it does not fit; a load says what would"

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from mlx_kimi.cli import show
 from mlx_kimi.cli.options import read_text
 from mlx_kimi.config import ModelConfig
-from mlx_kimi.convert.convert import shown
 from mlx_kimi.convert.quality import (
     LayerQuality,
     Quality,
@@ -24,6 +23,7 @@ from mlx_kimi.convert.quality import (
     write,
 )
 from mlx_kimi.hub import local_folder
+from mlx_kimi.memory import human_size
 
 COLUMNS = (  # two lines of title, family of weights
     ("q, k,", "v", "q, k, v"),
@@ -57,7 +57,7 @@ def sample(source: str, report: bool, file: Path | None) -> list[int] | None:
 def compare(source: Path, out: Path, ids: list[int]) -> None:
     """Measure what the conversion of `source` to `out` cost, print it and write it into `out`."""
     limit = peak_memory(ModelConfig.read(out))
-    click.echo(f"comparing with the source: at most {shown(limit)} of memory", err=True)
+    click.echo(f"comparing with the source: at most {human_size(limit)} of memory", err=True)
     columns = (
         TextColumn("layer {task.completed} of {task.total}"),
         BarColumn(),

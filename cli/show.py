@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from mlx_kimi.bank import Counts
 from mlx_kimi.evaluate import Distance
 from mlx_kimi.generate import Stats
+from mlx_kimi.memory import human_size
 
 # Joiners of emoji and of Arabic and Indic scripts are format characters like those that turn the
 # direction of text, which could make it read as something else.
@@ -43,7 +44,7 @@ def speeds(stats: Stats) -> str:
         f"prompt {stats.prompt_tokens} tokens{cached}, {stats.prompt_speed:.1f} tok/s | "
         f"answer {stats.generated_tokens} tokens, {stats.generation_speed:.1f} tok/s | "
         f"first token {stats.time_to_first_token:.2f} s | "
-        f"peak memory {stats.peak_memory / 1e9:.2f} GB"
+        f"peak memory {human_size(stats.peak_memory)}"
         + (f" | {experts(stats.experts, stats.generated_tokens - 1)}" if stats.experts else "")
     )
 
@@ -52,7 +53,7 @@ def experts(counts: Counts, tokens: int) -> str:
     """What reading experts from the disk cost for so many tokens."""
     each = counts.bytes_read / max(tokens, 1)
     return (
-        f"experts {counts.hit_rate:.1%} in memory, {size(each)} a token read, "
+        f"experts {counts.hit_rate:.1%} in memory, {human_size(each)} a token read, "
         f"waited {counts.waited:.2f} s"
     )
 
@@ -64,15 +65,6 @@ def distance(found: Distance) -> list[str]:
         f"99 % below {found.high_kl:.5f}",
         f"same likeliest  {found.agreement:.2%} of the tokens",
     ]
-
-
-def size(count: float) -> str:
-    """Bytes in a person's units."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 @contextmanager

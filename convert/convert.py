@@ -34,6 +34,7 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.hub import is_folder, local_folder
 from mlx_kimi.hub_weights import HubWeights
 from mlx_kimi.load import check
+from mlx_kimi.memory import human_size
 from mlx_kimi.names import Tensor, tensors
 
 
@@ -154,11 +155,6 @@ def convert(
     )
 
 
-def shown(nbytes: int) -> str:
-    """A size for people: 27.64 GB, 1.18 MB."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
-
-
 def _check_unquantized(folder: Path, config: ModelConfig) -> None:
     found = config.quantization
     if found is not None:
@@ -191,10 +187,10 @@ def _outlook(out: Path, whole: int, written: int, memory: int, a_shard: int, the
     left, to_download = whole - written, max(a_shard - there, 0)
     free = shutil.disk_usage(out.parent).free
     if left + to_download > free:
-        rest = f"{shown(left)} of {shown(whole)}" if written else shown(left)
+        rest = f"{human_size(left)} of {human_size(whole)}" if written else human_size(left)
         if to_download:
-            rest += f", and {shown(to_download)} for a shard of the source at a time,"
-        raise KimiError(f"{out}: needs {rest} but its disk has {shown(free)} free")
+            rest += f", and {human_size(to_download)} for a shard of the source at a time,"
+        raise KimiError(f"{out}: needs {rest} but its disk has {human_size(free)} free")
     return Outlook(whole, left, memory, free, a_shard)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from mlx_kimi.errors import KimiError
 from mlx_kimi.load import load
+from mlx_kimi.memory import human_size
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.tokenizer import Tokenizer
 
@@ -177,8 +178,8 @@ def _kept(place: Path, ids: list[int], window: int, vocab: int) -> Any:
     size, free = rows * vocab * 4, shutil.disk_usage(place).free
     if size > free:
         raise KimiError(
-            f"the predictions of {rows:,} tokens take {size / 1e9:.2f} GB but {place} has "
-            f"{free / 1e9:.2f} GB free; --tokens takes fewer"
+            f"the predictions of {rows:,} tokens take {human_size(size)} but {place} has "
+            f"{human_size(free)} free; --tokens takes fewer"
         )
     return np.lib.format.open_memmap(place / "kept.npy", "w+", np.float32, (rows, vocab))
 

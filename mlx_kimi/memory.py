@@ -67,7 +67,7 @@ class Machine:
         return Machine(limit, int(info["memory_size"]), "this Mac gives its GPU")
 
     def __str__(self) -> str:
-        return f"{self.what} {gigabytes(self.limit)} of {gigabytes(self.total)}"
+        return f"{self.what} {human_size(self.limit)} of {human_size(self.total)}"
 
 
 def needs(
@@ -133,8 +133,8 @@ def refuse_what_does_not_fit(folder: Path, config: ModelConfig, weights: int) ->
     if os.environ.get(ANY_SIZE) or wanted.at(PREFILL_STEP) <= machine.limit:
         return
     raise KimiError(
-        f"{folder}: needs {gigabytes(wanted.weights)} for its weights and about "
-        f"{gigabytes(wanted.at(PREFILL_STEP) - wanted.weights)} to work, but {machine}; "
+        f"{folder}: needs {human_size(wanted.weights)} for its weights and about "
+        f"{human_size(wanted.at(PREFILL_STEP) - wanted.weights)} to work, but {machine}; "
         f"{_advice(config, wanted, machine.limit)}{_or_stream(config, wanted, machine.limit)}"
     )
 
@@ -145,7 +145,7 @@ def _advice(config: ModelConfig, wanted: Needs, limit: int) -> str:
     for bits in BITS:
         size = int(count * (bits + SCALES) / 8)
         if size <= room and size < wanted.weights:
-            return f"`mlx_kimi convert --bits {bits}` makes {gigabytes(size)} of it"
+            return f"`mlx_kimi convert --bits {bits}` makes {human_size(size)} of it"
     return f"no quantization of it fits; {ANY_SIZE}=1 in the environment loads it all the same"
 
 
@@ -175,5 +175,9 @@ def wire() -> None:
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
 
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
+def human_size(count: float) -> str:
+    """Bytes for people: 27.64 GB, 1.18 MB, 36 kB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit / 10:
+            return f"{count / unit:.2f} {name}"
+    return f"{count / 1e3:.0f} kB" if count >= 1e3 else f"{count:.0f} B"

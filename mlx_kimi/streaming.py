@@ -16,7 +16,7 @@ from mlx_kimi.config import ModelConfig
 from mlx_kimi.errors import KimiError
 from mlx_kimi.expert_files import ExpertFiles, Part
 from mlx_kimi.generate import PREFILL_STEP
-from mlx_kimi.memory import ANY_SIZE, BUFFERS, CONTEXT, Machine, beside_experts, gigabytes, needs
+from mlx_kimi.memory import ANY_SIZE, BUFFERS, CONTEXT, Machine, beside_experts, human_size, needs
 from mlx_kimi.readers import Readers
 
 
@@ -89,7 +89,7 @@ def slots_for(
     """
     machine = Machine.here()
     if budget.memory > machine.limit and not os.environ.get(ANY_SIZE):
-        raise KimiError(f"a memory budget of {gigabytes(budget.memory)} is too large: {machine}")
+        raise KimiError(f"a memory budget of {human_size(budget.memory)} is too large: {machine}")
     context = budget.tokens(config)
     wanted = needs(config, resident, budget.latent_bits)
     fixed = beside_experts(wanted, context, budget.snapshots, budget.prefill_step)
@@ -99,10 +99,10 @@ def slots_for(
     least = min(config.num_experts, config.num_experts_per_token)
     if slots < least:
         raise KimiError(
-            f"a memory budget of {gigabytes(budget.memory)} is too small: {gigabytes(fixed)} for "
+            f"a memory budget of {human_size(budget.memory)} is too small: {human_size(fixed)} for "
             f"all but the routed experts and {context:,} tokens of context, and "
-            f"{gigabytes(least * one_slot)} for the {least} experts a token in each layer, make "
-            f"{gigabytes(fixed + least * one_slot + 10**7)}"  # (rounded up)
+            f"{human_size(least * one_slot)} for the {least} experts a token in each layer, make "
+            f"{human_size(fixed + least * one_slot + 10**7)}"  # (rounded up)
         )
     return slots
 

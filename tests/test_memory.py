@@ -19,7 +19,7 @@ from mlx_kimi.config import ModelConfig
 from mlx_kimi.context import SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
 from mlx_kimi.load import load_model
-from mlx_kimi.memory import ANY_SIZE, Machine, Needs, needs, refuse_what_does_not_fit
+from mlx_kimi.memory import ANY_SIZE, Machine, Needs, human_size, needs, refuse_what_does_not_fit
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.names import Join, tensors
 from mlx_kimi.streaming import Budget, slots_for
@@ -151,7 +151,7 @@ def test_a_load_that_cannot_fit_reads_no_weight(monkeypatch: pytest.MonkeyPatch)
     machine(monkeypatch, 10 * 10**6, 20 * 10**6)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    with pytest.raises(KimiError, match="needs 0.01 GB for its weights"):
+    with pytest.raises(KimiError, match=r"needs 7\.51 MB for its weights"):
         load_model(pocket_folder())
     assert mx.get_peak_memory() - before < 10**5
 
@@ -163,7 +163,7 @@ def test_info_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 270 * 10**6, 500 * 10**6)
     fits = [line.endswith(" fits") for line in said().splitlines() if " tokens  " in line]
     assert fits == [True, False]  # 4,096 and 32,768
-    assert "1,000 tokens     248 MB  fits" in said("--context", "1000")
+    assert "1,000 tokens    0.25 GB  fits" in said("--context", "1000")
     machine(monkeypatch, 10**6, 500 * 10**6)
     assert "does not fit; a load says what would" in said()
     result = CliRunner().invoke(info.command, ["--context", "40000"])
@@ -171,6 +171,22 @@ def test_info_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         str(result.exception) == "--context must be at most model_max_length = 32,768 but is 40,000"
     )
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (999, "999 B"),
+        (36_400, "36 kB"),
+        (100_000, "0.10 MB"),
+        (1_184_000, "1.18 MB"),
+        (99_000_000, "99.00 MB"),
+        (100_000_000, "0.10 GB"),
+        (27_640_000_000, "27.64 GB"),
+    ],
+)
+def test_a_size_is_said_in_the_unit_that_suits_it(count: int, said: str) -> None:
+    assert human_size(count) == said
 
 
 def test_this_machine_has_memory() -> None:

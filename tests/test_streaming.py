@@ -495,7 +495,9 @@ def test_generate_says_what_reading_experts_cost(few_slots: list[str]) -> None:
     streamed = CliRunner().invoke(generate.command, [*asked, *few_slots])
     assert streamed.exit_code == 0
     assert streamed.stdout == plain.stdout
-    assert re.search(r"experts \d\d\.\d% in memory, \d+ kB a token read, waited", streamed.stderr)
+    assert re.search(
+        r"experts \d\d\.\d% in memory, 0\.\d\d MB a token read, waited", streamed.stderr
+    )
     assert "experts" not in plain.stderr
     result = CliRunner().invoke(generate.command, [*asked, *few_slots, "--json"])
     experts = json.loads(result.stdout)["experts"]
