@@ -13,12 +13,15 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+import ziglang
+
 from .instrument import instrument
 
 HERE = Path(__file__).parent
 SHIM = HERE / "shim"
 RUNTIME = HERE / "runtime"
 
+ZIG = Path(ziglang.__file__).with_name("zig")  # what `python -m ziglang` starts
 MACHINE = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
 DARWIN = sys.platform == "darwin"
 TARGET = f"{MACHINE}-apple-macos13" if DARWIN else f"{MACHINE}-linux-gnu"
@@ -52,9 +55,7 @@ class CompileError(Exception):
 
 def run(*arguments: str) -> str:
     """One command of the toolchain; its messages, or a CompileError with them."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ziglang", *arguments], capture_output=True, text=True
-    )
+    done = subprocess.run([ZIG, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise CompileError(done.stderr)
     return done.stdout
