@@ -75,7 +75,8 @@ def kernel_library(text: str) -> Path:
         run("clang", *CODEGEN, str(instrumented), "-o", str(unit))
         _link(unit, folder / "library")
 
-    return cached(build, text, _shim(), repr(LANGUAGE + SANITIZED + CODEGEN))
+    flags = [flag for flag in LANGUAGE + SANITIZED + CODEGEN if not flag.startswith(str(SHIM))]
+    return cached(build, text, _shim(), repr(flags))
 
 
 @cache

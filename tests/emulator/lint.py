@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def lint(
             ones too, one at a time and together: MLX puts those into another address space.
     """
     flexible = [name for name in inputs if name not in {*scalars, *large}]
-    for small in _each({*flexible}, *({name} for name in flexible), set()):
+
+    def check(small: set[str]) -> None:
         arguments = [
             Input(name, dtype, 0 if name in scalars else 1, name in small or name in scalars)
             for name, dtype in inputs.items()
@@ -67,6 +69,9 @@ def lint(
             kernel.name, arguments, list(outputs.items()), kernel.source, kernel.header, template
         )
         lint_text(kernel.name, metal)
+
+    with ThreadPoolExecutor() as pool:  # which wait for a process each
+        list(pool.map(check, _each({*flexible}, *({name} for name in flexible), set())))
 
 
 def linter(large: Collection[str] = ()) -> Callable[[Kernel], Callable[..., list[mx.array]]]:
