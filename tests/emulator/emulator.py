@@ -158,9 +158,12 @@ metal_kernel = EmulatedKernel
 
 
 @cache
-def emulator(kernel: Kernel) -> EmulatedKernel:
+def emulator(kernel: Kernel, schedules: tuple[int, ...] = SCHEDULES) -> EmulatedKernel:
     """The backend: `with use_backend(emulator): ...`."""
-    return EmulatedKernel(kernel.name, kernel.inputs, kernel.outputs, kernel.source, kernel.header)
+    return EmulatedKernel(
+        *(kernel.name, kernel.inputs, kernel.outputs, kernel.source, kernel.header),
+        schedules=schedules,
+    )
 
 
 @cache
