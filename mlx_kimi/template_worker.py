@@ -2,7 +2,7 @@
 
 It is run as a file by `python -I`, so that it imports jinja2 and the standard library alone. A
 template is code from a downloaded folder: here it can neither hold up nor fill up the program
-that uses it, because the parent kills this process at a deadline (chat_template.py).
+that uses it, because the parent kills this process at a deadline (template_renderer.py).
 """
 
 import json
