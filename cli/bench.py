@@ -91,9 +91,10 @@ def command(
     _check_files(json_file, plot_file)
     folder = local_folder(model_or_pocket(model))
     config = ModelConfig.read(folder)
-    most = budget.tokens(config) if budget and budget.context else config.model_max_length
     for length in lengths:  # before gigabytes are read
-        check_fits(length, tokens, most)
+        check_fits(length, tokens, config.model_max_length)
+        if budget and budget.context:
+            check_fits(length, tokens, budget.context, "--context")
     if budget:  # room for what is measured, unless told
         budget = replace(budget, context=budget.context or max(lengths) + tokens + 1)
     network, tokenizer = load(folder, budget)

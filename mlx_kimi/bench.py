@@ -176,13 +176,18 @@ def check_settings(tokens: int, repeats: int, prefill_step: int = PREFILL_STEP) 
     check_lengths(tokens, prefill_step)
 
 
-def check_fits(length: int, tokens: int, limit: int) -> None:
-    """Refuse a context that is empty, or leaves no room for what is read and generated after it."""
+def check_fits(
+    length: int, tokens: int, limit: int, whose: str = "the model's context (model_max_length)"
+) -> None:
+    """Refuse a context that is empty, or leaves no room for what is read and generated after it.
+
+    `whose`: what has the `limit`, for the error.
+    """
     most = limit - tokens - 1
     if not 1 <= length <= most:
         raise KimiError(
-            f"a context must have from 1 to {most:,} tokens but has {length:,}: the model's "
-            f"context (model_max_length) holds {limit:,}, and {tokens + 1:,} follow"
+            f"a context must have from 1 to {most:,} tokens but has {length:,}: {whose} holds "
+            f"{limit:,}, and {tokens + 1:,} follow"
         )
 
 

@@ -527,6 +527,14 @@ def test_bench_measures_a_budget(few_slots: list[str]) -> None:
     assert re.search(r"experts \d\d\.\d% in memory", result.stdout)
 
 
+def test_bench_measures_no_context_beyond_its_budget() -> None:
+    options = ["--contexts", "60", "--tokens", "4", "--memory-budget", "8GB", "--context", "64"]
+    result = CliRunner().invoke(bench.command, options)
+    assert str(result.exception) == (
+        "a context must have from 1 to 59 tokens but has 60: --context holds 64, and 5 follow"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
