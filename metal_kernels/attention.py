@@ -43,13 +43,16 @@ class Block(NamedTuple):
         return Block(self.start, self.keys[:, :, :count], self.values[:, :, :count], real)
 
 
-def attend(queries: mx.array, blocks: Iterable[Block], scale: float, first: int) -> mx.array:
+def attend(
+    queries: mx.array, blocks: Iterable[Block], scale: float, first: int, ahead: Ahead | None = None
+) -> mx.array:
     """softmax(scale * queries keys^T) values over all blocks together.
 
     Query t stands at column `first` + t and sees the real columns up to its own.
 
     Args:
         queries: [B, H, T, Dk].
+        ahead: takes the work on each block; None: one of this call's own.
 
     Returns:
         [B, H, T, Dv] in the queries' dtype; zeros for a query that sees no key.
@@ -60,7 +63,7 @@ def attend(queries: mx.array, blocks: Iterable[Block], scale: float, first: int)
     # rounded so; keys are copied to float32, one block at a time.
     scaled = queries.astype(mx.float32) * scale
     rows = [_Rows(scaled[:, :, start : start + size], first + start) for start in range(0, T, size)]
-    ahead = Ahead()
+    ahead = ahead or Ahead()
     for group in _groups(blocks, ONE_TOKEN_COLUMNS if T == 1 else 0):
         for part in rows:
             part.meet(group)

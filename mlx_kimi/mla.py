@@ -49,12 +49,19 @@ class MultiHeadLatentAttention(nn.Module):
         self.scale = config.qk_head_dim**-0.5
 
     def __call__(
-        self, x: mx.array, cache: LatentCache, real: mx.array | None, plan: Plan | None = None
+        self,
+        x: mx.array,
+        cache: LatentCache,
+        real: mx.array | None,
+        plan: Plan | None = None,
+        ahead: Ahead | None = None,
     ) -> mx.array:
         """x [B, T, hidden] -> [B, T, hidden]; `cache` takes up T latents.
 
-        `real` [B, T] marks what is not padding; None: everything. `plan`: that of `cache`, for one
-        token; None: it is made here.
+        Args:
+            real: [B, T], marks what is not padding; None: everything.
+            plan: that of `cache`, for one token; None: it is made here.
+            ahead: takes the work on each block of columns; None: one of this call's own.
         """
         B, T, _ = x.shape
         if T == 1 and real is None and self.decode_refused(cache) is None:
@@ -65,10 +72,11 @@ class MultiHeadLatentAttention(nn.Module):
         past = cache.columns
         cache.append(mx.concatenate([self.kv_a_layernorm(latent), shared], axis=-1), real)
         if T >= EXPAND_FROM and self.prefill_refused(cache) is None:
-            return self.o_proj(self._prefill(x, cache, past).reshape(B, T, -1))
+            o = self._prefill(x, cache, past, ahead or Ahead())  # [B, T, H, v]
+            return self.o_proj(o.reshape(B, T, -1))
         q = q.reshape(B, T, heads, -1).transpose(0, 2, 1, 3)  # [B, H, T, nope + shared]
         attention = self._expanded if T >= EXPAND_FROM else self._absorbed
-        o = attention(q, cache, past)  # [B, H, T, v]
+        o = attention(q, cache, past, ahead or Ahead())  # [B, H, T, v]
         return self.o_proj(o.transpose(0, 2, 1, 3).reshape(B, T, -1))
 
     def forms(self) -> list[tuple[str, str, str]]:
@@ -120,13 +128,13 @@ class MultiHeadLatentAttention(nn.Module):
         matrices = (self.embed_q.matrix, self.unembed_out.matrix)
         return LatentWeights(*matrices, norm.weight, norm.eps, self.scale)
 
-    def _prefill(self, x: mx.array, cache: LatentCache, past: int) -> mx.array:
+    def _prefill(self, x: mx.array, cache: LatentCache, past: int, ahead: Ahead) -> mx.array:
         """Each block of latents becomes keys and values, to which a kernel attends.
 
         `x` [B, T, width of in_proj], whose tokens stand behind the `past` columns: [B, T, H, v].
         """
         sums: tuple[mx.array, mx.array] | None = None  # log of the total, output
-        ahead, start = Ahead(), 0
+        start = 0
         for latents in _joined_blocks(cache, self.width, x.dtype):
             dtype = x.dtype if latents.shape[1] == cache.columns else mx.float32
             # (No name here keeps what the sums are made of: they may take its place in memory.)
@@ -153,7 +161,7 @@ class MultiHeadLatentAttention(nn.Module):
         found = log_total[..., None], output
         return found if sums is None else together(*sums, *found)
 
-    def _absorbed(self, q: mx.array, cache: LatentCache, past: int) -> mx.array:
+    def _absorbed(self, q: mx.array, cache: LatentCache, past: int, ahead: Ahead) -> mx.array:
         """Queries go through kv_b's key half into latent space, results through its value half."""
         q = mx.concatenate([self.embed_q(q[..., : self.nope]), q[..., self.nope :]], axis=-1)
 
@@ -161,9 +169,10 @@ class MultiHeadLatentAttention(nn.Module):
             keys = segment.plain(self.width, q.dtype).latents[:, None]  # [B, 1, S, lora + shared]
             return keys, keys[..., : self.lora]
 
-        return self.unembed_out(attend(q, _blocks(q, cache, latents), self.scale, past))
+        o = attend(q, _blocks(q, cache, latents), self.scale, past, ahead)
+        return self.unembed_out(o)
 
-    def _expanded(self, q: mx.array, cache: LatentCache, past: int) -> mx.array:
+    def _expanded(self, q: mx.array, cache: LatentCache, past: int, ahead: Ahead) -> mx.array:
         """Each block of latents becomes the keys and values of every head."""
 
         def per_head(segment: Segment) -> tuple[mx.array, mx.array]:
@@ -173,7 +182,7 @@ class MultiHeadLatentAttention(nn.Module):
             shared = mx.broadcast_to(shared, (*keys.shape[:3], shared.shape[-1]))
             return mx.concatenate([keys, shared], axis=-1), self.unembed_out(latent)
 
-        return attend(q, _blocks(q, cache, per_head), self.scale, past)
+        return attend(q, _blocks(q, cache, per_head), self.scale, past, ahead)
 
 
 def _blocks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -36,15 +36,16 @@ class Step:
     real: mx.array | None = None  # [B, T] bool, of a right-padded batch; None: no padding
     lengths: mx.array | None = None  # [B], the real tokens of each row; None: all T
     plan: Plan | None = None  # of one token's attention; None: each layer makes its own
+    ahead: Ahead | None = None  # of many tokens; None: they are computed when results are wanted
 
     @staticmethod
     def padded(T: int, lengths: Sequence[int]) -> Step:
         counts = mx.array(list(lengths))
         return Step(mx.arange(T) < counts[:, None], counts)
 
-
-def _nothing(*results: mx.array) -> None:
-    """Few tokens are computed when their results are wanted."""
+    def submit(self, *results: mx.array) -> None:
+        if self.ahead is not None:
+            self.ahead.submit(*results)
 
 
 class DecoderLayer(nn.Module):
@@ -73,7 +74,7 @@ class DecoderLayer(nn.Module):
             assert isinstance(entry, KDACache)
             return self.self_attn(normed, entry, step.lengths)
         assert isinstance(entry, LatentCache)
-        return self.self_attn(normed, entry, step.real, step.plan)
+        return self.self_attn(normed, entry, step.real, step.plan, step.ahead)
 
     def __call__(
         self,
@@ -96,12 +97,11 @@ class DecoderLayer(nn.Module):
         entry: CacheEntry,
         step: Step,
         reduce: Callable[[mx.array], mx.array],
-        submit: Callable[..., None] = _nothing,
     ) -> tuple[mx.array, mx.array]:
         """The first half of a call: the same of h. `entry` moves on."""
         x, normed = self.input_layernorm.of_sum(x, part)
         part = reduce(self.attend(normed, entry, step))
-        submit(x, part, *entry.arrays())  # (which would keep what they are made of alive)
+        step.submit(x, part, *entry.arrays())  # (which would keep what they are made of alive)
         return x, part
 
     def fed_forward(
@@ -197,13 +197,13 @@ class KimiLinear(nn.Module):
         Many tokens are computed half a layer at a time.
         """
         many = ids.shape[1] > 1 and ids.size >= SUBMITTED_FROM  # (one token may be in a graph)
-        submit = Ahead().submit if many else _nothing
+        step = replace(step, ahead=Ahead() if many else None)
         x = self.embed_tokens.rows(ids)
-        x, part = self.layers[0].attended(x, None, cache[0], step, self.reduce, submit)
+        x, part = self.layers[0].attended(x, None, cache[0], step, self.reduce)
         for (before, layer), entry in zip(pairwise(self.layers), cache[1:], strict=True):
             x, part = before.fed_forward(x, part, self.reduce)
-            submit(x, part)
-            x, part = layer.attended(x, part, entry, step, self.reduce, submit)
+            step.submit(x, part)
+            x, part = layer.attended(x, part, entry, step, self.reduce)
         return x, part
 
     def logits(self, hidden: mx.array) -> mx.array:
