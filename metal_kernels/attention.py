@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from itertools import accumulate
@@ -79,20 +80,22 @@ def query_block() -> int:
 
 
 class Ahead:
-    """Keeps the host one piece of work ahead of the device, and no further.
+    """Keeps the host some pieces of work ahead of the device, and no further.
 
     Left to itself MLX holds what all pieces need at the same time: gigabytes.
     """
 
-    def __init__(self) -> None:
-        self._last: tuple[mx.array, ...] = ()
-        self._before: tuple[mx.array, ...] = ()
+    def __init__(self, pieces: int = 1) -> None:
+        """`pieces` may be unfinished when the next is submitted."""
+        self._pieces = pieces
+        self._unfinished: deque[tuple[mx.array, ...]] = deque()
 
     def submit(self, *results: mx.array) -> None:
-        """Let the device begin `results` as soon as it has done all but the last piece."""
-        mx.eval(*self._before)  # (here, not after: by now the host has built what follows)
+        """Wait for all but the latest pieces, and let the device begin `results`."""
+        while len(self._unfinished) > self._pieces:
+            mx.eval(*self._unfinished.popleft())
         mx.async_eval(*results)
-        self._before, self._last = self._last, results
+        self._unfinished.append(results)
 
 
 class _Rows:

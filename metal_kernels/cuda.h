@@ -255,7 +255,7 @@ inline void add_parts(thread float4& sum, uint2 a0, uint2 a1, uint2 b) {
       : "r"(a0.x), "r"(a0.y), "r"(a1.x), "r"(a1.y), "r"(b.x), "r"(b.y));
 }
 
-// c0 += a0 b and c1 += a1 b. What is left out, the product of both lower parts, is 2^-24 of it.
+// c0 += a0 b and c1 += a1 b. What is left out, the product of both lower parts, is up to 2^-22 of it.
 template <typename L, typename R>
 inline void add_products(vec<L, 2> a0, vec<L, 2> a1, vec<R, 2> b, thread float2& c0, thread float2& c1) {
   const Parts a0x = parts(a0.x), a0y = parts(a0.y), a1x = parts(a1.x), a1y = parts(a1.y);

@@ -3,6 +3,8 @@
 //
 //     score = scale * query . (key | shared key)      output = softmax(scores) values
 //
+// Shares are rounded to x's type before they weigh the values, and summed before they are rounded.
+//
 //   x           [B, T, Row] of any float type: a token's queries stand first, [H, Nope + Shared]
 //   keys        [B, H, S, Nope] of x's type
 //   latents     [B, S, LatentRow] of x's type: a column's shared key stands last
@@ -12,7 +14,7 @@
 //   outputs     [B, T, H, V] of any float type; 0 for a token that sees no column
 //   log_totals  [B, T, H] float: log of the sum of exp(score); below -1e29 where no column is seen
 // Template: XT, that of x; H, Nope, Shared, V, Row, LatentRow, Queries, Block int. Nope, Shared and V are
-// multiples of 32, Queries and Block of 8.
+// multiples of 32, Row and LatentRow of 4, Queries and Block of 8.
 // Grid (32, n, B * H), n >= ceil(T / Queries), any threadgroup (32, m, 1) that divides it: a simdgroup
 // owns Queries tokens of one head and walks over Block columns at a time; the last tokens, who see the
 // most columns, begin first. What is over does nothing.

@@ -25,9 +25,10 @@ class Shape(NamedTuple):
     columns: int  # that it takes at a time
 
 
-# At the published sizes queries and outputs of 8 tokens take 24 and 32 registers of a lane.
-SHAPE = Shape(8, 16)
-NVIDIA = Shape(16, 32)
+# At the published sizes and in 16 bits, queries and outputs of 8 tokens take 24 and 32 registers of
+# a lane.
+PREFILL_SHAPE = Shape(8, 16)
+NVIDIA_PREFILL_SHAPE = Shape(16, 32)
 
 
 def naive_mla_prefill(
@@ -82,12 +83,14 @@ def mla_prefill(
 ) -> tuple[mx.array, mx.array]:
     """`naive_mla_prefill` in one launch, within the domain of `refused`.
 
-    Shares are rounded to x's dtype before they weigh the values. `shape` None: that of this GPU.
+    Shares are rounded to x's dtype before they weigh the values, and summed before that. `shape`
+    None: that of this GPU.
     """
     B, T, _ = x.shape
     _, H, S, nope = keys.shape
     v = values.shape[-1]
-    queries, columns = shape or (NVIDIA if mx.cuda.is_available() else SHAPE)
+    here = NVIDIA_PREFILL_SHAPE if mx.cuda.is_available() else PREFILL_SHAPE
+    queries, columns = shape or here
     groups = -(-T // (queries * SIMDGROUPS)) * SIMDGROUPS
     outputs, log_totals = KERNEL(
         inputs=[x, keys, latents, values, T, S, offset, scale],
@@ -104,8 +107,10 @@ def mla_prefill(
     return outputs, log_totals
 
 
-def refused(nope: int, shared: int, v: int) -> str | None:
-    """Why `mla_prefill` does not take heads of these sizes; None: it does."""
+def refused(lora: int, nope: int, shared: int, v: int) -> str | None:
+    """Why `mla_prefill` does not take a layer of these sizes; None: it does."""
+    if lora % 4:
+        return f"kv_lora_rank = {lora} is not a multiple of 4"
     names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     for name, size in zip(names, (nope, shared, v), strict=True):
         if size % 32 or size < 32:

@@ -16,7 +16,7 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.generate import PREFILL_STEP
 from mlx_kimi.metal_kernels.attention import GPU_QUERY_BLOCK
 from mlx_kimi.metal_kernels.latents import GROUP, GROUP_WORDS
-from mlx_kimi.mla import LARGEST_BLOCK, SCORES
+from mlx_kimi.mla import EXPANDED, LARGEST_BLOCK, SCORES
 from mlx_kimi.names import Join, tensors
 
 ANY_SIZE = "MLX_KIMI_ANY_SIZE"  # set in the environment, models load whether they fit or not
@@ -110,9 +110,9 @@ def beside_experts(
 
 
 def _work(config: ModelConfig, number: int) -> int:
-    """Two halves of a layer at a time, as `model.SUBMITTED_FROM` says, and two blocks of scores.
+    """Two halves of a layer at a time, as `model.SUBMITTED_FROM` says, and two blocks of columns.
 
-    Where `mla_prefill` leaves scores out, keys and values of two blocks take less than they would.
+    A block has scores, or its keys, values and some outputs in float32: which, the kernels decide.
     """
     delta_rule = config.kda_width * (9 * number + 16)  # q, k, v thrice; decays, outputs in float32
     experts = config.num_experts_per_token * (
@@ -120,7 +120,10 @@ def _work(config: ModelConfig, number: int) -> int:
     )
     feed_forward = number * max(experts, 3 * config.intermediate_size)
     scores = min(SCORES, config.num_attention_heads * GPU_QUERY_BLOCK * LARGEST_BLOCK)
-    return PREFILL_STEP * (delta_rule + feed_forward) + 2 * scores * (8 + number)
+    expanded = EXPANDED * (config.qk_nope_head_dim + config.v_head_dim) * number
+    outputs = 4 * PREFILL_STEP * config.num_attention_heads * config.v_head_dim
+    block = max(scores * (8 + number), expanded + 2 * outputs)
+    return PREFILL_STEP * (delta_rule + feed_forward) + 2 * block
 
 
 def refuse_what_does_not_fit(folder: Path, config: ModelConfig, weights: int) -> None:

@@ -28,7 +28,9 @@ EXPAND_FROM = 171  # queries
 KV_A_EPS = 1e-6
 SCORES = 1 << 24  # elements of the largest block of scores (64 MiB in float32)
 LARGEST_BLOCK = 4096  # keys
-KERNEL_BLOCK = 2048  # columns whose keys and values a kernel meets: 34 MB in 16 bits in the 48B
+# Columns, of all heads and texts, whose keys and values stand expanded for a kernel: 2048 and 34 MB
+# in 16 bits for a text in the 48B.
+EXPANDED = 1 << 16
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -81,7 +83,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forms(self) -> list[tuple[str, str, str]]:
         """For a step of one, few and many tokens: how many, what runs, and why."""
-        refused, many = (f(LatentCache()) for f in (self.decode_refused, self.prefill_refused))
+        refused = self.decode_refused(LatentCache())
+        many_refused = self.prefill_refused(LatentCache())
         return [
             ("1 token", "ops form", refused)
             if refused
@@ -89,8 +92,8 @@ class MultiHeadLatentAttention(nn.Module):
             (f"2 to {EXPAND_FROM - 1} tokens", "ops form", "absorbed"),
             (
                 f"{EXPAND_FROM} tokens or more",
-                "ops form" if many else "mla_prefill",
-                many or "latents expanded block by block",
+                "ops form" if many_refused else "mla_prefill",
+                many_refused or "latents expanded block by block",
             ),
         ]
 
@@ -115,8 +118,8 @@ class MultiHeadLatentAttention(nn.Module):
             return NO_BACKEND
         if cache.is_masked:
             return "some columns are padding"
-        shared = self.width - self.lora
-        return mla_prefill.refused(self.nope, shared, self.unembed_out.out_features)
+        sizes = (self.nope, self.width - self.lora, self.unembed_out.out_features)
+        return mla_prefill.refused(self.lora, *sizes)
 
     @cached_property
     def _unsuited(self) -> str | None:
@@ -135,9 +138,9 @@ class MultiHeadLatentAttention(nn.Module):
         """
         sums: tuple[mx.array, mx.array] | None = None  # log of the total, output
         start = 0
-        for latents in _joined_blocks(cache, self.width, x.dtype):
+        size = max(1, EXPANDED // (x.shape[0] * self.embed_q.weight.shape[0]))
+        for latents in _joined_blocks(cache, self.width, x.dtype, size):
             dtype = x.dtype if latents.shape[1] == cache.columns else mx.float32
-            # (No name here keeps what the sums are made of: they may take its place in memory.)
             sums = self._meet(sums, x, latents, past - start, dtype)
             ahead.submit(*sums)
             start += latents.shape[1]
@@ -154,7 +157,9 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """The sums of a softmax over the columns so far and those of `latents`."""
         latent = latents[:, None, :, : self.lora]
-        keys, values = self.embed_q.from_outputs(latent), self.unembed_out(latent)
+        # (Some modes of quantization know no float16: what they expand may be wider than x.)
+        keys = self.embed_q.from_outputs(latent).astype(x.dtype)
+        values = self.unembed_out(latent).astype(x.dtype)
         output, log_total = mla_prefill.mla_prefill(
             x, keys, latents, values, self.scale, offset, dtype
         )
@@ -201,18 +206,21 @@ def _blocks(
             start += part.size
 
 
-def _joined_blocks(cache: LatentCache, width: int, dtype: mx.Dtype) -> Iterator[mx.array]:
-    """The cached latents [B, S, width], KERNEL_BLOCK columns at a time, whatever the segments."""
+def _joined_blocks(
+    cache: LatentCache, width: int, dtype: mx.Dtype, size: int
+) -> Iterator[mx.array]:
+    """The cached latents [B, S, width], `size` columns at a time, whatever the segments."""
     parts: list[mx.array] = []
+    room = size
     for segment in cache.segments:
         first = 0
         while first < segment.size:
-            room = KERNEL_BLOCK - sum(part.shape[1] for part in parts)
             last = min(first + room, segment.size)
-            parts.append(segment.slice(first, last).plain(width, dtype).latents)
-            if last - first == room:
-                yield mx.concatenate(parts, axis=1)
-                parts = []
+            parts.append(segment.slice(first, last).plain(width, dtype).latents.astype(dtype))
+            room -= last - first
             first = last
+            if not room:
+                block, parts, room = mx.concatenate(parts, axis=1), [], size
+                yield block
     if parts:
         yield mx.concatenate(parts, axis=1)

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from mlx_kimi.streaming import Streaming
 
 # Tokens from which half a layer is submitted as soon as it is built: the device works while the
-# host builds the next half, and what they need for their work is held for two at a time.
+# host builds the next half. Up to some tokens of context two halves may be submitted, and hold what
+# they need for their work; beyond, where latents take more, one.
 SUBMITTED_FROM = 128
+ONE_BY_ONE_FROM = 16_384
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,9 @@ class KimiLinear(nn.Module):
         Many tokens are computed half a layer at a time.
         """
         many = ids.shape[1] > 1 and ids.size >= SUBMITTED_FROM  # (one token may be in a graph)
-        step = replace(step, ahead=Ahead() if many else None)
+        if many:
+            columns = max(cache[0].lengths, default=0) + ids.shape[1]
+            step = replace(step, ahead=Ahead(1 if columns < ONE_BY_ONE_FROM else 0))
         x = self.embed_tokens.rows(ids)
         x, part = self.layers[0].attended(x, None, cache[0], step, self.reduce)
         for (before, layer), entry in zip(pairwise(self.layers), cache[1:], strict=True):

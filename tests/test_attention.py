@@ -10,7 +10,7 @@ from checkpoints import ODD, TINY, random_tensor, tensor_shapes, token_ids
 from conftest import SEED
 
 from mlx_kimi import cache, mla
-from mlx_kimi.metal_kernels.attention import QUERY_BLOCK, Block, attend
+from mlx_kimi.metal_kernels.attention import QUERY_BLOCK, Ahead, Block, attend
 from mlx_kimi.model import KimiLinear
 
 
@@ -226,6 +226,23 @@ def test_peak_memory_does_not_grow_with_the_context(
     # The scores of 3000 more tokens would be 5 heads x T x 3000 x 4 bytes: 12 MB for T = 200. A
     # merge of segments may pass by: the latents of 4000 tokens are 1.2 MB.
     assert peaks[1] - peaks[0] < 4e6
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 2])
+def test_work_is_submitted_when_all_but_the_latest_pieces_are_done(
+    monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    events: list[tuple[str, float]] = []
+    monkeypatch.setattr(mx, "eval", lambda x: events.append(("awaited", x.item())))
+    monkeypatch.setattr(mx, "async_eval", lambda x: events.append(("submitted", x.item())))
+    ahead = Ahead(pieces)
+    for i in range(4):
+        ahead.submit(mx.array(i))
+    order: list[tuple[str, float]] = []
+    for i in range(4):
+        order += [("awaited", i - pieces - 1)] if i > pieces else []
+        order += [("submitted", i)]
+    assert events == order
 
 
 def test_later_tokens_do_not_change_earlier_outputs(model: Callable[[str], KimiLinear]) -> None:

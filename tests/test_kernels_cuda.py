@@ -27,8 +27,7 @@ from mlx_kimi.metal_kernels.kda_prepare import kda_finish_kernel, kda_prepare_ke
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
 from mlx_kimi.metal_kernels.mla_decode import NARROW, NVIDIA, WIDE, Shape
-from mlx_kimi.metal_kernels.mla_prefill import NVIDIA as NVIDIA_PREFILL
-from mlx_kimi.metal_kernels.mla_prefill import SHAPE
+from mlx_kimi.metal_kernels.mla_prefill import NVIDIA_PREFILL_SHAPE, PREFILL_SHAPE
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 of_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,7 +101,7 @@ def test_the_latent_step_of_the_48b_compiles(shape: Shape, packed: bool) -> None
 
 
 @of_dtype
-@pytest.mark.parametrize("shape", [SHAPE, NVIDIA_PREFILL], ids=str)
+@pytest.mark.parametrize("shape", [PREFILL_SHAPE, NVIDIA_PREFILL_SHAPE], ids=str)
 def test_attention_of_many_tokens_compiles(dtype: mx.Dtype, shape: Shape) -> None:
     with use_backend(nvrtc):
         prefill_attention(2, 2, sizes=Sizes(1, 128, 64, 128, 512), dtype=dtype).run(shape)

@@ -15,8 +15,8 @@ from mlx_kimi.metal_kernels.attention import together
 from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.metal_kernels.mla_prefill import (
     KERNEL,
-    NVIDIA,
-    SHAPE,
+    NVIDIA_PREFILL_SHAPE,
+    PREFILL_SHAPE,
     Shape,
     mla_prefill,
     naive_mla_prefill,
@@ -25,7 +25,8 @@ from mlx_kimi.metal_kernels.mla_prefill import (
 
 # Float32 against float64: sums of up to a hundred products, and exp of their scores.
 LARGEST, RMS = 2e-5, 5e-6
-of_shape = pytest.mark.parametrize("shape", [SHAPE, NVIDIA, Shape(24, 8)], ids=str)
+SHAPES = [PREFILL_SHAPE, NVIDIA_PREFILL_SHAPE, Shape(24, 8)]
+of_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +147,12 @@ def test_a_token_sees_the_columns_up_to_its_own(shape: Shape, S: int, offset: in
 
 
 @of_shape
+@pytest.mark.parametrize("offset", range(-3, 33))
+def test_no_token_sees_the_next_wherever_blocks_end(shape: Shape, offset: int) -> None:
+    assert_is_oracle(case(20, 60, offset), shape)
+
+
+@of_shape
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -213,9 +220,19 @@ def test_no_score_leaves_the_registers() -> None:
     """What is written does not grow with the columns."""
     written = []
     for S in (32, 64):
-        case(8, S).run(SHAPE)
+        case(8, S).run(PREFILL_SHAPE)
         written.append(emulator(KERNEL).counts["device_bytes_written"])
     assert written[0] == written[1] == 8 * 2 * (32 + 1) * 4
+
+
+@of_shape
+def test_columns_after_the_last_token_cost_nothing(shape: Shape) -> None:
+    T, S, (queries, block) = 50, 90, shape
+    case(T, S, 0).run(shape)
+    seen = [min(S, first + queries) for first in range(0, T, queries)]
+    blocks = sum(-(-columns // block) for columns in seen)
+    tiles = block // 8 * queries // 8 * (32 + 32 + 32) // 8  # of a block: keys and values
+    assert emulator(KERNEL).counts["matrix_products"] == 2 * blocks * tiles
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -225,7 +242,8 @@ def test_every_version_of_metal_takes_the_text(dtype: mx.Dtype) -> None:
 
 
 def test_says_what_it_does_not_take() -> None:
-    assert refused(128, 64, 128) is None
-    assert refused(48, 64, 128) == "qk_nope_head_dim = 48 is not a multiple of 32"
-    assert refused(128, 8, 128) == "qk_rope_head_dim = 8 is not a multiple of 32"
-    assert refused(128, 64, 0) == "v_head_dim = 0 is not a multiple of 32"
+    assert refused(512, 128, 64, 128) is None
+    assert refused(510, 128, 64, 128) == "kv_lora_rank = 510 is not a multiple of 4"
+    assert refused(512, 48, 64, 128) == "qk_nope_head_dim = 48 is not a multiple of 32"
+    assert refused(512, 128, 8, 128) == "qk_rope_head_dim = 8 is not a multiple of 32"
+    assert refused(512, 128, 64, 0) == "v_head_dim = 0 is not a multiple of 32"

@@ -7,6 +7,7 @@ import mlx.core as mx
 import pytest
 from assertions import assert_close
 from emulator import emulator
+from twins import twins
 
 from mlx_kimi import mla
 from mlx_kimi.bundled import pocket_folder
@@ -62,16 +63,32 @@ def test_unequal_rows_give_the_same_logits(model: Callable[[str], KimiLinear]) -
     assert_close("second", ours[1][1], expected[1][1], SPLIT)
 
 
-@pytest.mark.parametrize("largest", [2048, 24])
-@pytest.mark.parametrize("bits", [None, 8])
-def test_many_tokens_of_an_mla_layer_meet_blocks_of_columns(
-    monkeypatch: pytest.MonkeyPatch, largest: int, bits: int | None
-) -> None:
+def pocket_layer(dtype: mx.Dtype) -> mla.MultiHeadLatentAttention:
     pocket = load_model(pocket_folder())
-    mixers = [x.self_attn for x in pocket.layers]
-    layer = next(x for x in mixers if isinstance(x, mla.MultiHeadLatentAttention))
-    x = mx.random.normal((2, 320, pocket.config.hidden_size), key=mx.random.key(0))
-    monkeypatch.setattr(mla, "KERNEL_BLOCK", largest)
+    pocket.set_dtype(dtype)
+    mixers = [layer.self_attn for layer in pocket.layers]
+    return next(x for x in mixers if isinstance(x, mla.MultiHeadLatentAttention))
+
+
+@pytest.mark.parametrize("columns", [2048, 24])
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize(
+    "dtype, largest, rms", [(mx.float32, 2e-5, 5e-6), (mx.bfloat16, 1e-2, 5e-3)]
+)
+def test_many_tokens_of_an_mla_layer_meet_blocks_of_columns(
+    monkeypatch: pytest.MonkeyPatch,
+    columns: int,
+    bits: int | None,
+    dtype: mx.Dtype,
+    largest: float,
+    rms: float,
+) -> None:
+    """(In 16 bits the two forms round at other places.)"""
+    layer = pocket_layer(dtype)
+    hidden, heads = layer.in_proj.parts[0].matrix.columns, layer.embed_q.weight.shape[0]
+    x = mx.random.normal((2, 320, hidden), key=mx.random.key(0)).astype(dtype)
+    monkeypatch.setattr(mla, "EXPANDED", columns * 2 * heads)
+    emulator(mla_prefill.KERNEL).counts = {}
     results = []
     for backend in (None, emulator):
         entry = LatentCache(bits=bits)
@@ -82,7 +99,49 @@ def test_many_tokens_of_an_mla_layer_meet_blocks_of_columns(
             results.append(layer(x[:, 280:], entry, None))
             mx.eval(results)
     assert emulator(mla_prefill.KERNEL).counts
-    assert_close("o", *results, 2e-5, 5e-6)
+    assert results[1].dtype == dtype
+    assert_close("o", *results, largest, rms)
+
+
+@pytest.mark.parametrize("name", ["pocket", "odd"])
+def test_what_mla_prefill_does_not_take_is_computed_otherwise(
+    model: Callable[[str], KimiLinear], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Padded batches of any model, and sizes that are no multiple of 32."""
+    network = load_model(pocket_folder()) if name == "pocket" else model(name)
+    monkeypatch.setattr(mla, "EXPAND_FROM", 5)
+    ids = mx.random.randint(0, 64, (2, 9), key=mx.random.key(1))
+    lengths = [9, 6] if name == "pocket" else None
+    expected = network(ids, lengths=lengths)
+    emulator(mla_prefill.KERNEL).counts = {}
+    with use_backend(emulator):
+        ours = network(ids, lengths=lengths)
+        mx.eval(ours)
+    assert not emulator(mla_prefill.KERNEL).counts
+    assert_close("first", ours[0], expected[0], SPLIT)
+    assert_close("second", ours[1, :6], expected[1, :6], SPLIT)
+
+
+def test_memory_of_expanded_blocks_does_not_grow_with_the_context(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, peaks = pocket_layer(mx.float32), []
+    hidden, heads = layer.in_proj.parts[0].matrix.columns, layer.embed_q.weight.shape[0]
+    monkeypatch.setattr(mla, "EXPANDED", 64 * heads)
+    for context in (1000, 4000):
+        entry = LatentCache()
+        entry.append(mx.random.normal((1, context, layer.width)), None)
+        x = mx.random.normal((1, 200, hidden))
+        mx.eval(x, entry.arrays())
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        with use_backend(twins):
+            mx.eval(layer(x, entry, None))
+        peaks.append(mx.get_peak_memory() - before)
+    # Keys and values of 3000 more latents would be 6 MB, and 47 outputs in float32 9 MB; a merge of
+    # segments, which may pass by, takes 3.1 MB.
+    assert peaks[1] - peaks[0] < 4e6
 
 
 def test_check_compares_the_kernels_with_the_ops_form() -> None:

@@ -12,6 +12,7 @@ from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, naive_kda_decode
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch
 from mlx_kimi.metal_kernels.latents import is_packed, unpack
 from mlx_kimi.metal_kernels.matrix import Matrix
+from mlx_kimi.metal_kernels.mla_prefill import naive_mla_prefill
 from mlx_kimi.moe import _select
 
 
@@ -98,6 +99,11 @@ def _mla_output(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
     return (y.reshape(len(y), -1),)
 
 
+def _mla_prefill(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    arrays = (x["x"], x["keys"], x["latents"], x["values"])
+    return naive_mla_prefill(*arrays, x["scale"].item(), int(x["offset"].item()), x["x"].dtype)
+
+
 def _add_norm_scores(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
     total, normed = _add_norm(x, n)
     gate = _matrix(x, "gate", n["Bits"], n["Group"])
@@ -161,6 +167,7 @@ TWINS = {
     "mla_query": _mla_query,
     "mla_attend": _mla_attend,
     "mla_output": _mla_output,
+    "mla_prefill": _mla_prefill,
     "add_norm_scores": _add_norm_scores,
     "expert_select": _expert_select,
     "expert_gate_up": _expert_gate_up,
