@@ -226,7 +226,9 @@ def rows(request: pytest.FixtureRequest, model: Models) -> Callable[..., Rows]:
 
 @pytest.mark.parametrize("lengths", [(5, 300, 17), (1, 2, 3), (256, 255, 257), (8, 8, 1)], ids=str)
 def test_unequal_rows_are_single_runs(rows: Callable[..., Rows], lengths: tuple[int, ...]) -> None:
-    batch = rows(3)
+    # (By this seed no token's last expert and the next are closer than 8e-6: that a batch adds in
+    # another order cannot exchange them.)
+    batch = rows(3, seed=2)
     batch.read(lengths)
     batch.read((40, 1, 200))
     batch.read((0, 3, 9), padding=4)
