@@ -25,14 +25,21 @@ def pocket() -> tuple[KimiLinear, Tokenizer]:
 
 
 # tools/pocket/REPORT.md has the shares of 200 prompts each; of ten, one may be wrong where the
-# share is below 99 %.
+# share is below 99 %. Of recall's, which take 2,500 tokens and nine seconds each, there are four.
 @pytest.mark.parametrize(
-    ("task", "wrong"),
-    [("sums", 0), ("recall", 0), ("reverse", 1), ("sort", 1), ("tools", 1), ("facts", 0)],
+    ("task", "count", "wrong"),
+    [
+        ("sums", 10, 0),
+        ("recall", 4, 0),
+        ("reverse", 10, 1),
+        ("sort", 10, 1),
+        ("tools", 10, 1),
+        ("facts", 10, 0),
+    ],
 )
-def test_held_out_questions_are_answered_exactly(pocket, task: str, wrong: int) -> None:
+def test_held_out_questions_are_answered_exactly(pocket, task: str, count: int, wrong: int) -> None:
     failed = []
-    for prompt in tasks.prompts(task, 10, seed=1):
+    for prompt in tasks.prompts(task, count, seed=1):
         text = generate(*pocket, prompt.messages, tools=prompt.tools, max_tokens=160)
         if not tasks.correct(prompt, text):
             failed.append((prompt.messages[-1]["content"][-80:], text, prompt.expected))
