@@ -25,7 +25,7 @@ from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import Kernel, use_backend
 from mlx_kimi.metal_kernels.matrix import Matrix
-from mlx_kimi.metal_kernels.mla_prefill import PREFILL_SHAPE, mla_prefill
+from mlx_kimi.metal_kernels.mla_prefill import PREFILL_SHAPE, Expanded, mla_prefill
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from emulator import EmulatedKernel
@@ -254,7 +254,8 @@ def count_prefill() -> Counted:
 
     def run(T: int) -> None:
         x = mx.zeros((1, T, HEADS * (nope + shared) + lora + shared), mx.bfloat16)
-        mla_prefill(x, keys, latents, values, 1.0, S, mx.bfloat16, PREFILL_SHAPE)
+        given = Expanded(x, keys, latents, values, 1.0, S)
+        mla_prefill(given, mx.bfloat16, PREFILL_SHAPE)
 
     (counted,) = measure(run, (32, 64))
     return counted

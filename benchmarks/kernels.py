@@ -42,7 +42,7 @@ from mlx_kimi.metal_kernels.kernel import backend, use_backend
 from mlx_kimi.metal_kernels.latents import pack
 from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights, Plan, mla_decode, naive_mla_decode
-from mlx_kimi.metal_kernels.mla_prefill import mla_prefill, naive_mla_prefill
+from mlx_kimi.metal_kernels.mla_prefill import Expanded, mla_prefill, naive_mla_prefill
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.moe import _select
 from mlx_kimi.tokenizer import load_tokenizer
@@ -204,11 +204,10 @@ def _prefill() -> Comparisons:
         (mx.float32, 500, 700, 700, FLOAT32),
         (mx.bfloat16, 2048, 2048, 0, TWO_BFLOAT16),
     ):
-        given = _prefill_inputs(dtype, T, S)
-        ours = mla_prefill(*given, 2 * 192**-0.5, offset, dtype)
-        expected = naive_mla_prefill(
-            *(x.astype(mx.float32) for x in given), 2 * 192**-0.5, offset, mx.float32
-        )
+        arrays = _prefill_inputs(dtype, T, S)
+        ours = mla_prefill(Expanded(*arrays, 2 * 192**-0.5, offset), dtype)
+        wide = [x.astype(mx.float32) for x in arrays]
+        expected = naive_mla_prefill(Expanded(*wide, 2 * 192**-0.5, offset), mx.float32)
         errors = [
             (rms_error(a, b), largest_error(a, b)) for a, b in zip(ours, expected, strict=True)
         ]
@@ -502,8 +501,9 @@ def _prefill_runs(T: int) -> dict[str, Chain]:
 
         return run
 
+    given = Expanded(x, keys, latents, values, scale, 0)
     return {
-        "mla_prefill": repeated(lambda: mla_prefill(x, keys, latents, values, scale, 0, x.dtype)),
+        "mla_prefill": repeated(lambda: mla_prefill(given, x.dtype)),
         "ops": repeated(ops),
         "MLX's own": repeated(mlx_own),
     }

@@ -304,8 +304,8 @@ def _shape_here() -> Shape:
 
     By published tables a lane of 512 has at most 104 registers on Apple GPUs before M3, too near to
     what `WIDE` needs; from M3 on registers are given out as a kernel needs them. On NVIDIA GPUs it
-    has 128, and the compiler keeps a part of `WIDE` in memory; `NVIDIA` fits Hopper's 255 of 256
-    lanes and is the fastest of eight shapes there.
+    has 128, and the compiler keeps a part of `WIDE` in memory; of 256 lanes each has 255 on
+    Hopper, where `NVIDIA` is the fastest of eight shapes.
     """
     if mx.cuda.is_available():
         return NVIDIA

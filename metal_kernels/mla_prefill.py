@@ -31,33 +31,35 @@ PREFILL_SHAPE = Shape(8, 16)
 NVIDIA_PREFILL_SHAPE = Shape(16, 32)
 
 
-def naive_mla_prefill(
-    x: mx.array,
-    keys: mx.array,
-    latents: mx.array,
-    values: mx.array,
-    scale: float,
-    offset: int,
-    dtype: mx.Dtype,
-) -> tuple[mx.array, mx.array]:
-    """Attend to a block of S columns: token t to those up to t + `offset`, which may be none.
+class Expanded(NamedTuple):
+    """Tokens, and a block of S columns that stands expanded for them."""
 
-    Args:
-        x: [B, T, row], the input projection: the queries of each head, nope | shared, come first.
-        keys: [B, H, S, nope].
-        latents: [B, S, lora + shared], of which the shared keys are last.
-        values: [B, H, S, v].
-        scale: of the scores.
-        dtype: of the outputs; all others are in x's.
+    x: mx.array  # [B, T, row], the input projection: first the queries of each head, nope | shared
+    keys: mx.array  # [B, H, S, nope], as the next two in x's dtype
+    latents: mx.array  # [B, S, lora + shared], of which the shared keys are last
+    values: mx.array  # [B, H, S, v]
+    scale: float  # of the scores
+    offset: int  # token t sees the columns up to t + offset, which may be none
+
+    @property
+    def shared(self) -> int:
+        """Channels of the shared key: x's rows hold the queries and then a row of latents."""
+        _, H, _, nope = self.keys.shape
+        return (self.x.shape[-1] - self.latents.shape[-1]) // H - nope
+
+
+def naive_mla_prefill(given: Expanded, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Attend to a block of columns.
 
     Returns:
-        The outputs [B, T, H, v] and the logarithms of their totals [B, T, H] float32: what
-        `attention.together` joins with those of other blocks. Where a token sees no column the
-        output is 0 and the logarithm below -1e29.
+        The outputs [B, T, H, v] in `dtype` and the logarithms of their totals [B, T, H] float32:
+        what `attention.together` joins with those of other blocks. Where a token sees no column
+        the output is 0 and the logarithm below -1e29.
     """
+    x, keys, latents, values, scale, offset = given
     B, T, _ = x.shape
     _, H, S, nope = keys.shape
-    shared = _shared(x, keys, latents)
+    shared = given.shared
     q = x[..., : H * (nope + shared)].reshape(B, T, H, -1).swapaxes(1, 2).astype(mx.float32)
     beside = mx.broadcast_to(latents[:, None, :, -shared:], (B, H, S, shared))
     k = mx.concatenate([keys, beside], axis=-1).astype(mx.float32)
@@ -72,20 +74,14 @@ def naive_mla_prefill(
 
 
 def mla_prefill(
-    x: mx.array,
-    keys: mx.array,
-    latents: mx.array,
-    values: mx.array,
-    scale: float,
-    offset: int,
-    dtype: mx.Dtype,
-    shape: Shape | None = None,
+    given: Expanded, dtype: mx.Dtype, shape: Shape | None = None
 ) -> tuple[mx.array, mx.array]:
     """`naive_mla_prefill` in one launch, within the domain of `refused`.
 
     Shares are rounded to x's dtype before they weigh the values, and summed before that. `shape`
     None: that of this GPU.
     """
+    x, keys, latents, values, scale, offset = given
     B, T, _ = x.shape
     _, H, S, nope = keys.shape
     v = values.shape[-1]
@@ -96,7 +92,7 @@ def mla_prefill(
         inputs=[x, keys, latents, values, T, S, offset, scale],
         template=[
             *(("XT", x.dtype), ("H", H), ("Nope", nope), ("V", v)),
-            *(("Shared", _shared(x, keys, latents)), ("Row", x.shape[-1])),
+            *(("Shared", given.shared), ("Row", x.shape[-1])),
             *(("LatentRow", latents.shape[-1]), ("Queries", queries), ("Block", columns)),
         ],
         grid=(32, groups, B * H),
@@ -116,9 +112,3 @@ def refused(lora: int, nope: int, shared: int, v: int) -> str | None:
         if size % 32 or size < 32:
             return f"{name} = {size} is not a multiple of 32"
     return None
-
-
-def _shared(x: mx.array, keys: mx.array, latents: mx.array) -> int:
-    """Channels of the shared key: x's rows hold the queries and then a row of latents."""
-    _, H, _, nope = keys.shape
-    return (x.shape[-1] - latents.shape[-1]) // H - nope

@@ -73,12 +73,13 @@ class MultiHeadLatentAttention(nn.Module):
         q, latent, shared = mx.split(x, [-self.width, self.lora - self.width], axis=-1)
         past = cache.columns
         cache.append(mx.concatenate([self.kv_a_layernorm(latent), shared], axis=-1), real)
+        ahead = ahead or Ahead()
         if T >= EXPAND_FROM and self.prefill_refused(cache) is None:
-            o = self._prefill(x, cache, past, ahead or Ahead())  # [B, T, H, v]
+            o = self._prefill(x, cache, past, ahead)  # [B, T, H, v]
             return self.o_proj(o.reshape(B, T, -1))
         q = q.reshape(B, T, heads, -1).transpose(0, 2, 1, 3)  # [B, H, T, nope + shared]
         attention = self._expanded if T >= EXPAND_FROM else self._absorbed
-        o = attention(q, cache, past, ahead or Ahead())  # [B, H, T, v]
+        o = attention(q, cache, past, ahead)  # [B, H, T, v]
         return self.o_proj(o.transpose(0, 2, 1, 3).reshape(B, T, -1))
 
     def forms(self) -> list[tuple[str, str, str]]:
@@ -108,18 +109,12 @@ class MultiHeadLatentAttention(nn.Module):
 
     def decode_refused(self, cache: LatentCache) -> str | None:
         """Why one token takes the way of many; None: `mla_decode` takes it."""
-        if backend() is None:
-            return NO_BACKEND
-        return "some columns are padding" if cache.is_masked else self._unsuited
+        return _unfit_for_kernels(cache) or self._unsuited
 
     def prefill_refused(self, cache: LatentCache) -> str | None:
         """Why many tokens take MLX operations; None: `mla_prefill` takes them."""
-        if backend() is None:
-            return NO_BACKEND
-        if cache.is_masked:
-            return "some columns are padding"
         sizes = (self.nope, self.width - self.lora, self.unembed_out.out_features)
-        return mla_prefill.refused(self.lora, *sizes)
+        return _unfit_for_kernels(cache) or mla_prefill.refused(self.lora, *sizes)
 
     @cached_property
     def _unsuited(self) -> str | None:
@@ -160,9 +155,8 @@ class MultiHeadLatentAttention(nn.Module):
         # (Some modes of quantization know no float16: what they expand may be wider than x.)
         keys = self.embed_q.from_outputs(latent).astype(x.dtype)
         values = self.unembed_out(latent).astype(x.dtype)
-        output, log_total = mla_prefill.mla_prefill(
-            x, keys, latents, values, self.scale, offset, dtype
-        )
+        given = mla_prefill.Expanded(x, keys, latents, values, self.scale, offset)
+        output, log_total = mla_prefill.mla_prefill(given, dtype)
         found = log_total[..., None], output
         return found if sums is None else together(*sums, *found)
 
@@ -188,6 +182,13 @@ class MultiHeadLatentAttention(nn.Module):
             return mx.concatenate([keys, shared], axis=-1), self.unembed_out(latent)
 
         return attend(q, _blocks(q, cache, per_head), self.scale, past, ahead)
+
+
+def _unfit_for_kernels(cache: LatentCache) -> str | None:
+    """Why no kernel attends to these columns, whatever the layer's sizes."""
+    if backend() is None:
+        return NO_BACKEND
+    return "some columns are padding" if cache.is_masked else None
 
 
 def _blocks(

@@ -17,6 +17,7 @@ from mlx_kimi.metal_kernels.mla_prefill import (
     KERNEL,
     NVIDIA_PREFILL_SHAPE,
     PREFILL_SHAPE,
+    Expanded,
     Shape,
     mla_prefill,
     naive_mla_prefill,
@@ -43,23 +44,14 @@ class Sizes(NamedTuple):
     lora: int = 8
 
 
-class Case(NamedTuple):
-    """The arguments of naive_mla_prefill."""
-
-    x: mx.array
-    keys: mx.array
-    latents: mx.array
-    values: mx.array
-    scale: float
-    offset: int
-
+class Case(Expanded):
     def run(
         self, shape: Shape | None = None, dtype: mx.Dtype | None = None
     ) -> tuple[mx.array, mx.array]:
-        return mla_prefill(*self, dtype or self.x.dtype, shape)
+        return mla_prefill(self, dtype or self.x.dtype, shape)
 
     def naive(self) -> tuple[mx.array, mx.array]:
-        return naive_mla_prefill(*self, self.x.dtype)
+        return naive_mla_prefill(self, self.x.dtype)
 
     def columns(self, start: int, stop: int) -> "Case":
         """With these columns alone."""

@@ -12,7 +12,7 @@ from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, naive_kda_decode
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch
 from mlx_kimi.metal_kernels.latents import is_packed, unpack
 from mlx_kimi.metal_kernels.matrix import Matrix
-from mlx_kimi.metal_kernels.mla_prefill import naive_mla_prefill
+from mlx_kimi.metal_kernels.mla_prefill import Expanded, naive_mla_prefill
 from mlx_kimi.moe import _select
 
 
@@ -101,7 +101,8 @@ def _mla_output(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
 
 def _mla_prefill(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
     arrays = (x["x"], x["keys"], x["latents"], x["values"])
-    return naive_mla_prefill(*arrays, x["scale"].item(), int(x["offset"].item()), x["x"].dtype)
+    given = Expanded(*arrays, x["scale"].item(), int(x["offset"].item()))
+    return naive_mla_prefill(given, x["x"].dtype)
 
 
 def _add_norm_scores(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
