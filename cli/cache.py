@@ -21,6 +21,7 @@ from mlx_kimi.hub import local_folder
 from mlx_kimi.identity import identity
 from mlx_kimi.load import load
 from mlx_kimi.prompt_cache import write_prompt_cache
+from mlx_kimi.session import refuse_used
 
 
 @click.command("cache")
@@ -37,6 +38,7 @@ def command(prompt: str, file: Path, model: str | None, system: str | None, **op
     folder like those of saved conversations: `chat --resume ./FILE` goes on with it, and
     --prompt-cache takes a saved conversation, too.
     """
+    refuse_used(file)
     folder = local_folder(model_or_pocket(model))
     conversation = Conversation(system)
     conversation.say(read_prompt(prompt))

@@ -11,7 +11,7 @@ from mlx_kimi.conversation import Conversation
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generate import PREFILL_STEP, prefill, prompt_ids
 from mlx_kimi.model import KimiLinear
-from mlx_kimi.session import Session, text_file
+from mlx_kimi.session import Session, refuse_used
 from mlx_kimi.tokenizer import Tokenizer
 
 
@@ -29,10 +29,10 @@ def write_prompt_cache(
     """Read a conversation whose last message has no answer, and store it; the tokens read.
 
     Raises:
-        KimiError: `folder` holds a conversation already, or this one is longer than the context.
+        KimiError: `folder` is one that `refuse_used` refuses, or the conversation is longer than the
+            model's context.
     """
-    if text_file(folder):
-        raise KimiError(f"{folder}: there is a saved conversation or prompt cache already")
+    refuse_used(folder)
     ids = _before_any_question(model, tokenizer, conversation)
     context = Context(model, latent_bits, every=None)
     prefill(context, ids, prefill_step, progress)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -142,8 +143,8 @@ class Session:
             used |= {stored.file for stored in _listed(_parse(self.folder / PREVIOUS)[0])}
         except (OSError, ValueError):
             pass
-        for path in self.folder.glob(f"*{states.SUFFIX}"):
-            if path.name not in used:
+        for path in self.folder.iterdir():
+            if states.is_state_file(path.name) and path.name not in used:
                 path.unlink()
 
 
@@ -219,6 +220,35 @@ def refuse_longer(folder: Path, identity: Mapping[str, Any], limit: int) -> None
     is_used = not differences(about.get("identity", {}), identity)
     if is_used and listed and listed[-1].end > limit:
         raise KimiError(beyond_budget(f"the session {folder.name}", listed[-1].end, limit))
+
+
+def refuse_used(folder: Path) -> None:
+    """Refuse a folder for a new session unless all that it holds was left by an unfinished one.
+
+    Raises:
+        KimiError: it holds a session or anything else, or is no folder.
+    """
+    if text_file(folder):
+        raise KimiError(f"{folder}: there is a saved conversation or prompt cache already")
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise KimiError(f"{folder}: {error.strerror}") from None
+    foreign = next((name for name in names if not _is_unfinished(name)), None)
+    if foreign is not None:
+        raise KimiError(
+            f"{folder}: holds {foreign}, and a new prompt cache needs a folder of its own: "
+            "name one that does not exist"
+        )
+
+
+def _is_unfinished(name: str) -> bool:
+    """Whether a session that never got its text could have left a file of this name."""
+    left = re.fullmatch(r"\.(?P<stem>.+)\.new(?P<suffix>\.\w+)", name)  # durable.write_durably
+    name = left["stem"] + left["suffix"] if left else name
+    return name in (LOCK, TEXT) or states.is_state_file(name)
 
 
 def text_file(folder: Path) -> Path | None:

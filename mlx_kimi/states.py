@@ -7,6 +7,7 @@ end of each can be gone back to as long as its KDA states are there.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.metal_kernels.latents import is_packed, pack
 
 SUFFIX = ".safetensors"
+NAME = re.compile(rf"\d+-\d+-[0-9a-f]{{8}}{re.escape(SUFFIX)}")  # of a file: START-END-X
 PARTS = ("frozen", "tail")  # of an MLA layer's latents, in this order
 Arrays = dict[str, mx.array]
 
@@ -38,6 +40,11 @@ class StateFile:
     end: int
     checksum: int
     has_kda: bool = True
+
+
+def is_state_file(name: str) -> bool:
+    """Whether `write_state` could have given a file this name; a model's weights never have it."""
+    return NAME.fullmatch(name) is not None
 
 
 def write_state(folder: Path, context: Context, start: int) -> StateFile:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mlx_kimi.conversation import Conversation
 from mlx_kimi.session import Session
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -76,8 +78,6 @@ def test_another_model_reads_the_prompt_again_and_says_so(talker, tmp_path) -> N
     ],
 )
 def test_a_mistake_is_one_clear_line(talker, tmp_path, arguments, code, said) -> None:
-    from mlx_kimi.conversation import Conversation
-
     session = Session(tmp_path / "used", {})
     session.save(Conversation())
     session.close()
@@ -87,3 +87,40 @@ def test_a_mistake_is_one_clear_line(talker, tmp_path, arguments, code, said) ->
     assert done.returncode == code, done.stderr
     assert said in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     assert not (tmp_path / "file").exists(), "nothing half-done is left"
+
+
+def test_a_folder_that_holds_anything_else_is_refused_and_keeps_it(talker, tmp_path) -> None:
+    """It deleted a model's weights: whatever `*.safetensors` no state was stored in."""
+    model = Path(shutil.copytree(talker, tmp_path / "model"))
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    done = run("cache", "x", model, "--model", talker)
+    assert done.returncode == 1
+    assert f"{model}: holds config.json, and a new prompt cache needs a folder" in done.stderr
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_a_session_deletes_no_file_that_it_did_not_write(tmp_path) -> None:
+    weights, state = tmp_path / "model.safetensors", tmp_path / "0-7-0123abcd.safetensors"
+    weights.touch()
+    state.touch()
+    session = Session(tmp_path, {})
+    session.save(Conversation())
+    session.close()
+    assert weights.exists() and not state.exists()
+
+
+def test_what_an_interrupted_run_left_is_in_nobodys_way(talker, tmp_path) -> None:
+    file = tmp_path / "notes"
+    file.mkdir()
+    for name in ("lock", "0-7-0123abcd.safetensors", ".0-7-0123abcd.new.safetensors"):
+        (file / name).touch()
+    done = run("cache", NOTES, file, "--model", talker)
+    assert done.returncode == 0, done.stderr
+    assert not (file / "0-7-0123abcd.safetensors").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_clear_line(talker, tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = run("cache", "x", tmp_path / "file", "--model", talker)
+    assert done.returncode == 1 and f"{tmp_path / 'file'}: Not a directory" in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
