@@ -19,6 +19,7 @@ from mlx_kimi.metal_kernels.attention import Ahead
 from mlx_kimi.metal_kernels.mla_decode import Plan
 from mlx_kimi.mla import MultiHeadLatentAttention
 from mlx_kimi.moe import MixtureOfExperts
+from mlx_kimi.step_lock import StepLock
 from mlx_kimi.weights import Weights
 
 if TYPE_CHECKING:
@@ -115,7 +116,10 @@ class DecoderLayer(nn.Module):
 
 
 class KimiLinear(nn.Module):
-    """The model of one folder. Heads and experts are counted from the weights it is given."""
+    """The model of one folder. Heads and experts are counted from the weights it is given.
+
+    Several threads may use it, each with a cache of its own: they take turns, a step each.
+    """
 
     def __init__(
         self,
@@ -142,6 +146,7 @@ class KimiLinear(nn.Module):
             self.embed_tokens if config.tie_word_embeddings else weights.linear("lm_head")
         )
         self.compiled = CompiledStep(self)
+        self._turn = StepLock()
 
     def __call__(
         self,
@@ -168,13 +173,14 @@ class KimiLinear(nn.Module):
         B, T = ids.shape
         real = [T] * B if lengths is None else [int(length) for length in lengths]
         cache = self.make_cache() if cache is None else cache
-        if min(real) < T:
-            x = self.run(ids, cache, Step.padded(T, real))
-        elif T == 1 and self.compiled.takes(cache):
-            x = self.compiled(ids, cache)
-        else:
-            x = self.run(ids, cache, Step())
-        _count(cache, real)
+        with self._turn.step():
+            if min(real) < T:
+                x = self.run(ids, cache, Step.padded(T, real))
+            elif T == 1 and self.compiled.takes(cache):
+                x = self.compiled(ids, cache)
+            else:
+                x = self.run(ids, cache, Step())
+            _count(cache, real)
         return x
 
     def advance(self, ids: mx.array, cache: list[CacheEntry]) -> None:
@@ -182,8 +188,9 @@ class KimiLinear(nn.Module):
 
         All ends with the last layer's attention: experts after it would be read for nothing.
         """
-        self._attended(ids, cache, Step())
-        _count(cache, [ids.shape[1]] * ids.shape[0])
+        with self._turn.step():
+            self._attended(ids, cache, Step())
+            _count(cache, [ids.shape[1]] * ids.shape[0])
 
     def run(self, ids: mx.array, cache: Sequence[CacheEntry], step: Step) -> mx.array:
         """ids [B, T] -> [B, T, hidden]; the entries' arrays move on, their lengths do not."""

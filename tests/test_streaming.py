@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.readers import Readers
 from mlx_kimi.streaming import Budget
+from mlx_kimi.tokenizer import load_tokenizer
 
 GB = 10**9
 ROOMY = Budget(8 * GB)
@@ -219,6 +221,20 @@ def test_batches_and_padding_stream(streamed: Streamed) -> None:
     tokens = mx.array([ids(20, seed=1), ids(20, seed=2)])
     for lengths in (None, [20, 13]):
         assert_same_bits("logits", model(tokens, None, lengths), whole(tokens, None, lengths))
+
+
+def test_two_threads_on_one_model_take_turns(streamed: Streamed) -> None:
+    """A step of one wrote slots that the other's step still read: a third of the answers wrong."""
+    model = streamed(pocket_folder(), 4)
+    tokenizer = load_tokenizer(pocket_folder())
+    prompts = [ids(9, seed=seed) for seed in range(4)]
+
+    def answer(prompt: list[int]) -> list[int]:
+        return [c.token for c in stream_generate(model, tokenizer, prompt, max_tokens=12)]
+
+    expected = [answer(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(answer, prompts * 5)) == expected * 5
 
 
 def test_what_is_not_evaluated_yet_keeps_its_experts(streamed: Streamed) -> None:
@@ -454,6 +470,7 @@ import resource, sys
 import mlx.core as mx
 from mlx_kimi.load import load_model
 from mlx_kimi.streaming import Budget
+from mlx_kimi.tokenizer import load_tokenizer
 model = load_model(sys.argv[1], budget=Budget(int(sys.argv[2]), context=300))
 cache = model.make_cache()
 mx.eval(model(mx.array([list(range(12))]), cache))
