@@ -54,7 +54,7 @@ def unquantized(out: Path) -> Path:
     """The bundled model in the MLX layout and float32, without quantization."""
     out.mkdir()
     copy_files(pocket_folder(), out)
-    folder = Source(Checkpoint(pocket_folder()), ModelConfig.read(pocket_folder()))
+    folder = Source(Checkpoint(pocket_folder()), ModelConfig.read(pocket_folder()), pocket_folder())
     plain = {}
     for tensor in tensors(folder.config):
         arrays = read(folder, tensor)

@@ -11,11 +11,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_kimi.checkpoint import Checkpoint, data_start
+from mlx_kimi.checkpoint import Checkpoint
 from mlx_kimi.config import ModelConfig
-from mlx_kimi.errors import KimiError
 from mlx_kimi.load import join
 from mlx_kimi.names import Join, Tensor
+from mlx_kimi.weight_file import OpenFile
 
 BLOCK = 32 * 2**20  # bytes of source that are read at once; 64 MB is no faster, 8 MB slower
 NUMPY = {  # numpy has no bfloat16
@@ -58,7 +58,12 @@ class Source:
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, folder: Path) -> None:
         """`folder` holds the weights' files, each at least while it is read."""
         self.checkpoint, self.config, self._folder = checkpoint, config, folder
-        self._starts: dict[str, int] = {}  # where each file's header ends
+        self._open: dict[str, OpenFile] = {}
+
+    def close(self, file: str) -> None:
+        """Let go of a file that was read; it may be read again."""
+        if opened := self._open.pop(file, None):
+            opened.close()
 
     def names(self, tensor: Tensor) -> list[str]:
         """The tensors of the checkpoint that become `tensor`."""
@@ -109,7 +114,7 @@ class Source:
         """The elements of a block in the dtype of the file. Any thread may call it.
 
         Raises:
-            KimiError: the file cannot be read or ends too early.
+            KimiError: the file cannot be read, or is not the one whose header was checked.
         """
         piece, stored = block.piece, self.checkpoint.tensors[block.piece.name]
         if self._is_half(piece.tensor, [piece.name]):
@@ -129,7 +134,7 @@ class Source:
         """`count` elements of a tensor of the checkpoint from the `first` on, [count].
 
         Raises:
-            KimiError: the file cannot be read or ends too early.
+            KimiError: the file cannot be read, or is not the one whose header was checked.
         """
         return _in_mlx(self._read(name, first, count), self.checkpoint.tensors[name].dtype)
 
@@ -143,24 +148,14 @@ class Source:
     def _read(self, name: str, first: int, count: int) -> np.ndarray:
         """`count` elements of a tensor from the `first` on."""
         stored = self.checkpoint.tensors[name]
-        path = self._folder / stored.file
-        dtype = np.dtype(NUMPY[stored.dtype])
-        try:
-            # Read, not mapped: pages of a mapped file would count as this process's memory.
-            start = self._start(name) + first * dtype.itemsize
-            values = np.fromfile(path, dtype, count, offset=start)
-        except OSError as error:
-            raise KimiError(f"{path}: cannot be read: {error.strerror or error}") from None
-        if len(values) != count:
-            raise KimiError(f"{path}: ends in the middle of {name}")
+        if stored.file not in self._open:
+            opened = self.checkpoint.open(stored.file, "it is being read", self._folder)
+            self._open[stored.file] = opened
+        # Read, not mapped: pages of a mapped file would count as this process's memory.
+        values = np.empty(count, NUMPY[stored.dtype])
+        start = self.checkpoint.place(name) + first * values.itemsize
+        self._open[stored.file].read(start, values.view(np.uint8))
         return values
-
-    def _start(self, name: str) -> int:
-        """Where a tensor begins in its file."""
-        stored = self.checkpoint.tensors[name]
-        if stored.file not in self._starts:
-            self._starts[stored.file] = data_start(self._folder / stored.file)
-        return self._starts[stored.file] + stored.offset
 
 
 def _in_mlx(values: np.ndarray, dtype: str) -> mx.array:

@@ -15,7 +15,7 @@ from typing import Any
 from mlx_kimi.checkpoint import Checkpoint
 from mlx_kimi.config import ModelConfig, read_json
 from mlx_kimi.convert.blocks import Source
-from mlx_kimi.convert.folder import converted_config, copied_files, copy_files
+from mlx_kimi.convert.folder import converted_config, copied_files, small_files
 from mlx_kimi.convert.partial import (
     SOURCE,
     begun_otherwise,
@@ -98,9 +98,10 @@ def convert(
         around_downloads: entered for each download, which shows its progress on stderr.
 
     Raises:
-        KimiError: the source is not a whole unquantized model, holds NaN or infinity, the result
-            cannot be written or its disk is too small, or `<out>.partial` is of another source,
-            other arguments or another version, or in use; a folder's shards should be deleted.
+        KimiError: the source is not a whole unquantized model, changes meanwhile, or holds NaN or
+            infinity; the result cannot be written or its disk is too small; `<out>.partial` is of
+            another source, other arguments or another version, or in use; a folder's shards should
+            be deleted.
         ValueError: an unknown dtype.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -115,6 +116,7 @@ def convert(
         folder = hub.described if hub else local_folder(source)
     if out.resolve().is_relative_to(folder.resolve()):
         raise KimiError(f"{out}: the result cannot lie inside its source {folder}")
+    small = small_files(folder)
     config = ModelConfig.read(folder)
     _check_unquantized(folder, config)
     checkpoint = hub.checkpoint if hub else Checkpoint(folder)
@@ -126,10 +128,12 @@ def convert(
     shards = lay_out([plan.parts for plan in plans], max_shard)
     settings = _config(folder, config, scheme, dtype, plans)
     parameters = sum(math.prod(plan.tensor.shape) for plan in plans)
-    beside = copied_files(folder)
+    if small_files(folder) != small:
+        raise KimiError(f"{folder}: its config.json or tokenizer was changed while it was opened")
+    beside = copied_files(small)
     steps = steps_of(plans, reader)
-    whole = sum(shard.nbytes for shard in shards) + sum(path.stat().st_size for path in beside)
-    with opened(out, request(checkpoint, beside, scheme, dtype, max_shard, hub)) as partial:
+    whole = sum(shard.nbytes for shard in shards) + sum(map(len, beside.values()))
+    with opened(out, request(checkpoint, small, scheme, dtype, max_shard, hub)) as partial:
         if hub:
             hub.delete_cut_downloads()
         written = written_bytes(steps, partial.position.step, partial.position.rows)
@@ -138,14 +142,16 @@ def convert(
         outlook(_outlook(out, whole, written, peak_memory(plans, reader), a_shard, there))
         write_weights(partial, shards, steps, reader, progress, hub)
         write_index(partial.folder, shards, parameters)
-        copy_files(folder, partial.folder)
+        for name, data in beside.items():
+            (partial.folder / name).write_bytes(data)
         # Last: without it nothing takes the folder for a model.
         text = json.dumps(settings, indent=4) + "\n"
         (partial.folder / "config.json").write_text(text, encoding="utf-8")
     return Report(
         out=out,
         source_bytes=sum(
-            hub.files[file] if hub else (folder / file).stat().st_size for file in checkpoint.files
+            hub.files[file] if hub else checkpoint.headers[file].version.size
+            for file in checkpoint.files
         ),
         out_bytes=sum(shard.nbytes for shard in shards),
         parameters=parameters,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from mlx_kimi.checkpoint import INDEX
 from mlx_kimi.config import ModelConfig, Quantization
+from mlx_kimi.errors import KimiError
 from mlx_kimi.hub import BESIDE_WEIGHTS
 
 # Fields of ModelConfig that config.json spells otherwise.
@@ -22,15 +23,22 @@ _NOT_PUBLISHED = {
 }
 
 
-def copied_files(source: Path) -> list[Path]:
-    """The files of `source` that go along with its weights."""
-    return [source / name for name in BESIDE_WEIGHTS if (source / name).is_file()]
+def small_files(source: Path) -> dict[str, bytes]:
+    """What describes a model beside its weights, by name; the order is always the same.
+
+    Raises:
+        KimiError: a file cannot be read.
+    """
+    names = ("config.json", INDEX, *BESIDE_WEIGHTS)
+    try:
+        return {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
+    except OSError as error:
+        raise KimiError(f"{error.filename}: {error.strerror}") from None
 
 
-def copy_files(source: Path, out: Path) -> None:
-    """Copy them; a link into the hub's cache becomes a file."""
-    for path in copied_files(source):
-        shutil.copyfile(path, out / path.name)
+def copied_files(small: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Of those the files that go along with the weights as they are."""
+    return {name: small[name] for name in BESIDE_WEIGHTS if name in small}
 
 
 def converted_config(

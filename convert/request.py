@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_kimi import __version__
-from mlx_kimi.checkpoint import INDEX, Checkpoint
+from mlx_kimi.checkpoint import Checkpoint
 from mlx_kimi.convert.quantize import RECIPES, Scheme
 from mlx_kimi.hub_weights import HubWeights
 
@@ -23,7 +22,7 @@ DELETING, REVISION = "--delete-source-shards", "the revision"
 
 def request(
     checkpoint: Checkpoint,
-    beside: list[Path],
+    small: Mapping[str, bytes],
     scheme: Scheme | None,
     dtype: str | None,
     shard: int,
@@ -33,7 +32,7 @@ def request(
 
     Args:
         checkpoint: the source.
-        beside: its files that are copied.
+        small: its `small_files`.
         scheme: how it is quantized, None if it is not.
         dtype: as `convert` takes it.
         shard: bytes of data in one file.
@@ -44,7 +43,7 @@ def request(
         "the journal of version": JOURNAL,
         DELETING: _yes_or_no(hub is not None),
         SOURCE: str(checkpoint.folder.resolve()) if hub is None else hub.name,
-        CONTENT: _fingerprint(checkpoint, beside, weights),
+        CONTENT: _fingerprint(checkpoint, small, weights),
         REVISION: "none" if hub is None else hub.revision,
         "mlx_kimi": __version__,
         "mlx": str(mx.__version__),  # type: ignore[attr-defined]  # the stubs forget it
@@ -98,12 +97,11 @@ def _yes_or_no(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _fingerprint(checkpoint: Checkpoint, beside: list[Path], weights: list[Any]) -> str:
+def _fingerprint(checkpoint: Checkpoint, small: Mapping[str, bytes], weights: list[Any]) -> str:
     """What tells the weights from others, and every byte of the small files."""
     digest = hashlib.sha256()
-    for path in (checkpoint.folder / "config.json", checkpoint.folder / INDEX, *beside):
-        if path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
+    for name, data in small.items():
+        digest.update(name.encode() + data)
     for name, stored in sorted(checkpoint.tensors.items()):
         digest.update(repr((name, stored.file, stored.dtype, stored.shape)).encode())
     digest.update(repr(weights).encode())
@@ -112,8 +110,8 @@ def _fingerprint(checkpoint: Checkpoint, beside: list[Path], weights: list[Any])
 
 def _weights_of_folder(checkpoint: Checkpoint) -> list[Any]:
     """Sizes, times and samples."""
-    result = []
-    for file in checkpoint.files:
-        status = (checkpoint.folder / file).stat()
-        result.append((file, status.st_size, status.st_mtime_ns, checkpoint.sample(file)))
-    return result
+    versions = {file: checkpoint.headers[file].version for file in checkpoint.files}
+    return [
+        (file, version.size, version.modified, checkpoint.sample(file))
+        for file, version in versions.items()
+    ]

@@ -54,6 +54,7 @@ def write_weights(
                     hub.fetch(file)
                 blocks = list(_blocks(steps, numbers, begin, source))
                 _convert_file(steps, blocks, source, output, advance)
+                source.close(file)
                 if hub:
                     output.record()
                     hub.delete(file)

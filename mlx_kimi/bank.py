@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_kimi.errors import KimiError
-from mlx_kimi.expert_files import Bytes, Part
+from mlx_kimi.expert_files import Part
 from mlx_kimi.readers import Readers
+from mlx_kimi.weight_file import Bytes
 
 # How much of its worth an expert keeps from one token to the next. Measured on the pocket model's
 # routing (benchmarks/residency.py): between LRU, which a small number is, and LFU, which 1 is.

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_kimi.config import read_json
 from mlx_kimi.errors import KimiError
+from mlx_kimi.weight_file import FileVersion, OpenFile
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16")
@@ -38,6 +39,15 @@ class Stored:
     offset: int  # of its first byte, from where the header ends
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a file says that it holds, and which version of the file says so."""
+
+    tensors: dict[str, Stored]
+    end: int  # the byte after it, from which the tensors' offsets count
+    version: FileVersion
+
+
 class Listing(Protocol):
     """Files of weights that are elsewhere."""
 
@@ -45,7 +55,7 @@ class Listing(Protocol):
     def files(self) -> Collection[str]:
         """Their names."""
 
-    def header(self, file: str) -> dict[str, Stored]:
+    def tensors(self, file: str) -> dict[str, Stored]:
         """What one of them holds."""
 
 
@@ -67,9 +77,14 @@ class Checkpoint:
         there = _files(folder) if listing is None else listing.files
         self.weight_map = _weight_map(folder, there)
         self.files = sorted(set(self.weight_map.values())) or _unindexed(folder, there)
+        self.headers: dict[str, Header] = {}  # of the files that were in a folder so far
         self.tensors: dict[str, Stored] = {}
         for file in self.files:
-            stored_there = header(folder, file) if listing is None else listing.header(file)
+            if listing is None:
+                self.headers[file] = read_header(folder / file)
+                stored_there = self.headers[file].tensors
+            else:
+                stored_there = listing.tensors(file)
             for name, stored in stored_there.items():
                 if name in self.tensors:
                     raise KimiError(f"{name} is in two files: {self.tensors[name].file} and {file}")
@@ -86,6 +101,19 @@ class Checkpoint:
     def expected_file(self, name: str) -> str:
         """The file that a tensor which is not there should have been in."""
         return self.weight_map.get(name) or (self.files[0] if len(self.files) == 1 else "any shard")
+
+    def open(self, file: str, use: str, folder: Path | None = None) -> OpenFile:
+        """A file to read tensors from, in its own folder or where it was downloaded to.
+
+        Raises:
+            KimiError: it is no longer the file whose header was read.
+        """
+        return OpenFile((folder or self.folder) / file, self.headers[file].version, use)
+
+    def place(self, name: str) -> int:
+        """The first byte of a tensor in its file."""
+        stored = self.tensors[name]
+        return self.headers[stored.file].end + stored.offset
 
     def sample(self, file: str) -> bytes:
         """The middle of a file, by which to know it again without reading it."""
@@ -169,32 +197,32 @@ def _unindexed(folder: Path, there: Collection[str]) -> list[str]:
     return files
 
 
-def data_start(path: Path) -> int:
-    """The byte after a safetensors file's header, from which its tensors' offsets count."""
-    with path.open("rb") as weights:
-        return 8 + int.from_bytes(weights.read(8), "little")
-
-
-def header(folder: Path, file: str) -> dict[str, Stored]:
+def read_header(path: Path) -> Header:
     """What a file holds.
 
     Raises:
-        KimiError: it is not a whole safetensors file.
+        KimiError: it is not a whole safetensors file, or changed while it was read.
     """
     try:
-        with safe_open(str(folder / file), framework="numpy") as opened:  # checks all of it
-            names = list(opened.keys())
-        with (folder / file).open("rb") as weights:
+        with path.open("rb") as weights:
+            version = FileVersion.of(weights.fileno())
+            with safe_open(str(path), framework="numpy") as opened:  # checks all of it
+                names = list(opened.keys())
             size = int.from_bytes(weights.read(8), "little")
             fields = json.loads(weights.read(size))
-        return {
-            name: Stored(
-                file,
-                fields[name]["dtype"],
-                tuple(fields[name]["shape"]),
-                fields[name]["data_offsets"][0],
-            )
-            for name in names
-        }
+            with path.open("rb") as again:
+                now = FileVersion.of(again.fileno())
     except (SafetensorError, OSError) as error:
-        raise KimiError(f"{folder / file}: not a whole safetensors file: {error}") from None
+        raise KimiError(f"{path}: not a whole safetensors file: {error}") from None
+    if now != version:
+        raise KimiError(f"{path}: was {version.change_to(now)} while its header was read")
+    tensors = {
+        name: Stored(
+            path.name,
+            fields[name]["dtype"],
+            tuple(fields[name]["shape"]),
+            fields[name]["data_offsets"][0],
+        )
+        for name in names
+    }
+    return Header(tensors, 8 + size, version)

@@ -2,75 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_kimi.checkpoint import DTYPES, Checkpoint, Stored, data_start
+from mlx_kimi.checkpoint import DTYPES, Checkpoint
 from mlx_kimi.errors import KimiError
-
-Bytes = npt.NDArray[np.uint8]
-
-
-class OpenFile:
-    """A safetensors file that stays open, and must stay what it was.
-
-    Attributes:
-        data: the byte after its header.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self._was = self._is()
-        self.data = data_start(path)
-
-    def read(self, offset: int, into: Bytes) -> None:
-        """Fill `into` [bytes] from `offset` on.
-
-        Raises:
-            KimiError: the file cannot be read, or is no longer the one that was opened.
-        """
-        try:
-            self._check()
-            done = 0
-            while done < into.nbytes:
-                count = os.preadv(self._descriptor, [into[done:].data], offset + done)
-                if not count:
-                    raise KimiError(
-                        f"{self.path}: ends at byte {offset + done}, within weights that are in use"
-                    )
-                done += count
-            self._check()
-        except OSError as error:
-            raise KimiError(
-                f"{self.path}: cannot be read while the model is in use: {error.strerror}"
-            ) from None
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-    def _check(self) -> None:
-        now = self._is()
-        if now != self._was:
-            raise KimiError(f"{self.path}: was {_change(self._was, now)} while the model is in use")
-
-    def _is(self) -> tuple[bool, int, int]:
-        """Whether the file has a name, its size, and when it was written."""
-        stat = os.fstat(self._descriptor)
-        return stat.st_nlink > 0, stat.st_size, stat.st_mtime_ns
-
-
-def _change(was: tuple[bool, int, int], now: tuple[bool, int, int]) -> str:
-    if not now[0]:
-        return "removed"
-    return f"cut to {now[1]:,} of {was[1]:,} bytes" if now[1] < was[1] else "written to"
+from mlx_kimi.weight_file import Bytes, OpenFile
 
 
 @dataclass(frozen=True)
@@ -110,7 +52,7 @@ class ExpertFiles:
     """The open files of a folder that hold routed experts."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._folder, self._tensors = checkpoint.folder, checkpoint.tensors
+        self._checkpoint = checkpoint
         self._files: dict[str, OpenFile] = {}
 
     def part(self, name: str, names: Sequence[str], dtype: mx.Dtype) -> Part:
@@ -123,8 +65,8 @@ class ExpertFiles:
         Raises:
             KimiError: the stored floats do not fit `dtype` without rounding.
         """
-        places = [self._place(self._tensors[n]) for n in names]
-        first = self._tensors[names[0]]
+        places = [self._place(n) for n in names]
+        first = self._checkpoint.tensors[names[0]]
         stored = DTYPES[first.dtype]
         shape = first.shape
         if len(names) == 1:
@@ -143,8 +85,8 @@ class ExpertFiles:
         for file in self._files.values():
             file.close()
 
-    def _place(self, stored: Stored) -> tuple[OpenFile, int]:
-        if stored.file not in self._files:
-            self._files[stored.file] = OpenFile(self._folder / stored.file)
-        file = self._files[stored.file]
-        return file, file.data + stored.offset
+    def _place(self, name: str) -> tuple[OpenFile, int]:
+        file = self._checkpoint.tensors[name].file
+        if file not in self._files:
+            self._files[file] = self._checkpoint.open(file, "the model is in use")
+        return self._files[file], self._checkpoint.place(name)

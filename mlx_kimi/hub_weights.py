@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from mlx_kimi.checkpoint import Checkpoint, Stored, header
+from mlx_kimi.checkpoint import Checkpoint, Stored, read_header
 from mlx_kimi.errors import KimiError
 from mlx_kimi.hub import ALL_BUT_WEIGHTS, downloaded, in_one_line
 
@@ -49,7 +49,7 @@ class HubWeights:
         self._headers: dict[str, dict[str, Stored]] = {}
         self.checkpoint = Checkpoint(self.described, self)
 
-    def header(self, file: str) -> dict[str, Stored]:
+    def tensors(self, file: str) -> dict[str, Stored]:
         """What a file holds, asked for without the rest of it.
 
         Raises:
@@ -77,10 +77,12 @@ class HubWeights:
 
             hf_hub_download(self.name, file, revision=self.revision, local_dir=self.folder)
         try:
-            found = header(self.folder, file)
+            found = read_header(self.folder / file)
         except KimiError:
-            found = {}
-        if found != self.header(file):
+            found = None
+        if found and found.tensors == self.tensors(file):
+            self.checkpoint.headers[file] = found
+        else:
             self.delete(file)
             raise KimiError(
                 f"{self.name}: {file}: what was downloaded is not the file that the hub describes, "

@@ -8,7 +8,6 @@ from typing import Any
 
 from mlx_kimi.context import Context, common_prefix
 from mlx_kimi.conversation import Conversation
-from mlx_kimi.errors import KimiError
 from mlx_kimi.generate import PREFILL_STEP, prefill, prompt_ids
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.session import Session, refuse_used
@@ -29,8 +28,7 @@ def write_prompt_cache(
     """Read a conversation whose last message has no answer, and store it; the tokens read.
 
     Raises:
-        KimiError: `folder` is one that `refuse_used` refuses, or the conversation is longer than the
-            model's context.
+        KimiError: `refuse_used` refuses `folder`, or the conversation is longer than the context.
     """
     refuse_used(folder)
     ids = _before_any_question(model, tokenizer, conversation)

@@ -1,10 +1,12 @@
 """Convert: same numbers here and in mlx-lm, same bytes twice, all or nothing, in little memory."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -523,7 +525,61 @@ def test_a_source_that_shrinks_meanwhile_is_named(tmp_path: Path) -> None:
     def shrink(done: int, total: int) -> None:
         truncate(source / "model.safetensors")
 
-    refused(source, tmp_path / "out", "model.safetensors: ends in the middle of", progress=shrink)
+    refused(source, tmp_path / "out", r"model.safetensors: was cut to [\d,]+ of ", progress=shrink)
+
+
+def rewrite(file: Path, other: Path) -> None:
+    time.sleep(0.02)  # (times of files have a grain)
+    with file.open("r+b") as opened:
+        opened.write(other.read_bytes())
+
+
+def replace_it(file: Path, other: Path) -> None:
+    os.utime(other, ns=(0, file.stat().st_mtime_ns))
+    os.replace(other, file)
+
+
+@pytest.mark.parametrize("shard", [0, 2])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (rewrite, "was written to while it is being read"),
+        (replace_it, "was (removed|replaced) while it is being read"),
+    ],
+)
+def test_two_models_are_never_mixed(
+    source: Path, tmp_path: Path, change: Callable[[Path, Path], None], said: str, shard: int
+) -> None:
+    """A shard becomes that of a model of the same shapes, while it is read or before its turn."""
+    mine = Path(shutil.copytree(source, tmp_path / "mine"))
+    other = write_checkpoint(tmp_path / "other", EVEN, seed=9, shards=3)
+    name = sorted(path.name for path in mine.glob("*.safetensors"))[shard]
+    changed = False
+
+    def meanwhile(done: int, total: int) -> None:
+        nonlocal changed
+        if not changed:
+            changed = True
+            change(mine / name, other / name)
+
+    refused(mine, tmp_path / "out", said, progress=meanwhile)
+
+
+def test_the_files_beside_the_weights_are_those_that_were_read_first(
+    source: Path, tmp_path: Path
+) -> None:
+    mine = Path(shutil.copytree(source, tmp_path / "mine"))
+    (mine / "LICENSE").write_text("free")
+    config = (mine / "config.json").read_text()
+
+    def meanwhile(done: int, total: int) -> None:
+        (mine / "LICENSE").write_text("not free")
+        (mine / "config.json").write_text(config.replace("}", ', "rms_norm_eps": 0.5}'))
+
+    convert(mine, tmp_path / "out", scheme(), progress=meanwhile)
+    convert(source, tmp_path / "expected", scheme())
+    (tmp_path / "expected" / "LICENSE").write_text("free")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
 # ------------------------------------------------------------------------------- the command line

@@ -191,7 +191,7 @@ def test_a_file_is_deleted_only_when_all_that_was_made_of_it_is_recorded(
         synced.add(path.name)
 
     monkeypatch.setattr(output, "sync", synced_now)
-    asked = request(checkpoint, [], scheme(), None, 10**9)
+    asked = request(checkpoint, {}, scheme(), None, 10**9)
     with opened(tmp_path / "out", asked) as partial:
         shards = lay_out([plan.parts for plan in plans])
         write_weights(partial, shards, steps, source, lambda done, total: None, Watching())
