@@ -70,7 +70,7 @@ for (int choice = 0; choice < TopK; ++choice) {
   for (int i = Owned - 1; i >= 0; --i) {
     expert = merits[i] == best ? lane + 32 * i : expert;
   }
-  expert = simd_min(expert);
+  expert = metal::min(simd_min(expert), E - 1);  // (of NaN none is the best)
   for (int i = 0; i < Owned; ++i) {
     const bool taken = expert == lane + 32 * i;
     score = taken ? scores[i] : score;

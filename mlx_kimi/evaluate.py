@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.errors import KimiError
+from mlx_kimi.generate import not_finite
 from mlx_kimi.load import load
 from mlx_kimi.memory import human_size
 from mlx_kimi.model import KimiLinear
@@ -162,7 +163,10 @@ def _predictions(
             log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             came = mx.array(part[start + 1 : stop + 1])
             losses = -mx.take_along_axis(log_p, came[:, None], axis=-1)[:, 0]
-            yield np.array(losses), np.array(log_p)
+            found = np.array(losses)
+            if not np.isfinite(found).all():
+                raise not_finite(model, ids[: done + stop])
+            yield found, np.array(log_p)
         done += len(part)
         progress(done, len(ids))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ FinishReason = Literal["stop", "length"]
 
 MAX_TOKENS = 2048
 PREFILL_STEP = 2048  # tokens
+DIAGNOSED = 64  # tokens of a text whose logits are not finite that are read again to say where
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def stream_generate(
         context: of an earlier call, whose tokens are not read again.
 
     Raises:
-        KimiError: the prompt is empty, longer than the model's context, or an option is absurd.
+        KimiError: the prompt is empty or longer than the model's context, an option is absurd, or
+            the model's logits are not finite.
     """
     check_lengths(max_tokens, prefill_step)
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
@@ -108,17 +111,22 @@ def stream_generate(
     counts = model.streaming.counts if model.streaming else None
     answer = _Answer(tokenizer, stop, min(max_tokens, room), len(ids), sampler.seed, counts)
 
-    hidden, answer.cached_tokens = prefill(context, ids, prefill_step, progress)
-    token = sampler(model.logits(hidden[:, -1]))
-    mx.async_eval(token, *caches.arrays(context.entries))
+    def sampled(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        """The next token [1], and what is finite [1] if all logits are; submitted."""
+        logits = model.logits(hidden[:, -1])
+        token, total = sampler(logits), mx.logsumexp(logits, axis=-1)
+        mx.async_eval(token, total, *caches.arrays(context.entries))
+        return token, total
 
-    def read(token: mx.array) -> mx.array:
+    def read(token: mx.array) -> tuple[mx.array, mx.array]:
         # Processor time: MLX lets a thread that is far ahead of the device wait in here.
         before = time.thread_time()
-        following = sampler(model.logits(context.read(token[:, None])[:, -1]))
-        mx.async_eval(following, *caches.arrays(context.entries))
+        following = sampled(context.read(token[:, None]))
         answer.host_time += time.thread_time() - before
         return following
+
+    hidden, answer.cached_tokens = prefill(context, ids, prefill_step, progress)
+    token, total = sampled(hidden)
 
     ahead = model.streaming is None  # (a step that waits for files comes after the text)
     while True:
@@ -127,6 +135,8 @@ def stream_generate(
             if ahead and not answer.is_last:  # it computes while this token's text is handled
                 following = read(token)
             number = int(token.item())  # type: ignore[arg-type]
+            if not math.isfinite(total.item()):  # type: ignore[arg-type]
+                raise not_finite(model, context.ids)
             if following is not None:
                 context.ids.append(number)
         context.keep_now_and_then()
@@ -138,7 +148,20 @@ def stream_generate(
             with context.whole_step():
                 following = read(token)
                 context.ids.append(number)
-        token = following
+        token, total = following
+
+
+def not_finite(model: KimiLinear, ids: Sequence[int]) -> KimiError:
+    """The error of logits that are NaN or infinity after the tokens `ids`.
+
+    A short run finds the layer, if it is one's weights.
+    """
+    place = model.first_not_finite(mx.array([list(ids[-DIAGNOSED:])]))
+    where = f"{place} is the first to give such values" if place else "this text leads to it"
+    return KimiError(
+        f"the model's logits are NaN or infinity after {len(ids):,} tokens: {where}; "
+        "its weights are damaged or its dtype is too narrow"
+    )
 
 
 def prompt_ids(

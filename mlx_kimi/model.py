@@ -217,6 +217,27 @@ class KimiLinear(nn.Module):
             x, part = layer.attended(x, part, entry, step, self.reduce)
         return x, part
 
+    def first_not_finite(self, ids: mx.array) -> str | None:
+        """Where NaN or infinity first comes up when ids [B, T] are read from nothing.
+
+        `layers.3.mlp`, or another module's path; None: nowhere.
+        """
+        cache, step = self.make_cache(), Step()
+        x, part = self.embed_tokens.rows(ids), None
+        if not _is_finite(x):
+            return "embed_tokens"
+        for number, (layer, entry) in enumerate(zip(self.layers, cache, strict=True)):
+            x, part = layer.attended(x, part, entry, step, self.reduce)
+            if not _is_finite(part):
+                return f"layers.{number}.self_attn"
+            x, part = layer.fed_forward(x, part, self.reduce)
+            if not _is_finite(part):
+                return f"layers.{number}.mlp"
+        hidden = self.norm.of_sum(x, part)[1]
+        if not _is_finite(hidden):
+            return "norm"
+        return None if _is_finite(self.logits(hidden)) else "lm_head"
+
     def logits(self, hidden: mx.array) -> mx.array:
         """[..., hidden] after the last norm -> [..., vocab]."""
         return self.lm_head(hidden)
@@ -230,6 +251,10 @@ class KimiLinear(nn.Module):
             KDACache() if layer.attention == "kda" else LatentCache(bits=latent_bits)
             for layer in self.config.layers
         ]
+
+
+def _is_finite(x: mx.array) -> bool:
+    return bool(mx.isfinite(x).all().item())
 
 
 def _count(cache: Sequence[CacheEntry], real: Sequence[int]) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_kimi.context import Context, common_prefix
 from mlx_kimi.conversation import Conversation
-from mlx_kimi.generate import PREFILL_STEP, prefill, prompt_ids
+from mlx_kimi.generate import PREFILL_STEP, not_finite, prefill, prompt_ids
 from mlx_kimi.model import KimiLinear
 from mlx_kimi.session import Session, refuse_used
 from mlx_kimi.tokenizer import Tokenizer
@@ -33,7 +35,9 @@ def write_prompt_cache(
     refuse_used(folder)
     ids = _before_any_question(model, tokenizer, conversation)
     context = Context(model, latent_bits, every=None)
-    prefill(context, ids, prefill_step, progress)
+    last, _ = prefill(context, ids, prefill_step, progress)
+    if not mx.isfinite(last).all().item():
+        raise not_finite(model, ids)
     session = Session(folder, identity)
     session.save(conversation, context)
     session.close()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,3 +210,41 @@ def test_check_finds_damaged_weights(talker: Path, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     done = run("check", tmp_path)
     assert done.returncode == 1 and b"NaN or infinity" in done.stdout
+
+
+QUERY = ("model.layers.1.self_attn.q_proj.weight", "layers.1.self_attn")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "place", "command"),
+    [
+        (*QUERY, "generate -p hi"),
+        (*QUERY, "cache hi OUT"),
+        (*QUERY, "evaluate --text TEXT"),
+        (*QUERY, "chat"),
+        (
+            "model.layers.2.block_sparse_moe.shared_experts.down_proj.weight",
+            "layers.2.mlp",
+            "generate -p hi",
+        ),
+        ("lm_head.weight", "lm_head", "generate -p hi"),
+    ],
+)
+def test_a_model_of_nan_ends_with_one_line(
+    talker: Path, tmp_path: Path, tensor: str, place: str, command: str
+) -> None:
+    """It answered NUL characters, exit 0."""
+    folder = shutil.copytree(talker, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights[tensor][3, 5] = np.nan
+    save_file(weights, folder / "model.safetensors")
+    (tmp_path / "text").write_text("the cat sat on the mat " * 9)
+    given = {"OUT": str(tmp_path / "out"), "TEXT": str(tmp_path / "text")}
+    name, *rest = (given.get(word, word) for word in command.split())
+    model = [str(folder)] if name == "evaluate" else ["--model", str(folder)]
+    done = run(name, *model, *rest, stdin=b"hi\n")
+    said = rf"logits are NaN or infinity after \d+ tokens: {place} is the first to".encode()
+    assert re.search(said, done.stderr), done.stderr
+    assert done.stdout == b""
+    assert done.returncode == (0 if name == "chat" else 1)  # a chat goes on with the next message
+    assert not (tmp_path / "out").exists()

@@ -219,3 +219,10 @@ def test_what_is_outside_the_domain_is_named() -> None:
     assert "wider than 7168" in str(refused(Matrix(mx.zeros((4, 7200))), routed, None, 2))
     narrow = Matrix(mx.zeros((4, 60)))
     assert "router is no multiple" in str(refused(narrow, routed, None, 2))
+
+
+def test_of_no_numbers_experts_are_chosen_all_the_same() -> None:
+    """No score of NaN is the best; an expert beyond the last would be read from foreign memory."""
+    logits = mx.full((2, 40), float("nan"))
+    experts, _ = expert_select(logits, mx.zeros((40,)), 3, 1, 1, True, 1.0)
+    assert np.array(experts).max() < 40
