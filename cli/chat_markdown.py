@@ -7,6 +7,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Markdown
 from rich.segment import Segment
 
+# What looks like HTML is text: an answer has `std::vector<int>` in it, and no page to lay out.
+PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+
 
 class Blocks:
     """Splits a growing text at its top-level blocks: paragraphs, lists, tables, code.
@@ -17,7 +20,6 @@ class Blocks:
 
     def __init__(self) -> None:
         self.pending = ""
-        self._parser = MarkdownIt().enable("table")
 
     def add(self, text: str) -> list[str]:
         """Take more text; the blocks that have become final."""
@@ -26,7 +28,7 @@ class Blocks:
             return []
         # The last line may be half a marker. A block is final once the next has begun before it.
         whole = self.pending[: self.pending.rindex("\n") + 1]
-        tokens = self._parser.parse(whole)
+        tokens = PARSER.parse(whole)
         starts = [t.map[0] for t in tokens if t.level == 0 and t.map and t.nesting >= 0]
         lines = self.pending.split("\n")
         final = ["\n".join(lines[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
@@ -43,7 +45,8 @@ class Block:
     """
 
     def __init__(self, text: str, height: int | None = None) -> None:
-        self._markdown = Markdown(text, hyperlinks=False, code_theme="ansi_dark")
+        self._markdown = Markdown("", hyperlinks=False, code_theme="ansi_dark")
+        self._markdown.parsed = PARSER.parse(text)  # (rich's own parser takes HTML, and drops it)
         self._height = height
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -64,6 +65,25 @@ def test_blocks_do_not_depend_on_how_the_text_arrives() -> None:
     assert len(first) == 7, "what has no line break yet belongs to the last"
     assert "".join(first).replace("\n", "") == TEXT.replace("\n", "")
     assert all(split(TEXT, Random(seed)) == first for seed in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A std::vector<int> and a List<String>.",
+        "<think>\nfirst this\n</think>\nthen that",
+        'a line\n<svg width="3">\nanother line',
+        "<!-- a comment --> and <br/> and <a href='x'>y</a>",
+        "- of a list: Map<K, V>\n- <script>alert(1)</script>",
+        "| a | b |\n|---|---|\n| Set<T> | <i>x</i> |",
+    ],
+)
+def test_what_looks_like_html_is_on_the_screen(text: str) -> None:
+    """`std::vector<int>` was shown as `std::vector`, and a line with a tag not at all."""
+    marks = re.compile(r"^- |[|\s\-─━•┃│╷╵╇┏┓┡┩└┘┴]")
+    for blocks in ([text], split(text, Random(0))):
+        shown = "".join(rendered(blocks, 200))
+        assert marks.sub("", shown) == marks.sub("", text.replace("\n- ", "\n"))
 
 
 def test_blocks_of_random_markdown_lose_no_character() -> None:
