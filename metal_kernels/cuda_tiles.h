@@ -7,7 +7,7 @@ inline int in_tile(int row, int column) { return row * 8 + column; }
 enum { Tile = 64 };  // elements
 
 template <typename T>
-inline vec<T, 2> transposed(vec<T, 2> fragment, int) { return as_right<T>(fragment); }
+inline vec<T, 2> transposed(vec<T, 2> elements, int) { return as_right<T>(elements); }
 
 inline float max_over_rows(float x) {
   x = max(x, simd_shuffle_xor(x, 4));

@@ -20,9 +20,9 @@ enum { Tile = 64 };  // elements
 
 // The fragment of the transpose. (Shuffled as float: Metal shuffles no bfloat.)
 template <typename T>
-inline vec<T, 2> transposed(vec<T, 2> fragment, int lane) {
+inline vec<T, 2> transposed(vec<T, 2> elements, int lane) {
   const int row = tile_row(lane), column = tile_column(lane);
-  const float x = float(fragment[0]), y = float(fragment[1]);
+  const float x = float(elements[0]), y = float(elements[1]);
   const int upper = tile_lane(column, row), lower = tile_lane(column + 1, row);
   const float2 first = float2(simd_shuffle(x, upper), simd_shuffle(y, upper));
   const float2 second = float2(simd_shuffle(x, lower), simd_shuffle(y, lower));
@@ -31,8 +31,8 @@ inline vec<T, 2> transposed(vec<T, 2> fragment, int lane) {
 
 // A right factor as `multiply_add` wants it, from its fragment. NVIDIA's matrix units want another one.
 template <typename T>
-inline vec<T, 2> as_right(vec<T, 2> fragment) {
-  return fragment;
+inline vec<T, 2> as_right(vec<T, 2> elements) {
+  return elements;
 }
 
 // c[i] += a[i] b for N tiles of fragments. L and R are the types of the factors, of any float type.

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from emulator.lint import LintError, lint, linter
+from emulator.reserved import RESERVED
 
 from mlx_kimi.metal_kernels.kda_sequential import KERNEL, kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import Kernel, use_backend
@@ -89,6 +90,29 @@ def test_bad_header_is_refused_at_its_line(name: str) -> None:
     where = "line 1" if used else "header line 2"
     with pytest.raises(LintError, match=f"^snippet: {where}:.*error"):
         check(body, f"// a comment\n{BAD_HEADERS[name]}\n")
+
+
+POSITIONS = {  # what is declared, in the body or in the header
+    "variable": ("float {} = 0; float x = {};", ""),
+    "member": ("struct S {{ float {}; }}; S s; s.{} = 0; float x = s.{};", ""),
+    "type": ("struct {} {{ float v; }}; float x = 0;", ""),
+    "enumerator": ("enum {{ {} = 3 }}; float x = 0;", ""),
+    "parameter": ("float x = 0;", "inline float g(float {}) {{ return 1; }}"),
+    "function": ("float x = 0;", "inline float {}(float a) {{ return a; }}"),
+    "parameter of a template": ("float x = 0;", "template <typename {}> float g(float a);"),
+}
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("word", [*RESERVED, "bfloat", "half", "threadgroup", "register"])
+def test_reserved_words_are_refused_in_every_position(word: str, position: str) -> None:
+    body, header = (text.format(*[word] * 3) for text in POSITIONS[position])
+    with pytest.raises(LintError, match="^snippet: (header )?line 1:.*error"):
+        check(body, header)
+
+
+def test_reserved_words_within_others_and_in_comments_are_nobodys() -> None:
+    check("float fragments = 0, my_quad = 1; float x = fragments + my_quad; // a fragment")
 
 
 GOOD = {

@@ -24,9 +24,11 @@ from mlx_kimi.metal_kernels.msl import Input, MetalText, metal_text
 from .arrays import as_array
 from .compiler import LANGUAGE, CompileError, run
 from .report import place
+from .reserved import reserved_words
 from .syntax_tree import refusals
 from .translate import translate
 
+SOURCE = "kernel.cl"  # the file that clang reads
 MOST_BUFFERS = 31
 VERSIONS = (310, 410)  # of Metal: the oldest and the newest in use
 STRICT = (
@@ -119,8 +121,10 @@ def lint_text(name: str, metal: MetalText) -> None:
 @cache
 def _problems(text: str, version: int) -> list[str]:
     """As `kernel.cl:LINE: message`."""
+    if reserved := list(reserved_words(text, SOURCE)):
+        return reserved
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.cl"
+        source = Path(folder) / SOURCE
         source.write_text(text)
         define = f"-D__METAL_VERSION__={version}"
         try:

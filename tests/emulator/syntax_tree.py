@@ -60,6 +60,8 @@ def _message(kind: str, rest: str, following: str) -> str | None:
     declared = name.split("(")[0] if kind in _FUNCTIONS else name
     if kind in _VARIABLES | _CASTS | _FUNCTIONS and "__generic" in declared:
         return f"error: '{declared.strip()}' must name an address space before Metal 4.1"
+    if kind.endswith("Decl") and re.search(r"\bbfloat\b", rest.split("'")[0]):
+        return "error: 'bfloat' is a reserved word of Metal"
     if kind in _ABSENT:
         return f"error: Metal has no {_ABSENT[kind]}"
     implicit = kind == "ImplicitCastExpr" and "part_of_explicit_cast" not in rest
