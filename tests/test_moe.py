@@ -12,8 +12,9 @@ from checkpoints import ODD, TINY, published_config, write_checkpoint
 from mlx.utils import tree_flatten
 
 from mlx_kimi import moe
-from mlx_kimi.config import ModelConfig
+from mlx_kimi.config import ModelConfig, Quantization
 from mlx_kimi.errors import KimiError
+from mlx_kimi.linear import Linear
 from mlx_kimi.load import load_model
 from mlx_kimi.model import KimiLinear, Step
 from mlx_kimi.weights import Weights
@@ -53,6 +54,30 @@ ROUTERS = {
     "groups_of_two": {"num_expert_group": 8, "topk_group": 3},
     "all_groups": {"num_expert_group": 4, "topk_group": 4, "num_experts_per_token": 8},
 }
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_nvidia_gpus_are_not_told_that_rows_are_sorted(
+    monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    """There MLX's product of plain matrices would take the wrong experts for 300 rows of each."""
+    told: list[bool] = []
+    gather_mm = mx.gather_mm
+
+    def watched(*arrays: mx.array, sorted_indices: bool = False, **how: Any) -> mx.array:
+        told.append(sorted_indices)
+        return gather_mm(*arrays, **how)
+
+    w, x = mx.random.normal((2, 32, 64)), mx.random.normal((600, 1, 64))
+    linear = Linear(*mx.quantize(w), Quantization(64, 4)) if bits else Linear(w)
+    experts = mx.array([0] * 300 + [1] * 300)
+    expected = linear.gather(x, experts, sorted_indices=True)
+    monkeypatch.setattr(mx, "gather_mm", watched)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    found = linear.gather(x, experts, sorted_indices=True)
+    assert told == ([] if bits else [False])
+    assert_close("y", found, expected, REORDERED)
 
 
 @pytest.mark.parametrize("bias", ["none", "small", "negative", "large"])
