@@ -122,8 +122,11 @@ def _answers(
 ) -> Iterator[Finding]:
     answers = goldens.answers if goldens else {}
     ids = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
-    finite = mx.all(mx.isfinite(network(mx.array([ids])))).item()
-    yield "logits are finite numbers", None if finite else "NaN or infinity: weights are damaged"
+    place = network.first_not_finite(mx.array([ids]))
+    if place:
+        yield "logits are finite numbers", f"NaN or infinity, first from {place}: damaged weights"
+        return
+    yield "logits are finite numbers", None
     for question, expected in answers.items():
         answer = generate(network, tokenizer, question, max_tokens=256)
         wrong = None if answer == expected else f"answered {answer!r}, expected {expected!r}"

@@ -28,15 +28,6 @@ def plain_pays(rows: int, size: int) -> bool:
     return mx.cuda.is_available() and CUDA_PLAIN_FROM <= rows and size <= LARGEST_COPY
 
 
-def gathered_plain_pays(rows: int, size: int) -> bool:
-    """The same of a stack of `size` elements that multiplies `rows` for each member, gathered.
-
-    On NVIDIA GPUs it does not: the fast product of sorted rows is wrong there, see
-    `gather_times_transposed`.
-    """
-    return copy_pays(rows, size)
-
-
 def times_transposed(x: mx.array, w: mx.array) -> mx.array:
     """`x w^T` for x [..., T, in], w [..., out, in]."""
     w = w.swapaxes(-1, -2)
@@ -48,11 +39,12 @@ def gather_times_transposed(
 ) -> mx.array:
     """`x w[index]^T` for x [..., T, in], w [E, out, in] and the `indices` [...] of x's rows.
 
-    On NVIDIA GPUs MLX 0.32.4 multiplies sorted rows by the wrong members
-    (benchmarks/gather_mm_sorted.py), so that it is not told there that they are sorted.
+    An axis of one row made by indexing has any stride, and MLX 0.32.4's product of sorted rows on
+    NVIDIA GPUs takes that for the distance of rows (benchmarks/gather_mm_sorted.py): the rows are
+    given ordinary strides, which moves nothing.
     """
     w = w.swapaxes(-1, -2)
     if copy_pays(indices.size // w.shape[0], w.size):
         w = mx.contiguous(w)
-    is_sorted = sorted_indices and not mx.cuda.is_available()
-    return mx.gather_mm(x, w, rhs_indices=indices, sorted_indices=is_sorted)
+    x = x.reshape(-1).reshape(x.shape)
+    return mx.gather_mm(x, w, rhs_indices=indices, sorted_indices=sorted_indices)

@@ -51,22 +51,25 @@ def _widened(raw: Bytes, stored: mx.Dtype) -> npt.NDArray[np.float32]:
 class ExpertFiles:
     """The open files of a folder that hold routed experts."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self) -> None:
+        # (No checkpoint: it would keep the arrays that it has read.)
         self._files: dict[str, OpenFile] = {}
 
-    def part(self, name: str, names: Sequence[str], dtype: mx.Dtype) -> Part:
+    def part(
+        self, checkpoint: Checkpoint, name: str, names: Sequence[str], dtype: mx.Dtype
+    ) -> Part:
         """The array `name` of the MLX layout.
 
         Args:
+            checkpoint: of the folder.
             names: one stored tensor with all experts [E, ...], or one tensor for each.
             dtype: of floats in memory.
 
         Raises:
             KimiError: the stored floats do not fit `dtype` without rounding.
         """
-        places = [self._place(n) for n in names]
-        first = self._checkpoint.tensors[names[0]]
+        places = [self._place(checkpoint, n) for n in names]
+        first = checkpoint.tensors[names[0]]
         stored = DTYPES[first.dtype]
         shape = first.shape
         if len(names) == 1:
@@ -85,8 +88,8 @@ class ExpertFiles:
         for file in self._files.values():
             file.close()
 
-    def _place(self, name: str) -> tuple[OpenFile, int]:
-        file = self._checkpoint.tensors[name].file
+    def _place(self, checkpoint: Checkpoint, name: str) -> tuple[OpenFile, int]:
+        file = checkpoint.tensors[name].file
         if file not in self._files:
-            self._files[file] = self._checkpoint.open(file, "the model is in use")
-        return self._files[file], self._checkpoint.place(name)
+            self._files[file] = checkpoint.open(file, "the model is in use")
+        return self._files[file], checkpoint.place(name)

@@ -11,7 +11,6 @@ import mlx.nn as nn
 from mlx_kimi.config import Quantization
 from mlx_kimi.metal_kernels.matmul import (
     gather_times_transposed,
-    gathered_plain_pays,
     plain_pays,
     times_transposed,
 )
@@ -58,12 +57,8 @@ class Linear(nn.Module):
 
     def _plain_for(self, rows: int) -> bool:
         """Whether the product with so many rows is one of plain matrices."""
-        return self.quantization is None or plain_pays(rows, self._elements)
-
-    @property
-    def _elements(self) -> int:
         q = self.quantization
-        return self.weight.size if q is None else self.weight.size * 32 // q.bits
+        return q is None or plain_pays(rows, self.weight.size * 32 // q.bits)
 
     def _is_refused_by_mlx(self) -> bool:
         """Whether MLX's product on NVIDIA GPUs does not take this quantized matrix.
@@ -93,8 +88,7 @@ class Linear(nn.Module):
 
     def gather(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """x [..., T, in] times the members `indices` [...] of the stack -> [..., T, out]."""
-        q, rows = self.quantization, indices.size // self.weight.shape[0]
-        if q is None or gathered_plain_pays(rows, self._elements):
+        if self._plain_for(indices.size // self.weight.shape[0]):
             return gather_times_transposed(x, self.dequantized(), indices, sorted_indices)
         return mx.gather_qmm(
             x,

@@ -103,14 +103,15 @@ def _streaming(
     budget: Budget, reader: _Reader, arrays: Mapping[str, mx.array], dtype: mx.Dtype
 ) -> Streaming:
     """Banks for the routed experts of `arrays`, with the slots that the budget has room for."""
-    files = ExpertFiles(reader.checkpoint)
+    files = ExpertFiles()
     layers: dict[str, list[Part]] = {}
     try:
         for tensor in tensors(reader.config):
             if tensor.join is Join.STACK:
                 path = tensor.module.rsplit(".", 1)[0]
                 for name, stored in reader.stored(tensor).items():
-                    layers.setdefault(path, []).append(files.part(name, stored, dtype))
+                    part = files.part(reader.checkpoint, name, stored, dtype)
+                    layers.setdefault(path, []).append(part)
         routed = {part.name for parts in layers.values() for part in parts}
         resident = sum(array.nbytes for name, array in arrays.items() if name not in routed)
         slots = slots_for(budget, reader.config, resident, layers)

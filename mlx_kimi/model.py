@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -19,7 +20,6 @@ from mlx_kimi.metal_kernels.attention import Ahead
 from mlx_kimi.metal_kernels.mla_decode import Plan
 from mlx_kimi.mla import MultiHeadLatentAttention
 from mlx_kimi.moe import MixtureOfExperts
-from mlx_kimi.step_lock import StepLock
 from mlx_kimi.weights import Weights
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class KimiLinear(nn.Module):
             self.embed_tokens if config.tie_word_embeddings else weights.linear("lm_head")
         )
         self.compiled = CompiledStep(self)
-        self._turn = StepLock()
+        self._turn = Lock()
 
     def __call__(
         self,
@@ -173,13 +173,14 @@ class KimiLinear(nn.Module):
         B, T = ids.shape
         real = [T] * B if lengths is None else [int(length) for length in lengths]
         cache = self.make_cache() if cache is None else cache
-        with self._turn.step():
+        with self._turn:
             if min(real) < T:
                 x = self.run(ids, cache, Step.padded(T, real))
             elif T == 1 and self.compiled.takes(cache):
                 x = self.compiled(ids, cache)
             else:
                 x = self.run(ids, cache, Step())
+            self._finish(x)
             _count(cache, real)
         return x
 
@@ -188,9 +189,17 @@ class KimiLinear(nn.Module):
 
         All ends with the last layer's attention: experts after it would be read for nothing.
         """
-        with self._turn.step():
-            self._attended(ids, cache, Step())
+        with self._turn:
+            self._finish(*self._attended(ids, cache, Step()))
             _count(cache, [ids.shape[1]] * ids.shape[0])
+
+    def _finish(self, *results: mx.array) -> None:
+        """Wait for a step whose experts are in slots: the next one, of any thread, may write them.
+
+        MLX gives every thread a stream of its own, and only work in one stream is in order.
+        """
+        if self.streaming:
+            mx.eval(results)
 
     def run(self, ids: mx.array, cache: Sequence[CacheEntry], step: Step) -> mx.array:
         """ids [B, T] -> [B, T, hidden]; the entries' arrays move on, their lengths do not."""

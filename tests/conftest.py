@@ -6,6 +6,7 @@ import os
 # is imported. The oracles here are float64.
 os.environ["MLX_ENABLE_TF32"] = "0"
 
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,10 @@ from tokenizer_files import trained_tokens, write_tiktoken
 
 from mlx_kimi.load import load_model
 from mlx_kimi.model import KimiLinear
+
+# What was started with nohup, or by a script in its background, ignores Ctrl-C, and so would every
+# program that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEED = 2  # the stored reference logits are of this seed's weights
 

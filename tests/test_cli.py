@@ -209,7 +209,7 @@ def test_check_finds_damaged_weights(talker: Path, tmp_path: Path) -> None:
     weights["model.layers.1.self_attn.q_proj.weight"][3, 5] = np.nan
     save_file(weights, tmp_path / "model.safetensors")
     done = run("check", tmp_path)
-    assert done.returncode == 1 and b"NaN or infinity" in done.stdout
+    assert done.returncode == 1 and b"NaN or infinity, first from layers.1." in done.stdout
 
 
 QUERY = ("model.layers.1.self_attn.q_proj.weight", "layers.1.self_attn")

@@ -1,6 +1,7 @@
 """Sessions: conversations on disk that survive crashes, damage and other versions."""
 
 import errno
+import gc
 import json
 import os
 import subprocess
@@ -607,6 +608,7 @@ def test_undo_takes_under_50_ms_and_no_recomputation(loaded, sessions) -> None:
 
 def test_2000_steps_keep_memory_flat(loaded) -> None:
     """Active memory less what the cache itself holds; snapshots are none within one short turn."""
+    gc.collect()  # what other tests left
     model, tokenizer = loaded
     context, held = Context(model), []
     for step, _ in enumerate(
@@ -623,6 +625,7 @@ def test_2000_steps_keep_memory_flat(loaded) -> None:
 
 def test_50_turns_keep_memory_flat(loaded, sessions) -> None:
     """Snapshots fill their bound after some ten turns; from then on nothing may grow."""
+    gc.collect()  # what other tests left
     bound = 700_000  # bytes: 18 snapshots of the tiny model, 37 kB each
     chat, held = new_chat(loaded, sessions, snapshot_memory=bound), []
     for turn in range(50):
