@@ -1,18 +1,26 @@
-# `make demo` and `make test` each set up everything they need on a fresh clone.
+# `make demo`, `make quick` and `make test` each set up everything they need on a fresh clone.
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BACKEND := $(if $(filter Darwin,$(shell uname -s)),,cpu)
 comma := ,
+PYTEST := $(VENV)/bin/python -m pytest -q
 
-.PHONY: demo test check fix clean
+.PHONY: demo test quick check fix clean
 
 demo: $(VENV)/.runtime
 	@echo "== asking the pocket model that ships inside the package =="
 	$(VENV)/bin/mlx_kimi generate --prompt "What is Kimi Linear?"
 
 test: check
-	@echo "== running every test =="
-	$(VENV)/bin/python -m pytest -q
+	@echo "== running every test, $(JOBS) at a time =="
+	$(PYTEST) -n $(JOBS) --dist worksteal --durations 20 -m "not alone"
+	@echo "== running what load would disturb, one at a time =="
+	$(PYTEST) -m alone
+
+quick: check
+	@echo "== running the tests that are quick, $(JOBS) at a time =="
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "not alone and not slow"
 
 check: $(VENV)/.dev
 	@echo "== checking style and types =="

@@ -143,6 +143,7 @@ def test_times_of_rows_add_up_to_the_first_token(loaded) -> None:
         assert rows[count - 1].time_to_first_token == pytest.approx(total)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("busy", [True, False], ids=["working", "waiting"])
 def test_what_bounds_a_token_is_named(loaded, monkeypatch, busy: bool) -> None:
     logits = KimiLinear.logits

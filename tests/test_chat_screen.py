@@ -158,6 +158,7 @@ def test_what_scrolled_away_is_printed_once_and_never_again(columns: int, rows: 
     assert "the status line" not in "\n".join(shown)
 
 
+@pytest.mark.alone
 def test_ctrl_c_never_falls_into_a_drawing() -> None:
     """Interrupted within, rich's console would hold back all that it prints from then on."""
     kept = []

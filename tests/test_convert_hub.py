@@ -275,6 +275,7 @@ def test_each_fault_of_a_shard_is_one_line_and_the_same_command_goes_on(
     assert contents(out) == whole
 
 
+@pytest.mark.alone
 def test_ctrl_c_in_a_download_goes_on_at_that_shard(
     hub: Hub, whole: dict[str, bytes], tmp_path: Path
 ) -> None:

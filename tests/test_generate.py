@@ -96,6 +96,7 @@ def test_progress_names_every_prefill_step(loaded) -> None:
     assert seen == [(done, count) for done in range(0, count, 10)]
 
 
+@pytest.mark.alone
 def test_host_time_is_work_before_a_step_is_submitted_and_no_waiting(loaded, monkeypatch) -> None:
     logits = KimiLinear.logits
     added = 0.02  # seconds

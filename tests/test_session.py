@@ -567,6 +567,7 @@ def long_model(tmp_path_factory):
     return load_model(write_checkpoint(folder, TINY | {"model_max_length": 32768}, 2))
 
 
+@pytest.mark.alone
 def test_resuming_20000_tokens_costs_under_one_percent_of_reading_them(
     long_model, tmp_path
 ) -> None:
@@ -592,6 +593,7 @@ def test_resuming_20000_tokens_costs_under_one_percent_of_reading_them(
     assert resuming < reading / 100
 
 
+@pytest.mark.alone
 def test_undo_takes_under_50_ms_and_no_recomputation(loaded, sessions) -> None:
     chat = new_chat(loaded, sessions, options={"max_tokens": 2})
     talk(chat, "a long message " * 300, "and", "so", "on")

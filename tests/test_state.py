@@ -143,6 +143,7 @@ def decoded() -> tuple[list[float], list[int], int]:
     return seconds, active, width * 4
 
 
+@pytest.mark.alone
 def test_appending_stays_flat_in_time(decoded: tuple[list[float], list[int], int]) -> None:
     seconds = decoded[0]
     early, late = seconds[3000] - seconds[1000], seconds[-1] - seconds[-2001]

@@ -353,6 +353,7 @@ def test_a_file_that_changes_ends_the_answer(
     assert error.startswith(f"{pocket / 'model.safetensors'}: {said}")
 
 
+@pytest.mark.alone
 def test_a_disk_that_does_not_answer_ends_the_answer(
     pocket: Path, streamed: Streamed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,6 +382,7 @@ def test_a_slow_disk_is_waited_for(
     assert model.streaming.counts.waited > 0.1
 
 
+@pytest.mark.alone
 def test_a_program_ends_though_a_read_hangs() -> None:
     start = "Readers().start(lambda: time.sleep(60), [])"
     program = f"import time; from mlx_kimi.readers import Readers; {start}"

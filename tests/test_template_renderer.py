@@ -64,6 +64,7 @@ def quick() -> Iterator[Renderer]:
     shared.close()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_template_fails_soon(source: str, quick: Renderer) -> None:
     assert template("ok", quick).render([]) == "ok"  # the child runs
