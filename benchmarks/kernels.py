@@ -30,8 +30,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.config import ModelConfig
-from mlx_kimi.load import load_model
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.add_norm import add_norm, naive_add_norm
 from mlx_kimi.metal_kernels.attention import Block, attend
 from mlx_kimi.metal_kernels.experts import Gated, add_norm_scores, expert_mlp, expert_select
@@ -43,9 +43,9 @@ from mlx_kimi.metal_kernels.latents import pack
 from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights, Plan, mla_decode, naive_mla_decode
 from mlx_kimi.metal_kernels.mla_prefill import Expanded, mla_prefill, naive_mla_prefill
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.moe import _select
-from mlx_kimi.tokenizer import load_tokenizer
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.moe import _select
+from mlx_kimi.text.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from assertions import largest_error, rms_error

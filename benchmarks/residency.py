@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_kimi import generate, load
-from mlx_kimi.bank import KEPT_WORTH, Worth
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.moe import MixtureOfExperts
+from mlx_kimi.model.moe import MixtureOfExperts
+from mlx_kimi.offload.expert_cache import KEPT_WORTH, Worth
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.pocket.tasks import TASKS, prompts

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_kimi import cache as caches
 from mlx_kimi.cli import chat_settings, show
 from mlx_kimi.cli.chat_clipboard import copy
 from mlx_kimi.cli.chat_file import file_message
 from mlx_kimi.errors import KimiError
-from mlx_kimi.memory import human_size
+from mlx_kimi.model import cache as caches
+from mlx_kimi.units import human_size
 
 if TYPE_CHECKING:
     from mlx_kimi.cli.chat_loop import Loop

@@ -20,16 +20,16 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
+from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import quality
-from mlx_kimi.config import QUANTIZATION_MODES
 from mlx_kimi.convert.convert import Outlook, Report, convert
 from mlx_kimi.convert.partial import partial_of
 from mlx_kimi.convert.plan import DTYPES
 from mlx_kimi.convert.quality import TOKENS
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
 from mlx_kimi.convert.write import Progress as OnProgress
-from mlx_kimi.hub import local_folder
-from mlx_kimi.memory import human_size
+from mlx_kimi.units import human_size
 
 Hidden = Callable[[], AbstractContextManager[object]]
 

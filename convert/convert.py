@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_kimi.checkpoint import Checkpoint
-from mlx_kimi.config import ModelConfig, read_json
+from mlx_kimi.checkpoint.config import ModelConfig, read_json
+from mlx_kimi.checkpoint.files import Checkpoint
+from mlx_kimi.checkpoint.hub import is_folder, local_folder
+from mlx_kimi.checkpoint.hub_weights import HubWeights
+from mlx_kimi.checkpoint.tensors import Tensor, tensors
 from mlx_kimi.convert.blocks import Source
 from mlx_kimi.convert.folder import converted_config, copied_files, small_files
 from mlx_kimi.convert.partial import (
@@ -31,11 +34,8 @@ from mlx_kimi.convert.shards import MAX_SHARD, lay_out, write_index
 from mlx_kimi.convert.steps import steps_of, written_bytes
 from mlx_kimi.convert.write import Progress, write_weights
 from mlx_kimi.errors import KimiError
-from mlx_kimi.hub import is_folder, local_folder
-from mlx_kimi.hub_weights import HubWeights
-from mlx_kimi.load import check
-from mlx_kimi.memory import human_size
-from mlx_kimi.names import Tensor, tensors
+from mlx_kimi.loading.load import check
+from mlx_kimi.units import human_size
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from assertions import assert_close, assert_same_bits
 from checkpoints import ODD, TINY, random_tensor, tensor_shapes, token_ids
 from conftest import SEED
 
-from mlx_kimi import cache, mla
 from mlx_kimi.metal_kernels.attention import QUERY_BLOCK, Ahead, Block, attend
-from mlx_kimi.model import KimiLinear
+from mlx_kimi.model import cache, mla
+from mlx_kimi.model.kimi_linear import KimiLinear
 
 
 @pytest.fixture(params=["a CPU's form", "a GPU's form"], autouse=True)

@@ -11,8 +11,9 @@ import pytest
 from tokenizer_files import write_json
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mlx_kimi import chat_template
-from mlx_kimi.chat_template import (
+from mlx_kimi.errors import KimiError
+from mlx_kimi.text import chat_template
+from mlx_kimi.text.chat_template import (
     BUILT_IN,
     ChatTemplate,
     ControlTokens,
@@ -20,7 +21,6 @@ from mlx_kimi.chat_template import (
     check_messages,
     load_chat_template,
 )
-from mlx_kimi.errors import KimiError
 
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief & <kind>."},

@@ -7,13 +7,13 @@ import mlx.core as mx
 import pytest
 from assertions import assert_close
 
-from mlx_kimi import cache as caches
 from mlx_kimi import load
-from mlx_kimi.cache import LatentCache
-from mlx_kimi.context import Context, common_prefix
-from mlx_kimi.generate import stream_generate
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.tokenizer import Tokenizer
+from mlx_kimi.generation.context import Context, common_prefix
+from mlx_kimi.generation.generate import stream_generate
+from mlx_kimi.model import cache as caches
+from mlx_kimi.model.cache import LatentCache
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

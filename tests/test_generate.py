@@ -12,17 +12,11 @@ import mlx.core as mx
 import pytest
 
 from mlx_kimi import load
-from mlx_kimi.context import Context
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generate import (
-    Chunk,
-    StopStrings,
-    generate,
-    prompt_ids,
-    stream_generate,
-)
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.tokenizer import Tokenizer
+from mlx_kimi.generation.context import Context
+from mlx_kimi.generation.generate import Chunk, StopStrings, generate, prompt_ids, stream_generate
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.text.tokenizer import Tokenizer
 
 PROMPT = "Which words are names? 中文 🎉"
 

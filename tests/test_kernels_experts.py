@@ -22,7 +22,7 @@ from mlx_kimi.metal_kernels.experts import (
 )
 from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.metal_kernels.matrix import Matrix
-from mlx_kimi.moe import _select
+from mlx_kimi.model.moe import _select
 
 # One rounding of the output and one of what stands between the two launches, on top of float32.
 LARGEST = {mx.float32: 2e-5, mx.float16: 2e-3, mx.bfloat16: 1.2e-2}

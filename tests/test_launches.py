@@ -9,10 +9,11 @@ import mlx.core as mx
 import pytest
 from checkpoints import PUBLISHED_48B, published_config, write_checkpoint
 
-from mlx_kimi.cache import CacheEntry, arrays
-from mlx_kimi.load import load_model
+from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
-from mlx_kimi.model import KimiLinear, Step
+from mlx_kimi.model.cache import CacheEntry, arrays
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.step import Step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from launches import launches

@@ -11,13 +11,14 @@ from assertions import assert_close
 from checkpoints import ODD, TINY, published_config, write_checkpoint
 from mlx.utils import tree_flatten
 
-from mlx_kimi import moe
-from mlx_kimi.config import ModelConfig
+from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.errors import KimiError
-from mlx_kimi.linear import Linear
-from mlx_kimi.load import load_model
-from mlx_kimi.model import KimiLinear, Step
-from mlx_kimi.weights import Weights
+from mlx_kimi.loading.load import load_model
+from mlx_kimi.model import moe
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.linear import Linear
+from mlx_kimi.model.step import Step
+from mlx_kimi.model.weights import Weights
 
 # Two float32 sums of the same few hundred products in another order.
 REORDERED = 1e-5

@@ -15,9 +15,9 @@ from processes import peak_memory
 from safetensors.numpy import load_file
 from tokenizer_files import trained_tokens, write_tiktoken
 
-from mlx_kimi.checkpoint import Checkpoint
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.cli.main import cli
-from mlx_kimi.config import ModelConfig
 from mlx_kimi.convert import quality
 from mlx_kimi.convert.blocks import Source
 from mlx_kimi.convert.convert import convert
@@ -25,9 +25,9 @@ from mlx_kimi.convert.layerwise import Layers
 from mlx_kimi.convert.quality import Quality, measure, sample_ids, sample_text
 from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.errors import KimiError
-from mlx_kimi.evaluate import evaluate
-from mlx_kimi.load import load_model
-from mlx_kimi.model import Step
+from mlx_kimi.evaluation.evaluate import evaluate
+from mlx_kimi.loading.load import load_model
+from mlx_kimi.model.step import Step
 
 # Sums of float32 in another order: experts and blocks of rows come one after another here.
 ROUNDING = 2e-5

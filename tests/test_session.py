@@ -19,17 +19,18 @@ import pytest
 from assertions import assert_close
 from checkpoints import TINY, write_checkpoint
 
-from mlx_kimi import cache as caches
-from mlx_kimi import load, load_model, states
-from mlx_kimi.chat import Chat
-from mlx_kimi.context import Context
-from mlx_kimi.conversation import Conversation
+from mlx_kimi import load, load_model
+from mlx_kimi.chat import state_files as states
+from mlx_kimi.chat.chat import Chat
+from mlx_kimi.chat.conversation import Conversation
+from mlx_kimi.chat.identity import identity
+from mlx_kimi.chat.session import PREVIOUS, RETURN_POINTS, TEXT, Session
+from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.errors import ContextFull, KimiError
-from mlx_kimi.generate import prompt_ids, stream_generate
-from mlx_kimi.identity import identity
-from mlx_kimi.session import PREVIOUS, RETURN_POINTS, TEXT, Session
-from mlx_kimi.sessions import Sessions
-from mlx_kimi.streaming import Budget
+from mlx_kimi.generation.context import Context
+from mlx_kimi.generation.generate import prompt_ids, stream_generate
+from mlx_kimi.loading.budget import Budget
+from mlx_kimi.model import cache as caches
 
 IDENTITY = {"model": "m", "runtime": "0", "device": "cpu", "latent_bits": None}
 
@@ -485,7 +486,7 @@ def test_a_session_is_open_in_one_chat_at_a_time(loaded, sessions) -> None:
     talk(chat, "one")
     assert chat.session
     code = (
-        "import sys; from pathlib import Path; from mlx_kimi.session import Session\n"
+        "import sys; from pathlib import Path; from mlx_kimi.chat.session import Session\n"
         "Session(Path(sys.argv[1]), {})"
     )
     command = [sys.executable, "-c", code, str(chat.session.folder)]

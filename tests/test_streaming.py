@@ -20,22 +20,24 @@ from assertions import assert_close, assert_same_bits
 from click.testing import CliRunner
 from twins import twins
 
-from mlx_kimi import cache as caches
-from mlx_kimi import load, moe, stream_generate, streaming
-from mlx_kimi.bank import Bank, Worth
+from mlx_kimi import load, stream_generate
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cli import bench, generate
-from mlx_kimi.context import Context
+from mlx_kimi.defaults import BUFFERS
 from mlx_kimi.errors import ContextFull, KimiError
-from mlx_kimi.expert_files import OpenFile
-from mlx_kimi.generate import prefill
-from mlx_kimi.load import load_model
-from mlx_kimi.memory import BUFFERS
+from mlx_kimi.generation.context import Context
+from mlx_kimi.generation.generate import prefill
+from mlx_kimi.loading.budget import Budget
+from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.readers import Readers
-from mlx_kimi.streaming import Budget
-from mlx_kimi.tokenizer import load_tokenizer
+from mlx_kimi.model import cache as caches
+from mlx_kimi.model import moe
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.offload import offload as streaming
+from mlx_kimi.offload.expert_cache import Bank, Worth
+from mlx_kimi.offload.expert_files import OpenFile
+from mlx_kimi.offload.read_pool import Readers
+from mlx_kimi.text.tokenizer import load_tokenizer
 
 GB = 10**9
 ROOMY = Budget(8 * GB)
@@ -47,7 +49,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> Streamed:
     """`streamed(folder, slots)`: a model with so many slots a layer, whatever their size."""
 
     def made(folder: Path, slots: int) -> KimiLinear:
-        monkeypatch.setattr(import_module("mlx_kimi.load"), "slots_for", lambda *_: slots)
+        monkeypatch.setattr(import_module("mlx_kimi.loading.load"), "slots_for", lambda *_: slots)
         return load_model(folder, budget=ROOMY)
 
     return made
@@ -383,7 +385,7 @@ def test_a_slow_disk_is_waited_for(
 
 def test_a_program_ends_though_a_read_hangs() -> None:
     start = "Readers().start(lambda: time.sleep(60), [])"
-    program = f"import time; from mlx_kimi.readers import Readers; {start}"
+    program = f"import time; from mlx_kimi.offload.read_pool import Readers; {start}"
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
     assert time.perf_counter() - began < 20
@@ -468,9 +470,9 @@ def test_mlx_keeps_few_buffers_as_long_as_a_budget_lasts(
 MEASURED = """
 import resource, sys
 import mlx.core as mx
-from mlx_kimi.load import load_model
-from mlx_kimi.streaming import Budget
-from mlx_kimi.tokenizer import load_tokenizer
+from mlx_kimi.loading.load import load_model
+from mlx_kimi.loading.budget import Budget
+from mlx_kimi.text.tokenizer import load_tokenizer
 model = load_model(sys.argv[1], budget=Budget(int(sys.argv[2]), context=300))
 cache = model.make_cache()
 mx.eval(model(mx.array([list(range(12))]), cache))
@@ -502,7 +504,7 @@ def test_the_process_stays_within_its_budget(folder: Callable[..., Path]) -> Non
 @pytest.fixture
 def few_slots(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Options with which the commands stream; the pocket model alone would fit any budget."""
-    monkeypatch.setattr(import_module("mlx_kimi.load"), "slots_for", lambda *_: 6)
+    monkeypatch.setattr(import_module("mlx_kimi.loading.load"), "slots_for", lambda *_: 6)
     return ["--memory-budget", "8GB"]
 
 
