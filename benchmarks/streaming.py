@@ -56,7 +56,7 @@ def run(model: KimiLinear, prompt: mx.array, forced: Sequence[int], repeats: int
     found = Run([np.array(last.astype(mx.float32))], [], [], mx.get_active_memory())
     for repeat in range(repeats):
         entries = [entry.snapshot() for entry in cache]
-        before = replace(model.streaming.counts) if model.streaming else None
+        before = replace(model.offload.counts) if model.offload else None
         mx.synchronize()
         start, ended = time.perf_counter(), None
         for token in forced:
@@ -69,7 +69,7 @@ def run(model: KimiLinear, prompt: mx.array, forced: Sequence[int], repeats: int
                 found.logits.append(np.array(logits.astype(mx.float32)))
         mx.eval(ended)
         found.times.append((time.perf_counter() - start) / len(forced))
-        found.counts.append(model.streaming.counts - before if model.streaming else None)
+        found.counts.append(model.offload.counts - before if model.offload else None)
     return found
 
 

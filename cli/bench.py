@@ -169,7 +169,7 @@ def _facts(name: str, network: KimiLinear, bench: Bench) -> dict[str, Any]:
             "tokens": bench.tokens,
             "repeats": bench.repeats,
             "prefill_step": bench.prefill_step,
-            "slots": network.streaming.slots if network.streaming else None,
+            "slots": network.offload.slots if network.offload else None,
         },
     }
 

@@ -132,7 +132,7 @@ def stats(loop: Loop, argument: str) -> None:
     cache = sum(array.nbytes for array in caches.arrays(context.entries))
     lines = [
         f"context    {loop.used()}",
-        f"state      {human_size(cache)}, and {len(context.kept)} snapshots to go back to: "
+        f"state      {human_size(cache)}, and {len(context.snapshots)} snapshots to go back to: "
         f"{human_size(context.snapshot_bytes)} of at most {human_size(context.memory)}",
         f"memory     {human_size(mx.get_active_memory())} now, "
         f"{human_size(mx.get_peak_memory())} at most",

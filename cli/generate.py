@@ -24,7 +24,7 @@ from mlx_kimi.cli.options import (
     sampling_options,
     utf8,
 )
-from mlx_kimi.generation.context import Context
+from mlx_kimi.generation.context import TokenState
 from mlx_kimi.generation.generate import Chunk, Prompt, stream_generate
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.loading.load import load
@@ -73,7 +73,7 @@ def command(
         raise click.UsageError(f"{which} is part of a chat and --raw has none")
     folder = local_folder(model_or_pocket(model))
     network, tokenizer = load(folder, budget)
-    context = Context(network, options["latent_bits"], every=None)
+    context = TokenState(network, options["latent_bits"], every=None)
     conversation = Conversation(system)
     if prompt_cache:
         conversation = _cached(prompt_cache, folder, context, system)
@@ -96,7 +96,7 @@ def command(
     click.echo(show.speeds(chunks[-1].stats), err=True)
 
 
-def _cached(file: Path, folder: Path, context: Context, system: str | None) -> Conversation:
+def _cached(file: Path, folder: Path, context: TokenState, system: str | None) -> Conversation:
     """What `file` holds; `context` has read it if this model has."""
     if system is not None:
         raise click.UsageError("--prompt-cache has its own system message, or none")

@@ -22,8 +22,8 @@ from mlx_kimi.convert.folder import converted_config, copied_files, small_files
 from mlx_kimi.convert.partial import (
     SOURCE,
     begun_otherwise,
-    begun_with,
     check_out,
+    interrupted_request,
     opened,
     partial_of,
 )
@@ -39,7 +39,7 @@ from mlx_kimi.units import human_size
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Preview:
     """What a conversion is about to do, in bytes."""
 
     out_bytes: int  # of the result
@@ -72,7 +72,7 @@ def convert(
     scheme: Scheme | None,
     dtype: str | None = None,
     progress: Progress = lambda done, total: None,
-    outlook: Callable[[Outlook], None] = lambda outlook: None,
+    outlook: Callable[[Preview], None] = lambda outlook: None,
     max_shard: int = MAX_SHARD,
     delete_source_shards: bool = False,
     around_downloads: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -108,7 +108,7 @@ def convert(
         raise ValueError(f"[convert] dtype must be one of {', '.join(DTYPES)} but is {dtype}.")
     out = Path(out)
     check_out(out)
-    begun = begun_with(out)
+    begun = interrupted_request(out)
     if begun and (changed := other_deleting(begun, delete_source_shards)):
         raise KimiError(begun_otherwise(out, changed))  # before the whole source is downloaded
     hub = _hub_weights(source, out, begun, around_downloads) if delete_source_shards else None
@@ -185,7 +185,7 @@ def _hub_weights(
     return HubWeights(str(source), partial_of(out) / SOURCE, revision, around)
 
 
-def _outlook(out: Path, whole: int, written: int, memory: int, a_shard: int, there: int) -> Outlook:
+def _outlook(out: Path, whole: int, written: int, memory: int, a_shard: int, there: int) -> Preview:
     """Sizes, and a refusal where the disk is too small.
 
     `a_shard` is the largest of the source that is still to be downloaded, `there` what is already.
@@ -197,7 +197,7 @@ def _outlook(out: Path, whole: int, written: int, memory: int, a_shard: int, the
         if to_download:
             rest += f", and {human_size(to_download)} for a shard of the source at a time,"
         raise KimiError(f"{out}: needs {rest} but its disk has {human_size(free)} free")
-    return Outlook(whole, left, memory, free, a_shard)
+    return Preview(whole, left, memory, free, a_shard)
 
 
 def _config(

@@ -18,7 +18,7 @@ from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache
 from mlx_kimi.model.kimi_linear import DecoderLayer
 from mlx_kimi.model.layers import RMSNorm
 from mlx_kimi.model.moe import Experts, MixtureOfExperts
-from mlx_kimi.model.step import Step
+from mlx_kimi.model.step import ForwardBatch
 from mlx_kimi.model.weights import Weights
 
 EXPERTS = 128 * 2**20  # bytes of float32 of the experts that are in memory at once
@@ -47,7 +47,7 @@ class Layers:
             mx.eval(x)
         return x
 
-    def run(self, number: int, x: mx.array, step: Step) -> mx.array:
+    def run(self, number: int, x: mx.array, step: ForwardBatch) -> mx.array:
         """The residual stream before a layer -> after it, [B, T, hidden]."""
         layer = self._layer(number)
         entry: CacheEntry = (

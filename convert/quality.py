@@ -28,7 +28,7 @@ from mlx_kimi.defaults import PREFILL_STEP
 from mlx_kimi.evaluation.evaluate import Evaluation, first_tokens, windows
 from mlx_kimi.loading.load import check
 from mlx_kimi.loading.memory import needs
-from mlx_kimi.model.step import Step
+from mlx_kimi.model.step import ForwardBatch
 from mlx_kimi.text.tokenizer import load_tokenizer
 
 FILE = "quality.json"
@@ -126,7 +126,7 @@ class _Batch:
     """Windows of a text side by side, the last one padded. Places are in [B * T]."""
 
     ids: mx.array  # [B, T]
-    step: Step
+    step: ForwardBatch
     real: mx.array  # places of what is not padding
     before: mx.array  # places whose next token is predicted
     came: mx.array  # those tokens
@@ -139,7 +139,7 @@ class _Batch:
         places = np.arange(len(parts) * T).reshape(-1, T)
         return _Batch(
             mx.array([part + [0] * (T - len(part)) for part in parts]),
-            Step() if lengths[-1] == T else Step.padded(T, lengths),
+            ForwardBatch() if lengths[-1] == T else ForwardBatch.padded(T, lengths),
             mx.array(np.concatenate([row[:n] for row, n in zip(places, lengths, strict=True)])),
             mx.array(
                 np.concatenate([row[: n - 1] for row, n in zip(places, lengths, strict=True)])

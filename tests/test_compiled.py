@@ -13,7 +13,7 @@ from twins import twins
 
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.chat.state_files import restore_states, write_state
-from mlx_kimi.generation.context import Context
+from mlx_kimi.generation.context import TokenState
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, is_traced, use_backend
 from mlx_kimi.model import cache as caches
@@ -140,14 +140,14 @@ def test_a_snapshot_is_where_it_was(pocket: KimiLinear, launched: list[str]) -> 
 def test_a_state_on_disk_holds_no_spare_rows(
     pocket: KimiLinear, launched: list[str], tmp_path: Path
 ) -> None:
-    context = Context(pocket)
+    context = TokenState(pocket)
     with use_backend(None):
-        context.read(ids(1, TAIL + 9))
+        context.forward(ids(1, TAIL + 9))
     for t in range(5):
-        context.read(ids(1, 5)[:, t : t + 1])
+        context.forward(ids(1, 5)[:, t : t + 1])
     context.ids = ids(1, TAIL + 9)[0].tolist() + ids(1, 5)[0].tolist()
     stored = write_state(tmp_path, context, 0)
-    again = Context(pocket)
+    again = TokenState(pocket)
     restore_states(again, tmp_path, [stored])
     assert again.ids == context.ids
     tokens = ids(1, 3)

@@ -13,7 +13,7 @@ from mlx_kimi.chat.tool_calls import Call, CallReader
 from mlx_kimi.chat.tools import Toolbox
 from mlx_kimi.defaults import SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generation.context import Context
+from mlx_kimi.generation.context import TokenState
 from mlx_kimi.generation.generate import Chunk, FinishReason, prompt_ids, stream_generate
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
@@ -59,8 +59,8 @@ class Chat:
         self._retries = 0
         self._before: list[Turn] = []  # the turns before the last message, retry or edit
 
-    def _new_context(self) -> Context:
-        return Context(self.model, self.latent_bits, memory=self.snapshot_memory)
+    def _new_context(self) -> TokenState:
+        return TokenState(self.model, self.latent_bits, memory=self.snapshot_memory)
 
     # ------------------------------------------------------------------------------------ talking
     def say(self, text: str) -> None:
@@ -181,7 +181,7 @@ class Chat:
         """Keep text and state."""
         self._save(self.context)
 
-    def _save(self, context: Context | None) -> None:
+    def _save(self, context: TokenState | None) -> None:
         """A session is made when something has been said. A full disk ends no conversation."""
         self.unsaved = ""
         try:
@@ -236,7 +236,7 @@ class Chat:
         self._switch(None, Conversation(system), self._new_context())
 
     def _switch(
-        self, session: Session | None, conversation: Conversation, context: Context
+        self, session: Session | None, conversation: Conversation, context: TokenState
     ) -> None:
         if self.session:
             self.session.close()

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_kimi.chat.conversation import Conversation
 from mlx_kimi.chat.session import Session, refuse_used
 from mlx_kimi.defaults import PREFILL_STEP
-from mlx_kimi.generation.context import Context, common_prefix
+from mlx_kimi.generation.context import TokenState, common_prefix
 from mlx_kimi.generation.generate import not_finite, prefill, prompt_ids
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def write_prompt_cache(
     """
     refuse_used(folder)
     ids = _before_any_question(model, tokenizer, conversation)
-    context = Context(model, latent_bits, every=None)
+    context = TokenState(model, latent_bits, every=None)
     last, _ = prefill(context, ids, prefill_step, progress)
     if not mx.isfinite(last).all().item():
         raise not_finite(model, ids)

@@ -28,7 +28,7 @@ from mlx_kimi.chat.identity import differences
 from mlx_kimi.chat.state_files import StateFile
 from mlx_kimi.durable import write_durably
 from mlx_kimi.errors import KimiError, beyond_budget
-from mlx_kimi.generation.context import Context, common_prefix
+from mlx_kimi.generation.context import TokenState, common_prefix
 
 TEXT, PREVIOUS, LOCK = "chat.jsonl", "chat.previous.jsonl", "lock"
 FORMAT = 1
@@ -62,7 +62,7 @@ class Session:
     def name(self) -> str:
         return self.folder.name
 
-    def load(self, context: Context) -> Conversation:
+    def load(self, context: TokenState) -> Conversation:
         """Read the conversation, and bring `context`, which is empty, to its end if that is stored.
 
         Raises:
@@ -73,7 +73,7 @@ class Session:
         self._ids = list(context.ids)
         return conversation
 
-    def save(self, conversation: Conversation, context: Context | None = None) -> None:
+    def save(self, conversation: Conversation, context: TokenState | None = None) -> None:
         """Store the text and, with a `context`, the states that are not stored yet.
 
         Raises:
@@ -84,7 +84,7 @@ class Session:
         except (OSError, RuntimeError) as error:  # MLX raises the latter
             raise KimiError(f"{self.folder}: cannot be saved: {error}") from None
 
-    def _save(self, conversation: Conversation, context: Context | None) -> None:
+    def _save(self, conversation: Conversation, context: TokenState | None) -> None:
         if context is not None:
             self._store_states(context)
         about = {
@@ -117,7 +117,7 @@ class Session:
         """Let others open it."""
         self._lock.close()
 
-    def _store_states(self, context: Context) -> None:
+    def _store_states(self, context: TokenState) -> None:
         shared = common_prefix(self._ids, context.ids)
         self._files = [stored for stored in self._files if stored.end <= shared]
         if self._files and not self._files[-1].has_kda and self._files[-1].end == len(context.ids):
@@ -149,7 +149,7 @@ class Session:
 
 
 def read_session(
-    folder: Path, identity: Mapping[str, Any], context: Context
+    folder: Path, identity: Mapping[str, Any], context: TokenState
 ) -> tuple[Conversation, list[str]]:
     """What `Session.load` reads, and its notes, of a session that is not changed.
 
@@ -168,9 +168,9 @@ def read_session(
 
 
 def _read(
-    folder: Path, identity: Mapping[str, Any], context: Context
+    folder: Path, identity: Mapping[str, Any], context: TokenState
 ) -> tuple[Conversation, list[StateFile], list[str]]:
-    if context.model.streaming:
+    if context.model.offload:
         refuse_longer(folder, identity, context.model.config.model_max_length)
     about, conversation, note = read_text(folder)
     notes = [note] if note else []

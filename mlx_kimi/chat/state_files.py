@@ -21,7 +21,7 @@ import numpy as np
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.durable import checksum, write_durably
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generation.context import Context, Snapshot
+from mlx_kimi.generation.context import Snapshot, TokenState
 from mlx_kimi.metal_kernels.latents import is_packed, pack
 from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
 
@@ -47,7 +47,7 @@ def is_state_file(name: str) -> bool:
     return NAME.fullmatch(name) is not None
 
 
-def write_state(folder: Path, context: Context, start: int) -> StateFile:
+def write_state(folder: Path, context: TokenState, start: int) -> StateFile:
     """Store what `context` has read from token `start` on, and its present state."""
     arrays = {"ids": mx.array(context.ids[start:], mx.int32)}
     for layer, entry in enumerate(context.entries):
@@ -105,7 +105,7 @@ def whole_part(folder: Path, files: Sequence[StateFile]) -> list[StateFile]:
     return whole
 
 
-def restore_states(context: Context, folder: Path, files: Sequence[StateFile]) -> None:
+def restore_states(context: TokenState, folder: Path, files: Sequence[StateFile]) -> None:
     """Bring an empty context to the end of `files`, able to go back to the end of each.
 
     Earlier ends take no memory and no time until they are gone back to.
@@ -121,12 +121,12 @@ def restore_states(context: Context, folder: Path, files: Sequence[StateFile]) -
     for count, stored in enumerate(files[:-1], start=1):
         if stored.has_kda:
             load = partial(_load_again, context, folder, files[:count])
-            context.kept.append(Snapshot(stored.end, None, load=load))
+            context.snapshots.append(Snapshot(stored.end, None, load=load))
     context.keep()
 
 
 def _load_again(
-    context: Context, folder: Path, files: Sequence[StateFile]
+    context: TokenState, folder: Path, files: Sequence[StateFile]
 ) -> list[CacheEntry] | None:
     """An earlier state; None if its files have been replaced meanwhile."""
     try:
@@ -164,7 +164,7 @@ def _load(path: Path) -> Arrays:
 
 
 def _read(
-    context: Context, folder: Path, files: Sequence[StateFile]
+    context: TokenState, folder: Path, files: Sequence[StateFile]
 ) -> tuple[list[int], list[CacheEntry]]:
     """The ids of `files` and the state after them, not yet read from disk."""
     loaded = [_load(folder / stored.file) for stored in files]
@@ -181,7 +181,7 @@ def _read(
     return ids, entries
 
 
-def _kda(context: Context, arrays: Arrays, layer: int, length: int, where: str) -> KDACache:
+def _kda(context: TokenState, arrays: Arrays, layer: int, length: int, where: str) -> KDACache:
     c = context.model.config
     H, D, K = c.kda_num_heads, c.kda_head_dim, c.short_conv_kernel_size
     conv_tail = _array(arrays, f"conv.{layer}", (1, K - 1, 3 * H * D), where)
@@ -190,7 +190,7 @@ def _kda(context: Context, arrays: Arrays, layer: int, length: int, where: str) 
 
 
 def _latents(
-    context: Context, loaded: Sequence[Arrays], layer: int, length: int, where: str
+    context: TokenState, loaded: Sequence[Arrays], layer: int, length: int, where: str
 ) -> LatentCache:
     """The cache as it was: whole multiples of TAIL are frozen, the rest is the tail."""
     for arrays in loaded:

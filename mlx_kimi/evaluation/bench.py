@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_kimi.defaults import PREFILL_STEP
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generation.context import Context
+from mlx_kimi.generation.context import TokenState
 from mlx_kimi.generation.generate import Stats, check_lengths, stream_generate
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.offload.expert_cache import Counts
@@ -99,7 +99,7 @@ class Bench:
         self.weights_memory = mx.get_active_memory()
         self.length, self._reading = 0, 0.0  # tokens, seconds
         self._text = _Text(tokenizer, seed)
-        self._context = Context(model, every=None)
+        self._context = TokenState(model, every=None)
 
     def row(self, length: int, progress: Progress = lambda what, done, total: None) -> Row:
         """Measure at `length` tokens.
@@ -112,7 +112,7 @@ class Bench:
             raise ValueError(f"[Bench] length must be above {self.length} but is {length}.")
         check_fits(length, self.tokens, self.model.config.model_max_length)
         if not self.length:
-            self._answer(Context(self.model, every=None), min(length, WARM_UP), 4)
+            self._answer(TokenState(self.model, every=None), min(length, WARM_UP), 4)
         before, self.length = self.length, length
 
         mx.reset_peak_memory()
@@ -143,7 +143,7 @@ class Bench:
 
     def _answer(
         self,
-        context: Context,
+        context: TokenState,
         length: int,
         tokens: int,
         progress: Callable[[int, int], None] | None = None,
@@ -162,7 +162,7 @@ class Bench:
     def _rewind(self) -> None:
         """Back to the end of the context, and keep no other state."""
         self._context.rewind_to_prefix_of(self._text.start(self.length))
-        del self._context.kept[:-1]
+        del self._context.snapshots[:-1]
 
 
 def _sum(counts: list[Counts]) -> Counts | None:

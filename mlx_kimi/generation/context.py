@@ -24,12 +24,12 @@ class Snapshot:
 
     length: int
     entries: list[CacheEntry] | None
-    last: mx.array | None = None  # [1, 1, hidden] of `read`, if the prompt ended here
+    last: mx.array | None = None  # [1, 1, hidden] of `forward`, if the prompt ended here
     load: Callable[[], list[CacheEntry] | None] = lambda: None
 
 
 @dataclass
-class Context:
+class TokenState:
     """A cache, the tokens it has read, and snapshots of it.
 
     Attributes:
@@ -44,7 +44,7 @@ class Context:
     memory: int = SNAPSHOT_MEMORY
     ids: list[int] = field(default_factory=list)
     entries: list[CacheEntry] = field(default_factory=list)
-    kept: list[Snapshot] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.entries = self.entries or self._empty()
@@ -52,7 +52,7 @@ class Context:
     def _empty(self) -> list[CacheEntry]:
         return self.model.make_cache(self.latent_bits)
 
-    def read(self, ids: mx.array) -> mx.array:
+    def forward(self, ids: mx.array) -> mx.array:
         """Feed ids [1, T] to `KimiLinear.hidden`. The caller adds them to `self.ids`."""
         return self.model.hidden(ids, self.entries)
 
@@ -61,7 +61,7 @@ class Context:
         self.model.advance(ids, self.entries)
 
     @contextmanager
-    def whole_step(self) -> Iterator[None]:
+    def atomic(self) -> Iterator[None]:
         """Interrupted within, by Ctrl-C or anything else, tokens and cache stay as they were."""
         count, before = len(self.ids), caches.snapshot(self.entries)
         try:
@@ -72,19 +72,19 @@ class Context:
             raise
 
     def keep(self, last: mx.array | None = None) -> None:
-        """Take a snapshot; `last` is what `read` gave for the latest token."""
+        """Take a snapshot; `last` is what `forward` gave for the latest token."""
         length = len(self.ids)
-        if self.kept and self.kept[-1].length == length:
+        if self.snapshots and self.snapshots[-1].length == length:
             if last is None:
                 return
-            self.kept.pop()
+            self.snapshots.pop()
         if length:
-            self.kept.append(Snapshot(length, caches.snapshot(self.entries), last))
+            self.snapshots.append(Snapshot(length, caches.snapshot(self.entries), last))
             self._fit_memory()
 
     def keep_now_and_then(self) -> None:
         """Take a snapshot if the latest is many tokens ago."""
-        latest = self.kept[-1].length if self.kept else 0
+        latest = self.snapshots[-1].length if self.snapshots else 0
         if self.every and len(self.ids) - latest >= self.every:
             self.keep()
 
@@ -92,14 +92,14 @@ class Context:
         """Go to the longest known state that `ids` continues, and forget what it contradicts.
 
         Returns:
-            If all of `ids` has been read: what `read` gave for the last, [1, 1, hidden], with the
-            present state as it was then. None if at least one token is left to read.
+            If all of `ids` has been read: what `forward` gave for the last, [1, 1, hidden], with
+            the present state as it was then. None if at least one token is left to read.
         """
         shared = common_prefix(self.ids, ids)
         if shared == len(self.ids) < len(ids):
             return None
-        while self.kept:
-            found = self.kept.pop()
+        while self.snapshots:
+            found = self.snapshots.pop()
             entries = found.entries or found.load() if _serves(found, shared, len(ids)) else None
             if entries:
                 # In one step, which Ctrl-C cannot divide.
@@ -115,7 +115,7 @@ class Context:
         frozen = {id(array) for entry in self.entries for array in _frozen_arrays(entry)}
         held = {
             id(array): array.nbytes
-            for snapshot in self.kept
+            for snapshot in self.snapshots
             for array in caches.arrays(snapshot.entries or [])
         }
         return sum(size for name, size in held.items() if name not in frozen)
@@ -126,14 +126,14 @@ class Context:
         The loss of one costs the tokens since the one before; the further back it lies, the less
         likely anyone is to return to it.
         """
-        while len(self.kept) > 1 and self.snapshot_bytes > self.memory:
-            lengths = [0, *(snapshot.length for snapshot in self.kept)]
+        while len(self.snapshots) > 1 and self.snapshot_bytes > self.memory:
+            lengths = [0, *(snapshot.length for snapshot in self.snapshots)]
             costs = [
                 (length - before) / (lengths[-1] - length + 1)
                 for before, length in zip(lengths, lengths[1:], strict=False)
             ]
             costs.pop()  # the newest stays
-            del self.kept[costs.index(min(costs))]
+            del self.snapshots[costs.index(min(costs))]
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_kimi.defaults import MAX_TOKENS, PREFILL_STEP
 from mlx_kimi.errors import ContextFull, KimiError, beyond_budget
-from mlx_kimi.generation.context import Context
+from mlx_kimi.generation.context import TokenState
 from mlx_kimi.generation.sample import Sampler, Sampling
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -82,7 +82,7 @@ def stream_generate(
     prefill_step: int = PREFILL_STEP,
     latent_bits: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    context: Context | None = None,
+    context: TokenState | None = None,
 ) -> Generator[Chunk, None, None]:
     """Answer a prompt, one chunk a token.
 
@@ -105,9 +105,9 @@ def stream_generate(
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     ids = prompt_ids(model, tokenizer, prompt, tools)
     room = model.config.model_max_length - len(ids)
-    context = context or Context(model, latent_bits, every=None)
+    context = context or TokenState(model, latent_bits, every=None)
     sampler = Sampler(sampling, ids, model.config.vocab_size)
-    counts = model.streaming.counts if model.streaming else None
+    counts = model.offload.counts if model.offload else None
     answer = _Answer(tokenizer, stop, min(max_tokens, room), len(ids), sampler.seed, counts)
 
     def sampled(hidden: mx.array) -> tuple[mx.array, mx.array]:
@@ -120,17 +120,17 @@ def stream_generate(
     def read(token: mx.array) -> tuple[mx.array, mx.array]:
         # Processor time: MLX lets a thread that is far ahead of the device wait in here.
         before = time.thread_time()
-        following = sampled(context.read(token[:, None]))
+        following = sampled(context.forward(token[:, None]))
         answer.host_time += time.thread_time() - before
         return following
 
     hidden, answer.cached_tokens = prefill(context, ids, prefill_step, progress)
     token, total = sampled(hidden)
 
-    ahead = model.streaming is None  # (a step that waits for files comes after the text)
+    ahead = model.offload is None  # (a step that waits for files comes after the text)
     while True:
         following = None
-        with context.whole_step():
+        with context.atomic():
             if ahead and not answer.is_last:  # it computes while this token's text is handled
                 following = read(token)
             number = int(token.item())  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def stream_generate(
         if chunk.finish_reason:
             return
         if following is None:
-            with context.whole_step():
+            with context.atomic():
                 following = read(token)
                 context.ids.append(number)
         token, total = following
@@ -181,7 +181,7 @@ def prompt_ids(
         raise KimiError("the prompt is empty")
     limit, vocab = model.config.model_max_length, model.config.vocab_size
     if len(ids) >= limit:
-        if model.streaming and model.streaming.bounds_context:
+        if model.offload and model.offload.bounds_context:
             raise ContextFull(beyond_budget("the prompt", len(ids), limit))
         raise ContextFull(
             f"the prompt has {len(ids):,} tokens but the model's context (model_max_length) "
@@ -194,7 +194,7 @@ def prompt_ids(
 
 
 def prefill(
-    context: Context,
+    context: TokenState,
     ids: list[int],
     step: int = PREFILL_STEP,
     progress: Callable[[int, int], None] | None = None,
@@ -213,9 +213,9 @@ def prefill(
         if progress:
             progress(done, len(ids))
         part = ids[done : done + step]
-        with context.whole_step():
+        with context.atomic():
             if done + len(part) == len(ids):
-                last = mx.contiguous(context.read(mx.array([part]))[:, -1:])
+                last = mx.contiguous(context.forward(mx.array([part]))[:, -1:])
             else:
                 context.advance(mx.array([part]))
             context.ids += part

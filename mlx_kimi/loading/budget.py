@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.defaults import CONTEXT, PREFILL_STEP
 from mlx_kimi.errors import KimiError
-from mlx_kimi.loading.memory import ANY_SIZE, Machine, beside_experts, needs
+from mlx_kimi.loading.memory import ANY_SIZE, Machine, needs, non_expert_bytes
 from mlx_kimi.offload.expert_files import Part
 from mlx_kimi.units import human_size
 
@@ -21,7 +21,7 @@ class Budget:
     memory: int
     context: int | None = None  # None: CONTEXT, or the model's if that is shorter
     latent_bits: int | None = None
-    snapshots: int = 0  # bytes of states to go back to, of `Context`
+    snapshots: int = 0  # bytes of states to go back to, of `TokenState`
     prefill_step: int = PREFILL_STEP
 
     def tokens(self, config: ModelConfig) -> int:
@@ -46,7 +46,7 @@ def slots_for(
         raise KimiError(f"a memory budget of {human_size(budget.memory)} is too large: {machine}")
     context = budget.tokens(config)
     wanted = needs(config, resident, budget.latent_bits)
-    fixed = beside_experts(wanted, context, budget.snapshots, budget.prefill_step)
+    fixed = non_expert_bytes(wanted, context, budget.snapshots, budget.prefill_step)
     # In every layer; 1 of a model without routed experts.
     one_slot = max(1, sum(part.nbytes for parts in layers.values() for part in parts))
     slots = min(config.num_experts, (budget.memory - fixed) // one_slot)

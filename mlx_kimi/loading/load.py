@@ -19,7 +19,7 @@ from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.linear import Linear
 from mlx_kimi.model.weights import Weights
 from mlx_kimi.offload.expert_files import ExpertFiles, Part
-from mlx_kimi.offload.offload import Streaming
+from mlx_kimi.offload.offload import ExpertOffload
 from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
 
 # Kept in float32 whatever the model's dtype: decays and routing decide what is remembered and who
@@ -75,20 +75,20 @@ def load_model(
     arrays = reader.arrays()
     dtype = compute_dtype(arrays)
     arrays = {name: _in_dtype(name, array, dtype) for name, array in arrays.items()}
-    streaming = None
+    offload = None
     if budget is not None:
-        streaming = _streaming(budget, reader, arrays, dtype)
+        offload = _offload(budget, reader, arrays, dtype)
         config = replace(config, model_max_length=budget.tokens(config))
-        arrays |= streaming.arrays
+        arrays |= offload.arrays
     elif not lazy:
         refuse_what_does_not_fit(folder, config, sum(array.nbytes for array in arrays.values()))
     if not lazy:
         wire()
     rank, ranks = shard
     first_expert = rank * (config.num_experts // ranks)
-    banks = streaming.banks if streaming else {}
+    banks = offload.banks if offload else {}
     weights = Weights(arrays, config, first_expert=first_expert, banks=banks)
-    model = KimiLinear(config, weights, reduce, streaming)
+    model = KimiLinear(config, weights, reduce, offload)
     # Fused matrices are copies: their parts must not outlive each layer.
     del arrays, weights, reader
     if lazy:
@@ -100,9 +100,9 @@ def load_model(
     return model
 
 
-def _streaming(
+def _offload(
     budget: Budget, reader: _Reader, arrays: Mapping[str, mx.array], dtype: mx.Dtype
-) -> Streaming:
+) -> ExpertOffload:
     """Banks for the routed experts of `arrays`, with the slots that the budget has room for."""
     files = ExpertFiles()
     layers: dict[str, list[Part]] = {}
@@ -120,7 +120,7 @@ def _streaming(
         files.close()
         raise
     config = reader.config
-    return Streaming(files, layers, slots, budget.tokens(config) < config.model_max_length)
+    return ExpertOffload(files, layers, slots, budget.tokens(config) < config.model_max_length)
 
 
 def check(config: ModelConfig, checkpoint: Checkpoint) -> None:

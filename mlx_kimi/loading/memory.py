@@ -25,7 +25,7 @@ SCALES = 0.5  # bits a weight, at `convert`'s group size: a scale and a bias of 
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryEstimate:
     """Bytes. Weights, state and latents are exact; the work space is an estimate."""
 
     weights: int
@@ -70,7 +70,7 @@ class Machine:
 
 def needs(
     config: ModelConfig, weights: int, latent_bits: int | None = None, number: int | None = None
-) -> Needs:
+) -> MemoryEstimate:
     """Of a model whose weights take so many bytes in memory, for one text.
 
     A KDA layer keeps a matrix a head in float32 and a few tokens of q | k | v; an MLA layer keeps a
@@ -83,7 +83,7 @@ def needs(
     state = 4 * config.kda_width * config.kda_head_dim + number * keep * 3 * config.kda_width
     packed = -(-config.latent_width // GROUP) * GROUP_WORDS * 4
     latent = packed if latent_bits else number * config.latent_width
-    return Needs(
+    return MemoryEstimate(
         weights,
         kinds.count("kda") * state,
         kinds.count("mla") * latent,
@@ -91,8 +91,8 @@ def needs(
     )
 
 
-def beside_experts(
-    wanted: Needs, context: int, snapshots: int = 0, prefill_step: int = PREFILL_STEP
+def non_expert_bytes(
+    wanted: MemoryEstimate, context: int, snapshots: int = 0, prefill_step: int = PREFILL_STEP
 ) -> int:
     """Bytes that this process would take with a memory budget, but for its routed experts.
 
@@ -140,7 +140,7 @@ def refuse_what_does_not_fit(folder: Path, config: ModelConfig, weights: int) ->
     )
 
 
-def _advice(config: ModelConfig, wanted: Needs, limit: int) -> str:
+def _advice(config: ModelConfig, wanted: MemoryEstimate, limit: int) -> str:
     count = sum(prod(tensor.shape) for tensor in tensors(config))
     room = limit - (wanted.at(PREFILL_STEP) - wanted.weights)
     for bits in BITS:
@@ -150,7 +150,7 @@ def _advice(config: ModelConfig, wanted: Needs, limit: int) -> str:
     return f"no quantization of it fits; {ANY_SIZE}=1 in the environment loads it all the same"
 
 
-def _or_stream(config: ModelConfig, wanted: Needs, limit: int) -> str:
+def _or_stream(config: ModelConfig, wanted: MemoryEstimate, limit: int) -> str:
     """The way out that needs no other weights, if a token's experts fit beside all else."""
     sizes = [(prod(tensor.shape), tensor.join is Join.STACK) for tensor in tensors(config)]
     routed = (
@@ -158,7 +158,7 @@ def _or_stream(config: ModelConfig, wanted: Needs, limit: int) -> str:
     )
     of_a_token = routed * config.num_experts_per_token // max(config.num_experts, 1)
     context = min(CONTEXT, config.model_max_length)
-    beside = beside_experts(
+    beside = non_expert_bytes(
         replace(wanted, weights=wanted.weights - routed), context, SNAPSHOT_MEMORY
     )
     budget = limit // 10**9

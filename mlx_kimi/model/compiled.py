@@ -19,14 +19,14 @@ from mlx_kimi.metal_kernels.kernel import backend, is_traced
 from mlx_kimi.metal_kernels.mla_decode import Plan
 from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
 from mlx_kimi.model.mla import MultiHeadLatentAttention
-from mlx_kimi.model.step import Step
+from mlx_kimi.model.step import ForwardBatch
 from mlx_kimi.offload.expert_cache import Counts
-from mlx_kimi.offload.optimistic import Assumption
+from mlx_kimi.offload.optimistic import OptimisticResidency
 
 if TYPE_CHECKING:
     from mlx_kimi.model.kimi_linear import KimiLinear
 
-NOTHING_ASSUMED = Assumption((), Counts(), np.zeros((0, 0), np.int64), np.zeros((0, 0)))
+NOTHING_OFFLOADED = OptimisticResidency((), Counts(), np.zeros((0, 0), np.int64), np.zeros((0, 0)))
 KEPT = 4  # graphs: conversations that take turns have caches of other shapes
 Arrays = list[list[mx.array]]  # of each entry
 # Of ids, a plan's arrays, the cache's and where experts are -> hidden, the cache's, the experts.
@@ -62,8 +62,8 @@ class CompiledStep:
 
     def _experts_are_known(self, B: int) -> bool:
         """Several rows of a batch take one expert after another, which the host must know."""
-        streaming = self._owner.streaming
-        return streaming is None or (B == 1 and streaming.assumption.is_likely())
+        offload = self._owner.offload
+        return offload is None or (B == 1 and offload.optimistic.should_try())
 
     @cached_property
     def _suited(self) -> bool:
@@ -86,13 +86,13 @@ class CompiledStep:
             self._warm_up(ids, cache)
             graph = _compiled(self._model, plan.splits, bits)
         given = self._arrays(ids.shape[0], cache)
-        hidden, arrays, chosen = graph(ids, plan.arrays, given, self._assumption.slots())
+        hidden, arrays, chosen = graph(ids, plan.arrays, given, self._optimistic.slots())
         self._graphs[shapes] = graph
         if len(self._graphs) > KEPT:
             del self._graphs[next(iter(self._graphs))]
         if chosen:
             mx.async_eval(hidden, arrays)
-        if not self._assumption.held(chosen):
+        if not self._optimistic.verify(chosen):
             return self._layer_by_layer(ids, cache)
         for entry, new in zip(cache, arrays, strict=True):
             if isinstance(entry, KDACache):
@@ -102,9 +102,9 @@ class CompiledStep:
         return hidden
 
     @property
-    def _assumption(self) -> Assumption:
-        streaming = self._owner.streaming
-        return streaming.assumption if streaming else NOTHING_ASSUMED
+    def _optimistic(self) -> OptimisticResidency:
+        offload = self._owner.offload
+        return offload.optimistic if offload else NOTHING_OFFLOADED
 
     @property
     def _owner(self) -> KimiLinear:
@@ -130,7 +130,7 @@ class CompiledStep:
             self._warm = True
 
     def _layer_by_layer(self, ids: mx.array, cache: Sequence[CacheEntry]) -> mx.array:
-        return self._owner.run(ids, cache, Step())
+        return self._owner.run(ids, cache, ForwardBatch())
 
 
 def _compiled(
@@ -149,9 +149,9 @@ def _compiled(
         owner = model()
         assert owner is not None
         cache = [entry(*pair) for pair in zip(owner.make_cache(), arrays, strict=True)]
-        assumption = owner.streaming.assumption if owner.streaming else NOTHING_ASSUMED
-        with assumption.made(slots) as chosen:
-            hidden = owner.run(ids, cache, Step(plan=Plan(plan, splits)))
+        optimistic = owner.offload.optimistic if owner.offload else NOTHING_OFFLOADED
+        with optimistic.begin(slots) as chosen:
+            hidden = owner.run(ids, cache, ForwardBatch(plan=Plan(plan, splits)))
         arrays = [e.arrays() if isinstance(e, KDACache) else e.arrays()[-1:] for e in cache]
         return hidden, arrays, chosen
 

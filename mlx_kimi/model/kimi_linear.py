@@ -12,18 +12,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_kimi.checkpoint.config import Layer, ModelConfig
-from mlx_kimi.metal_kernels.attention import Ahead
+from mlx_kimi.metal_kernels.attention import SubmitLimit
 from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache
 from mlx_kimi.model.compiled import CompiledStep
 from mlx_kimi.model.kda import KimiDeltaAttention
 from mlx_kimi.model.layers import MLP, RMSNorm
 from mlx_kimi.model.mla import MultiHeadLatentAttention
 from mlx_kimi.model.moe import MixtureOfExperts
-from mlx_kimi.model.step import Step
+from mlx_kimi.model.step import ForwardBatch
 from mlx_kimi.model.weights import Weights
 
 if TYPE_CHECKING:
-    from mlx_kimi.offload.offload import Streaming
+    from mlx_kimi.offload.offload import ExpertOffload
 
 # Tokens from which half a layer is submitted as soon as it is built: the device works while the
 # host builds the next half. Up to some tokens of context two halves may be submitted, and hold what
@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
             MixtureOfExperts(config, mlp) if layer.feed_forward == "moe" else MLP(mlp)
         )
 
-    def attend(self, normed: mx.array, entry: CacheEntry, step: Step) -> mx.array:
+    def attend(self, normed: mx.array, entry: CacheEntry, step: ForwardBatch) -> mx.array:
         """With a slice of the heads, its part of the sum over slices."""
         if isinstance(self.self_attn, KimiDeltaAttention):
             assert isinstance(entry, KDACache)
@@ -65,7 +65,7 @@ class DecoderLayer(nn.Module):
         x: mx.array,
         part: mx.array | None,
         entry: CacheEntry,
-        step: Step,
+        step: ForwardBatch,
         reduce: Callable[[mx.array], mx.array],
     ) -> tuple[mx.array, mx.array]:
         """The residual stream x, and the part that the layer before adds to it -> the same of y.
@@ -79,7 +79,7 @@ class DecoderLayer(nn.Module):
         x: mx.array,
         part: mx.array | None,
         entry: CacheEntry,
-        step: Step,
+        step: ForwardBatch,
         reduce: Callable[[mx.array], mx.array],
     ) -> tuple[mx.array, mx.array]:
         """The first half of a call: the same of h. `entry` moves on."""
@@ -107,15 +107,15 @@ class KimiLinear(nn.Module):
         config: ModelConfig,
         weights: Weights,
         reduce: Callable[[mx.array], mx.array] = lambda part: part,
-        streaming: Streaming | None = None,
+        offload: ExpertOffload | None = None,
     ) -> None:
         """`reduce` adds up the parts of a layer's output over the ranks of a sharded model.
 
-        `streaming` fills the banks that `weights` names; None: there are none.
+        `offload` fills the banks that `weights` names; None: there are none.
         """
         super().__init__()
         self.config = config
-        self.streaming = streaming
+        self.offload = offload
         self.reduce = reduce
         self.embed_tokens = weights.linear("model.embed_tokens")
         self.layers = [
@@ -156,11 +156,11 @@ class KimiLinear(nn.Module):
         cache = self.make_cache() if cache is None else cache
         with self._turn:
             if min(real) < T:
-                x = self.run(ids, cache, Step.padded(T, real))
+                x = self.run(ids, cache, ForwardBatch.padded(T, real))
             elif T == 1 and self.compiled.takes(cache):
                 x = self.compiled(ids, cache)
             else:
-                x = self.run(ids, cache, Step())
+                x = self.run(ids, cache, ForwardBatch())
             self._finish(x)
             _count(cache, real)
         return x
@@ -171,7 +171,7 @@ class KimiLinear(nn.Module):
         All ends with the last layer's attention: experts after it would be read for nothing.
         """
         with self._turn:
-            self._finish(*self._attended(ids, cache, Step()))
+            self._finish(*self._attended(ids, cache, ForwardBatch()))
             _count(cache, [ids.shape[1]] * ids.shape[0])
 
     def _finish(self, *results: mx.array) -> None:
@@ -179,17 +179,17 @@ class KimiLinear(nn.Module):
 
         MLX gives every thread a stream of its own, and only work in one stream is in order.
         """
-        if self.streaming:
+        if self.offload:
             mx.eval(results)
 
-    def run(self, ids: mx.array, cache: Sequence[CacheEntry], step: Step) -> mx.array:
+    def run(self, ids: mx.array, cache: Sequence[CacheEntry], step: ForwardBatch) -> mx.array:
         """ids [B, T] -> [B, T, hidden]; the entries' arrays move on, their lengths do not."""
         x, part = self._attended(ids, cache, step)
         x, part = self.layers[-1].fed_forward(x, part, self.reduce)
         return self.norm.of_sum(x, part)[1]
 
     def _attended(
-        self, ids: mx.array, cache: Sequence[CacheEntry], step: Step
+        self, ids: mx.array, cache: Sequence[CacheEntry], step: ForwardBatch
     ) -> tuple[mx.array, mx.array]:
         """All but the last layer's MLP or MoE: the residual stream, and the part to add to it.
 
@@ -198,7 +198,7 @@ class KimiLinear(nn.Module):
         many = ids.shape[1] > 1 and ids.size >= SUBMITTED_FROM  # (one token may be in a graph)
         if many:
             columns = max(cache[0].lengths, default=0) + ids.shape[1]
-            step = replace(step, ahead=Ahead(1 if columns < ONE_BY_ONE_FROM else 0))
+            step = replace(step, ahead=SubmitLimit(1 if columns < ONE_BY_ONE_FROM else 0))
         x = self.embed_tokens.rows(ids)
         x, part = self.layers[0].attended(x, None, cache[0], step, self.reduce)
         for (before, layer), entry in zip(pairwise(self.layers), cache[1:], strict=True):
@@ -212,7 +212,7 @@ class KimiLinear(nn.Module):
 
         `layers.3.mlp`, or another module's path; None: nowhere.
         """
-        cache, step = self.make_cache(), Step()
+        cache, step = self.make_cache(), ForwardBatch()
         x, part = self.embed_tokens.rows(ids), None
         if not _is_finite(x):
             return "embed_tokens"

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.metal_kernels import mla_prefill
-from mlx_kimi.metal_kernels.attention import Ahead, Block, attend, query_block, together
+from mlx_kimi.metal_kernels.attention import Block, SubmitLimit, attend, query_block, together
 from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights, Plan, mla_decode, refused
 from mlx_kimi.model.cache import LatentCache, Segment
@@ -56,7 +56,7 @@ class MultiHeadLatentAttention(nn.Module):
         cache: LatentCache,
         real: mx.array | None,
         plan: Plan | None = None,
-        ahead: Ahead | None = None,
+        ahead: SubmitLimit | None = None,
     ) -> mx.array:
         """x [B, T, hidden] -> [B, T, hidden]; `cache` takes up T latents.
 
@@ -73,7 +73,7 @@ class MultiHeadLatentAttention(nn.Module):
         q, latent, shared = mx.split(x, [-self.width, self.lora - self.width], axis=-1)
         past = cache.columns
         cache.append(mx.concatenate([self.kv_a_layernorm(latent), shared], axis=-1), real)
-        ahead = ahead or Ahead()
+        ahead = ahead or SubmitLimit()
         if T >= EXPAND_FROM and self.prefill_refused(cache) is None:
             o = self._prefill(x, cache, past, ahead)  # [B, T, H, v]
             return self.o_proj(o.reshape(B, T, -1))
@@ -126,7 +126,7 @@ class MultiHeadLatentAttention(nn.Module):
         matrices = (self.embed_q.matrix, self.unembed_out.matrix)
         return LatentWeights(*matrices, norm.weight, norm.eps, self.scale)
 
-    def _prefill(self, x: mx.array, cache: LatentCache, past: int, ahead: Ahead) -> mx.array:
+    def _prefill(self, x: mx.array, cache: LatentCache, past: int, ahead: SubmitLimit) -> mx.array:
         """Each block of latents becomes keys and values, to which a kernel attends.
 
         `x` [B, T, width of in_proj], whose tokens stand behind the `past` columns: [B, T, H, v].
@@ -160,7 +160,7 @@ class MultiHeadLatentAttention(nn.Module):
         found = log_total[..., None], output
         return found if sums is None else together(*sums, *found)
 
-    def _absorbed(self, q: mx.array, cache: LatentCache, past: int, ahead: Ahead) -> mx.array:
+    def _absorbed(self, q: mx.array, cache: LatentCache, past: int, ahead: SubmitLimit) -> mx.array:
         """Queries go through kv_b's key half into latent space, results through its value half."""
         q = mx.concatenate([self.embed_q(q[..., : self.nope]), q[..., self.nope :]], axis=-1)
 
@@ -171,7 +171,7 @@ class MultiHeadLatentAttention(nn.Module):
         o = attend(q, _blocks(q, cache, latents), self.scale, past, ahead)
         return self.unembed_out(o)
 
-    def _expanded(self, q: mx.array, cache: LatentCache, past: int, ahead: Ahead) -> mx.array:
+    def _expanded(self, q: mx.array, cache: LatentCache, past: int, ahead: SubmitLimit) -> mx.array:
         """Each block of latents becomes the keys and values of every head."""
 
         def per_head(segment: Segment) -> tuple[mx.array, mx.array]:

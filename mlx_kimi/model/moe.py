@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.metal_kernels.experts import (
     LARGEST_BATCH,
-    Gated,
+    SwiGLUWeights,
     add_norm_scores,
     expert_combine,
     expert_mlp,
@@ -21,7 +21,7 @@ from mlx_kimi.metal_kernels.experts import (
 )
 from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
 from mlx_kimi.model.layers import MLP, RMSNorm, swiglu
-from mlx_kimi.offload.expert_cache import Bank
+from mlx_kimi.offload.expert_cache import ExpertCache
 
 if TYPE_CHECKING:
     from mlx_kimi.model.weights import Weights
@@ -138,17 +138,17 @@ class Experts(nn.Module):
         return self.down_proj.gather(swiglu(gate, up), experts, sorted_indices)
 
 
-class FewTokens:
+class DecodeMoE:
     """The experts of a few tokens in four kernels, where kernels run and the matrices suit them."""
 
     def __init__(self, router: Router, routed: Experts, shared: MLP | None) -> None:
         self.router = router
         stacks = (routed.gate_proj, routed.up_proj, routed.down_proj)
-        self.routed = Gated(*(linear.matrix for linear in stacks))
+        self.routed = SwiGLUWeights(*(linear.matrix for linear in stacks))
         self.shared = None
         if shared is not None:
             gate, up = shared.gate_up.members()
-            self.shared = Gated(gate.matrix, up.matrix, shared.down_proj.matrix)
+            self.shared = SwiGLUWeights(gate.matrix, up.matrix, shared.down_proj.matrix)
         self._unsuited = refused(router.gate.matrix, self.routed, self.shared, router.top_k)
 
     def refused(self, tokens: int) -> str | None:
@@ -181,7 +181,7 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = (
             MLP(weights.at("shared_experts")) if config.num_shared_experts else None
         )
-        self.kernels = FewTokens(self.router, self.switch_mlp, self.shared_experts)
+        self.kernels = DecodeMoE(self.router, self.switch_mlp, self.shared_experts)
 
     def forms(self) -> list[tuple[str, str, str]]:
         """For a step of few and many tokens: how many, what runs, and why."""
@@ -254,7 +254,7 @@ class MixtureOfExperts(nn.Module):
 
     def _by_expert(
         self,
-        bank: Bank,
+        bank: ExpertCache,
         rows: mx.array,
         experts: mx.array,
         weights: mx.array,
@@ -272,7 +272,7 @@ class MixtureOfExperts(nn.Module):
         def compute(expert: int, slot: int) -> mx.array:
             return self.switch_mlp.one(rows[mx.array(pairs(expert) // k)], slot)
 
-        visited, outputs = bank.visit(chosen, compute)
+        visited, outputs = bank.for_each_expert(chosen, compute)
         places = np.empty_like(flat)
         places[np.concatenate([pairs(expert) for expert in visited])] = np.arange(len(flat))
         y, where = mx.concatenate(outputs), mx.array(places.reshape(-1, k), mx.int32)

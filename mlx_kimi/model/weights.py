@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_kimi.checkpoint.config import ModelConfig, Quantization
 from mlx_kimi.model.linear import Linear
-from mlx_kimi.offload.expert_cache import Bank
+from mlx_kimi.offload.expert_cache import ExpertCache
 
 
 class Weights:
@@ -21,7 +21,7 @@ class Weights:
         config: ModelConfig,
         path: str = "",
         first_expert: int = 0,
-        banks: Mapping[str, Bank] = MappingProxyType({}),
+        banks: Mapping[str, ExpertCache] = MappingProxyType({}),
     ) -> None:
         """`first_expert` is the number of the first in the stacks. `banks`: of stacks that hold
         only some experts at a time, by the stacks' path."""
@@ -32,7 +32,7 @@ class Weights:
         path = f"{self.path}{name}."
         return Weights(self.arrays, self.config, path, self.first_expert, self.banks)
 
-    def bank(self, name: str) -> Bank | None:
+    def bank(self, name: str) -> ExpertCache | None:
         """The bank of the stacks below `name`; None: they hold all experts."""
         return self.banks.get(self.path + name)
 

@@ -15,11 +15,11 @@ import numpy.typing as npt
 from mlx_kimi.checkpoint.weight_file import Bytes
 from mlx_kimi.errors import KimiError
 from mlx_kimi.offload.expert_files import Part
-from mlx_kimi.offload.read_pool import Readers
+from mlx_kimi.offload.read_pool import ReadPool
 
 # How much of its worth an expert keeps from one token to the next. Measured on the pocket model's
 # routing (benchmarks/residency.py): between LRU, which a small number is, and LFU, which 1 is.
-KEPT_WORTH = 0.95
+DECAY = 0.95
 WAVE = 16  # experts that are read together while those before them compute
 EMPTY = -1
 
@@ -57,37 +57,37 @@ class Counts:
 
 
 @dataclass
-class Worth:
-    """What each expert is worth keeping: its uses, each fading with every token since.
+class LRFU:
+    """What each expert is worth keeping: its uses, each decay with every token since.
 
-    That is LRFU with a fading of `KEPT_WORTH` (Lee et al., 2001, "LRFU: a spectrum of policies that
+    That is LRFU with a decay of `DECAY` (Lee et al., 2001, "LRFU: a spectrum of policies that
     subsumes the LRU and LFU policies").
     """
 
     of: npt.NDArray[np.float64]  # by expert; or of several layers, [layers, experts]
-    fading: float = KEPT_WORTH
+    decay: float = DECAY
 
     def note(self, chosen: npt.NDArray[np.int64]) -> None:
         """Tokens in turn chose these experts: [tokens, k], or [layers, tokens, k]."""
         tokens = chosen.shape[-2]
-        faded = self.fading ** np.arange(tokens - 1, -1, -1.0)
-        self.of *= self.fading**tokens
+        faded = self.decay ** np.arange(tokens - 1, -1, -1.0)
+        self.of *= self.decay**tokens
         layers = () if self.of.ndim == 1 else (np.arange(len(self.of))[:, None, None],)
         np.add.at(self.of, (*layers, chosen), faded[:, None])
 
 
-class Bank:
+class ExpertCache:
     """Slots that hold experts of one layer; `arrays` are stacks of them for the expert kernels.
 
     The arrays' own memory is written into. That is right only while no step that was submitted
-    may still read the slot: `slots_of` and `visit` say how each of them makes sure.
+    may still read the slot: `slots_of` and `for_each_expert` say how each of them makes sure.
     """
 
     def __init__(
         self,
         parts: Sequence[Part],
         slots: int,
-        readers: Readers,
+        readers: ReadPool,
         counts: Counts,
         slot_of: npt.NDArray[np.int64],
         worth: npt.NDArray[np.float64],
@@ -97,7 +97,7 @@ class Bank:
         slot_of, worth: [experts], this layer's rows of two tables that all banks share.
         """
         self.parts, self.readers, self.counts = parts, readers, counts
-        self.slot_of, self.worth = slot_of, Worth(worth)
+        self.slot_of, self.worth = slot_of, LRFU(worth)
         self.expert_in = np.full(slots, EMPTY)
         self.arrays: dict[str, mx.array] = {}
         self._views: list[Bytes] = []
@@ -106,7 +106,7 @@ class Bank:
             array, view = _writable(part, slots)
             self.arrays[part.name] = array
             self._views.append(view)
-        # While `Assumption` makes a graph: `slot_of` as an array, and what the router chose.
+        # While a graph is made: `slot_of` as an array, and what the router chose.
         self.assumed: mx.array | None = None
         self.chosen: mx.array | None = None
         self._what = parts[0].name.rsplit(".", 2)[0].removesuffix(".mlp.switch_mlp")
@@ -138,13 +138,13 @@ class Bank:
         return self.slot_of[chosen]
 
     def assume(self, experts: mx.array) -> mx.array:
-        """Experts [1, k] -> their slots, right if they are in memory: `Assumption` looks later."""
+        """Experts [1, k] -> their slots, right if they are in memory, which is verified later."""
         assert self.assumed is not None
         self.chosen = experts
         return self.assumed[experts]
 
     # ---------------------------------------------------------------------------- many tokens
-    def visit(
+    def for_each_expert(
         self, chosen: npt.NDArray[np.int64], compute: Callable[[int, int], mx.array]
     ) -> tuple[list[int], list[mx.array]]:
         """`compute(expert, slot)` once for each expert that many tokens chose [tokens, k].

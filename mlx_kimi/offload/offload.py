@@ -9,20 +9,20 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.defaults import BUFFERS
-from mlx_kimi.offload.expert_cache import EMPTY, Bank, Counts
+from mlx_kimi.offload.expert_cache import EMPTY, Counts, ExpertCache
 from mlx_kimi.offload.expert_files import ExpertFiles, Part
-from mlx_kimi.offload.optimistic import Assumption
-from mlx_kimi.offload.read_pool import Readers
+from mlx_kimi.offload.optimistic import OptimisticResidency
+from mlx_kimi.offload.read_pool import ReadPool
 
 
-class Streaming:
+class ExpertOffload:
     """The banks of all layers, the threads that fill them, and what that has cost.
 
     Attributes:
         bounds_context: whether the budget, and not the model, says how long a text may be.
         banks: by the path of the stacks, `model.layers.3.mlp.switch_mlp`.
         slots: of each bank.
-        assumption: that a token's experts are in memory, where not all are.
+        optimistic: that a token's experts are in memory, where not all are.
     """
 
     def __init__(
@@ -33,21 +33,21 @@ class Streaming:
         bounds_context: bool = False,
     ) -> None:
         self.bounds_context = bounds_context
-        self.slots, self.counts, self.readers = slots, Counts(), Readers()
+        self.slots, self.counts, self.readers = slots, Counts(), ReadPool()
         weakref.finalize(self, _close, files, self.readers)
-        FEW_BUFFERS.while_alive(self)
+        CACHE_LIMIT.while_alive(self)
         experts = max((len(p.places) for parts in layers.values() for p in parts), default=0)
         slot_of = np.full((len(layers), experts), EMPTY)
         worth = np.zeros((len(layers), experts))
         self.banks = {
-            path: Bank(parts, slots, self.readers, self.counts, *rows)
+            path: ExpertCache(parts, slots, self.readers, self.counts, *rows)
             for (path, parts), *rows in zip(layers.items(), slot_of, worth, strict=True)
         }
         for bank in self.banks.values():
             if bank.holds_all:
                 bank.fill()
         partial = [bank for bank in self.banks.values() if not bank.holds_all]
-        self.assumption = Assumption(partial, self.counts, slot_of, worth)
+        self.optimistic = OptimisticResidency(partial, self.counts, slot_of, worth)
 
     @property
     def arrays(self) -> dict[str, mx.array]:
@@ -55,7 +55,7 @@ class Streaming:
         return {name: array for bank in self.banks.values() for name, array in bank.arrays.items()}
 
 
-class FewBuffers:
+class CacheLimit:
     """MLX keeps `BUFFERS` at most of freed arrays while any of some objects lives."""
 
     def __init__(self) -> None:
@@ -73,9 +73,9 @@ class FewBuffers:
             mx.set_cache_limit(self._before)
 
 
-FEW_BUFFERS = FewBuffers()  # the limit is the process's
+CACHE_LIMIT = CacheLimit()  # the limit is the process's
 
 
-def _close(files: ExpertFiles, readers: Readers) -> None:
+def _close(files: ExpertFiles, readers: ReadPool) -> None:
     readers.close()
     files.close()

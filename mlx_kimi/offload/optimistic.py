@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_kimi.offload.expert_cache import EMPTY, Bank, Counts, Worth
+from mlx_kimi.offload.expert_cache import EMPTY, LRFU, Counts, ExpertCache
 
 
-class Assumption:
+class OptimisticResidency:
     """That every expert that a token chooses is in memory.
 
     A graph is given where each expert is, and gives back what was chosen. If all of that was there
@@ -21,7 +21,7 @@ class Assumption:
 
     def __init__(
         self,
-        banks: Sequence[Bank],
+        banks: Sequence[ExpertCache],
         counts: Counts,
         slot_of: npt.NDArray[np.int64],
         worth: npt.NDArray[np.float64],
@@ -31,13 +31,13 @@ class Assumption:
         slot_of, worth: [layers, experts], of which the banks have the rows.
         """
         self._banks, self._counts = banks, counts
-        self._slot_of, self._worth = slot_of, Worth(worth)
+        self._slot_of, self._worth = slot_of, LRFU(worth)
         self._layers = np.arange(len(banks))[:, None]
         self._read = -1
         self._given = np.full_like(slot_of, EMPTY)  # what `_slots` were made of
         self._slots: list[mx.array] = []
 
-    def is_likely(self) -> bool:
+    def should_try(self) -> bool:
         """Whether nothing was read since this was asked last, before the step before."""
         before, self._read = self._read, self._counts.read
         return not self._banks or before == self._read
@@ -50,7 +50,7 @@ class Assumption:
         return self._slots
 
     @contextmanager
-    def made(self, slots: Sequence[mx.array]) -> Iterator[list[mx.array]]:
+    def begin(self, slots: Sequence[mx.array]) -> Iterator[list[mx.array]]:
         """Within, layers believe `slots`; afterwards the list holds their choices, [layers, k]."""
         chosen: list[mx.array] = []
         for bank, where in zip(self._banks, slots, strict=True):
@@ -63,7 +63,7 @@ class Assumption:
             for bank in self._banks:
                 bank.assumed = bank.chosen = None
 
-    def held(self, chosen: Sequence[mx.array]) -> bool:
+    def verify(self, chosen: Sequence[mx.array]) -> bool:
         """Whether it was right, once the device knows; if so, the uses of the experts are noted."""
         if not chosen:
             return True

@@ -13,7 +13,7 @@ THREADS = 8  # an SSD serves this many at once faster than one after another
 STALL = 30.0  # seconds
 
 
-class Readers:
+class ReadPool:
     """A pool whose threads never keep the program from ending, unlike ThreadPoolExecutor's.
 
     A read from a disk that no longer answers cannot be interrupted.
