@@ -16,11 +16,11 @@ from mlx_kimi.text import chat_template
 from mlx_kimi.text.chat_template import (
     BUILT_IN,
     ChatTemplate,
-    ControlTokens,
     Renderer,
     check_messages,
     load_chat_template,
 )
+from mlx_kimi.text.control_tokens import ControlTokens
 
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief & <kind>."},

@@ -1,28 +1,10 @@
 """Text from token ids, one token at a time and never half a character."""
 
 import codecs
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from mlx_kimi.text.vocabulary import Pieces
 
 REPLACEMENT = "\ufffd".encode()
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """What every id stands for.
-
-    Attributes:
-        text: UTF-8 bytes by id; a character may be spread over several ids.
-        control: the names of control tokens by id.
-        droppable: ids whose first character is a space that sentencepiece puts before a text and
-            takes off again; empty where there is no such rule.
-        drops_more: take it off every piece until one leaves text, not off the first alone.
-    """
-
-    text: Sequence[bytes]
-    control: Mapping[int, str]
-    droppable: frozenset[int] = frozenset()
-    drops_more: bool = False
 
 
 class StreamingDetokenizer:
