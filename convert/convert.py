@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_kimi.checkpoint.config import ModelConfig, read_json
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.fields import read_json
 from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.checkpoint.hub import is_folder, local_folder
 from mlx_kimi.checkpoint.hub_weights import HubWeights

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mlx_kimi.checkpoint.fields import Fields, Json, read_json, shown_json
 from mlx_kimi.errors import KimiError
 
 Attention = Literal["kda", "mla"]
 FeedForward = Literal["dense", "moe"]
-Json = Mapping[str, Any]
 
-# transformers 5 writes the right-hand spellings beside or instead of the published ones.
-ALIASES = {
-    "num_experts_per_token": "num_experts_per_tok",
-    "num_expert_group": "n_group",
-    "num_experts": "num_local_experts",
-    "num_shared_experts": "n_shared_experts",
-    "moe_renormalize": "norm_topk_prob",
-    "model_max_length": "max_position_embeddings",
-}
 LINEAR_ALIASES = {
     "head_dim": "linear_head_dim",
     "num_heads": "linear_num_heads",
@@ -145,7 +135,7 @@ class ModelConfig:
         Raises:
             KimiError: a field is missing, of the wrong type, out of range, or contradicts another.
         """
-        fields = _Fields(config, "config.json")
+        fields = Fields(config, "config.json")
         fields.must_be("model_type", "kimi_linear", required=True)
         layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
         heads = fields.integer("num_attention_heads", 1, MAX_WIDTH)
@@ -193,132 +183,7 @@ class ModelConfig:
         return result
 
 
-class _Fields:
-    """Typed look-ups in one JSON object, under the published or transformers' spelling."""
-
-    def __init__(self, values: Json, where: str, aliases: Mapping[str, str] = ALIASES) -> None:
-        self.values, self.where, self.aliases = values, where, aliases
-
-    def get(self, name: str) -> Any:
-        """The value, None when absent. Two spellings that disagree are an error."""
-        alias = self.aliases.get(name, name)
-        value, other = self.values.get(name), self.values.get(alias)
-        if name != alias and value is not None and other is not None and value != other:
-            raise KimiError(
-                f"{self.where}: {name} is {_shown(value)} but {alias} is {_shown(other)}; "
-                "they name the same thing"
-            )
-        return other if value is None else value
-
-    def missing(self, name: str) -> KimiError:
-        return KimiError(f"{self.where}: {name} is missing")
-
-    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
-        value = self.get(name)
-        if value is None:
-            if default is None:
-                raise self.missing(name)
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise KimiError(
-                f"{self.where}: {name} must be a whole number from {low} to {high} "
-                f"but is {_shown(value)}"
-            )
-        return value
-
-    def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
-        value = self.get(name)
-        if value is None:
-            if default is None:
-                raise self.missing(name)
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
-            raise KimiError(
-                f"{self.where}: {name} must be a number between {low:g} and {high:g} "
-                f"but is {_shown(value)}"
-            )
-        return float(value)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise KimiError(f"{self.where}: {name} must be true or false but is {_shown(value)}")
-        return value
-
-    def must_be(self, name: str, *allowed: Any, required: bool = False) -> None:
-        """This runtime computes one variant of the architecture; name any other."""
-        value = self.get(name)
-        if value is None and not required:
-            return
-        if not any(value == choice and type(value) is type(choice) for choice in allowed):
-            choices = " or ".join(_shown(choice) for choice in allowed)
-            raise KimiError(f"{self.where}: {name} must be {choices} but is {_shown(value)}")
-
-    def strings(self, name: str, count: int, meanings: Mapping[str, Any]) -> list[Any] | None:
-        """A list of one word a layer, each replaced by what it means; None when absent."""
-        value = self.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list) or len(value) != count:
-            raise KimiError(f"{self.where}: {name} must list one word for each of {count} layers")
-        for word in value:
-            if not isinstance(word, str) or word not in meanings:
-                raise KimiError(
-                    f"{self.where}: {name} may hold {', '.join(meanings)} but holds {_shown(word)}"
-                )
-        return [meanings[word] for word in value]
-
-    def layer_numbers(self, name: str, count: int) -> list[int] | None:
-        """A list of 1-based layer numbers; None when absent."""
-        value = self.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list):
-            raise KimiError(f"{self.where}: {name} must be a list but is {_shown(value)}")
-        if len(value) > count:
-            raise KimiError(
-                f"{self.where}: {name} must hold at most {count} layer numbers "
-                f"but holds {len(value)}"
-            )
-        for number in value:
-            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= count:
-                raise KimiError(
-                    f"{self.where}: {name} must hold layer numbers from 1 to {count} "
-                    f"but holds {_shown(number)}"
-                )
-        return value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Raises:
-        KimiError: the file is missing, unreadable, not UTF-8 JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise KimiError(f"{path}: no such file") from None
-    except OSError as error:
-        raise KimiError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise KimiError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise KimiError(f"{path}: must hold a JSON object but holds {_shown(value)}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = json.dumps(value, default=repr)
-    except RecursionError:
-        return "nested too deeply"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _linear_fields(fields: _Fields) -> _Fields:
+def _linear_fields(fields: Fields) -> Fields:
     """linear_attn_config, or transformers' flat spelling of it."""
     linear = fields.get("linear_attn_config")
     flat = {
@@ -331,22 +196,22 @@ def _linear_fields(fields: _Fields) -> _Fields:
     if not isinstance(linear, dict):
         raise KimiError(
             f"{fields.where}: linear_attn_config "
-            + ("is missing" if linear is None else f"must be an object but is {_shown(linear)}")
+            + ("is missing" if linear is None else f"must be an object but is {shown_json(linear)}")
         )
     unknown = sorted(set(linear) - LINEAR_FIELDS)
     if unknown:
         # A field of another gate (a lower bound, negative eigenvalues) would change every number.
         raise KimiError(
             f"{fields.where}: linear_attn_config.{unknown[0]} is not known here "
-            f"(value {_shown(linear[unknown[0]])})"
+            f"(value {shown_json(linear[unknown[0]])})"
         )
     merged = dict(linear)
     for name, value in flat.items():
         merged[LINEAR_ALIASES[name]] = value
-    return _Fields(merged, f"{fields.where}: linear_attn_config", LINEAR_ALIASES)
+    return Fields(merged, f"{fields.where}: linear_attn_config", LINEAR_ALIASES)
 
 
-def _refuse_variants(fields: _Fields, heads: int) -> None:
+def _refuse_variants(fields: Fields, heads: int) -> None:
     """Name what would need other mathematics than checkpoint and paper give."""
     fields.must_be("hidden_act", "silu")
     fields.must_be("mla_use_nope", True)
@@ -356,11 +221,11 @@ def _refuse_variants(fields: _Fields, heads: int) -> None:
     fields.must_be("num_nextn_predict_layers", 0)
     if fields.get("q_lora_rank") is not None:
         raise KimiError(
-            f"{fields.where}: q_lora_rank must be null but is {_shown(fields.get('q_lora_rank'))}"
+            f"{fields.where}: q_lora_rank must be null but is {shown_json(fields.get('q_lora_rank'))}"
         )
 
 
-def _layers(fields: _Fields, linear: _Fields, count: int, experts: int) -> tuple[Layer, ...]:
+def _layers(fields: Fields, linear: Fields, count: int, experts: int) -> tuple[Layer, ...]:
     attention = _attention_by_layer(fields, linear, count)
     dense_until = fields.integer("first_k_dense_replace", 0, MAX_LAYERS, default=0)
     every = fields.integer("moe_layer_freq", 1, MAX_LAYERS, default=1)
@@ -380,7 +245,7 @@ def _layers(fields: _Fields, linear: _Fields, count: int, experts: int) -> tuple
     return tuple(Layer(a, f) for a, f in zip(attention, feed_forward, strict=True))
 
 
-def _attention_by_layer(fields: _Fields, linear: _Fields, count: int) -> list[Attention]:
+def _attention_by_layer(fields: Fields, linear: Fields, count: int) -> list[Attention]:
     types = fields.strings(
         "layer_types", count, {"linear_attention": "kda", "full_attention": "mla"}
     )
@@ -438,7 +303,7 @@ def _quantization(config: Json) -> dict[str, Any]:
             )
         return {"quantization": None, "overrides": {}}
     if not isinstance(value, dict):
-        raise KimiError(f"config.json: quantization must be an object but is {_shown(value)}")
+        raise KimiError(f"config.json: quantization must be an object but is {shown_json(value)}")
     default = _one_quantization(value, "quantization")
     overrides: dict[str, Quantization | None] = {}
     for path, entry in value.items():
@@ -451,7 +316,7 @@ def _quantization(config: Json) -> dict[str, Any]:
         else:
             raise KimiError(
                 f"config.json: quantization.{path} must be true, false or an object "
-                f"but is {_shown(entry)}"
+                f"but is {shown_json(entry)}"
             )
     return {"quantization": default, "overrides": overrides}
 
@@ -461,7 +326,7 @@ def _one_quantization(value: Json, where: str) -> Quantization:
     if not isinstance(mode, str) or mode not in QUANTIZATION_MODES:
         raise KimiError(
             f"config.json: {where}.mode must be one of {', '.join(QUANTIZATION_MODES)} "
-            f"but is {_shown(mode)}"
+            f"but is {shown_json(mode)}"
         )
     group_sizes, bits = QUANTIZATION_MODES[mode]
     found: dict[str, Any] = {}
@@ -470,6 +335,6 @@ def _one_quantization(value: Json, where: str) -> Quantization:
         if isinstance(found[name], bool) or found[name] not in allowed:
             raise KimiError(
                 f"config.json: {where}.{name} must be one of {', '.join(map(str, allowed))} "
-                f"for mode {mode} but is {_shown(found[name])}"
+                f"for mode {mode} but is {shown_json(found[name])}"
             )
     return Quantization(found["group_size"], found["bits"], mode)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from mlx_kimi.checkpoint.config import read_json
+from mlx_kimi.checkpoint.fields import read_json
 from mlx_kimi.checkpoint.weight_file import FileVersion, OpenFile
 from mlx_kimi.errors import KimiError
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_kimi.checkpoint.config import read_json
+from mlx_kimi.checkpoint.fields import read_json
 from mlx_kimi.errors import KimiError
 
 FILE = "goldens.json"
