@@ -220,9 +220,8 @@ def _refuse_variants(fields: Fields, heads: int) -> None:
     fields.must_be("attention_bias", False)
     fields.must_be("num_nextn_predict_layers", 0)
     if fields.get("q_lora_rank") is not None:
-        raise KimiError(
-            f"{fields.where}: q_lora_rank must be null but is {shown_json(fields.get('q_lora_rank'))}"
-        )
+        rank = shown_json(fields.get("q_lora_rank"))
+        raise KimiError(f"{fields.where}: q_lora_rank must be null but is {rank}")
 
 
 def _layers(fields: Fields, linear: Fields, count: int, experts: int) -> tuple[Layer, ...]:
