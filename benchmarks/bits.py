@@ -21,18 +21,18 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.checkpoint import Checkpoint
-from mlx_kimi.config import ModelConfig, read_json
+from mlx_kimi.checkpoint.config import ModelConfig, read_json
+from mlx_kimi.checkpoint.files import Checkpoint
+from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.convert import quality
 from mlx_kimi.convert.blocks import Source
 from mlx_kimi.convert.convert import convert
 from mlx_kimi.convert.folder import copy_files
 from mlx_kimi.convert.pieces import read
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
-from mlx_kimi.load import load
-from mlx_kimi.memory import human_size
-from mlx_kimi.names import tensors
-from mlx_kimi.weights import Weights
+from mlx_kimi.loading.load import load
+from mlx_kimi.model.weights import Weights
+from mlx_kimi.units import human_size
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.pocket import tasks

@@ -26,11 +26,11 @@ from mlx_lm.models import gated_delta as peer_delta
 from mlx_lm.models import kimi_linear as peer
 from mlx_lm.utils import load_model as load_peer
 
-from mlx_kimi import kda as ours_kda
 from mlx_kimi import load_model
-from mlx_kimi.cache import arrays
 from mlx_kimi.metal_kernels.kda import kda
 from mlx_kimi.metal_kernels.kda_prepare import l2_normalised
+from mlx_kimi.model import kda as ours_kda
+from mlx_kimi.model.cache import arrays
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from checkpoints import published_config, write_checkpoint

@@ -13,11 +13,11 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_kimi.config import ModelConfig, Quantization
+from mlx_kimi.checkpoint.config import ModelConfig, Quantization
+from mlx_kimi.checkpoint.tensors import Tensor, tensors
 from mlx_kimi.metal_kernels import cuda
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.names import Tensor, tensors
-from mlx_kimi.weights import Weights
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.weights import Weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from checkpoints import PUBLISHED_48B
@@ -86,7 +86,7 @@ def _plain(tensor: Tensor) -> mx.array:
 
 def our_model(config: dict[str, Any], arrays: Arrays) -> KimiLinear:
     """As `load_model` makes it: decays and routing in float32."""
-    from mlx_kimi.load import ALWAYS_FLOAT32
+    from mlx_kimi.loading.load import ALWAYS_FLOAT32
 
     ours = {
         name: array.astype(mx.float32)

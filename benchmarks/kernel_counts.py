@@ -19,7 +19,7 @@ import mlx
 import mlx.core as mx
 from mlx_lm.models import gated_delta
 
-from mlx_kimi.metal_kernels.experts import Gated, expert_mlp
+from mlx_kimi.metal_kernels.experts import SwiGLUWeights, expert_mlp
 from mlx_kimi.metal_kernels.kda_chunk import kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
@@ -265,8 +265,10 @@ def count_experts() -> list[Counted]:
     """gate_up for each row of the experts, and down for each element of the output."""
 
     def run(K: int, N: int) -> None:
-        routed = Gated(quantized(TOP_K, N, K), quantized(TOP_K, N, K), quantized(TOP_K, K, N))
-        shared = Gated(quantized(N, K), quantized(N, K), quantized(K, N))
+        routed = SwiGLUWeights(
+            quantized(TOP_K, N, K), quantized(TOP_K, N, K), quantized(TOP_K, K, N)
+        )
+        shared = SwiGLUWeights(quantized(N, K), quantized(N, K), quantized(K, N))
         chosen, weights = mx.arange(TOP_K).astype(mx.int32)[None], mx.ones((1, TOP_K))
         expert_mlp(mx.zeros((1, K), mx.bfloat16), chosen, weights, routed, shared)
 

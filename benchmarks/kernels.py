@@ -30,11 +30,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.config import ModelConfig
-from mlx_kimi.load import load_model
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.add_norm import add_norm, naive_add_norm
 from mlx_kimi.metal_kernels.attention import Block, attend
-from mlx_kimi.metal_kernels.experts import Gated, add_norm_scores, expert_mlp, expert_select
+from mlx_kimi.metal_kernels.experts import SwiGLUWeights, add_norm_scores, expert_mlp, expert_select
 from mlx_kimi.metal_kernels.kda_chunk import kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode, naive_kda_decode
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
@@ -43,9 +43,9 @@ from mlx_kimi.metal_kernels.latents import pack
 from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights, Plan, mla_decode, naive_mla_decode
 from mlx_kimi.metal_kernels.mla_prefill import Expanded, mla_prefill, naive_mla_prefill
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.moe import _select
-from mlx_kimi.tokenizer import load_tokenizer
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.moe import _select
+from mlx_kimi.text.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from assertions import largest_error, rms_error
@@ -263,12 +263,12 @@ def _experts() -> Comparisons:
 
 
 def _plain_experts(
-    x: mx.array, experts: mx.array, weights: mx.array, routed: Gated, shared: Gated
+    x: mx.array, experts: mx.array, weights: mx.array, routed: SwiGLUWeights, shared: SwiGLUWeights
 ) -> mx.array:
     """In float32, one expert after another."""
     x = x.astype(mx.float32)
 
-    def mlp(row: mx.array, expert: int | None, which: Gated) -> mx.array:
+    def mlp(row: mx.array, expert: int | None, which: SwiGLUWeights) -> mx.array:
         gate, up, down = (
             _dequantized(m if expert is None else _expert(m, expert))
             for m in (which.gate, which.up, which.down)
@@ -388,12 +388,12 @@ def _prefill_inputs(dtype: mx.Dtype, T: int, S: int) -> list[mx.array]:
 
 def _expert_inputs(
     dtype: mx.Dtype, bits: int, B: int
-) -> tuple[mx.array, mx.array, mx.array, Gated, Gated]:
+) -> tuple[mx.array, mx.array, mx.array, SwiGLUWeights, SwiGLUWeights]:
     mx.random.seed(6)
 
-    def gated(*stack: int) -> Gated:
+    def gated(*stack: int) -> SwiGLUWeights:
         wide, narrow = (*stack, INNER, HIDDEN), (*stack, HIDDEN, INNER)
-        return Gated(*(_matrix(shape, bits, dtype) for shape in (wide, wide, narrow)))
+        return SwiGLUWeights(*(_matrix(shape, bits, dtype) for shape in (wide, wide, narrow)))
 
     x = mx.random.normal((B, HIDDEN)).astype(dtype)
     logits, bias = mx.random.normal((B, EXPERTS)), mx.random.normal((EXPERTS,)) * 0.01

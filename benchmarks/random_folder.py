@@ -17,9 +17,9 @@ import mlx.core as mx
 from full_size import CONFIG, random_tensor
 
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.checkpoint import INDEX
-from mlx_kimi.config import ModelConfig, read_json
-from mlx_kimi.names import Tensor, tensors
+from mlx_kimi.checkpoint.config import ModelConfig, read_json
+from mlx_kimi.checkpoint.files import INDEX
+from mlx_kimi.checkpoint.tensors import Tensor, tensors
 
 TOKENIZER = ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja")
 

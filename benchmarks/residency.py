@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_kimi import generate, load
-from mlx_kimi.bank import KEPT_WORTH, Worth
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.moe import MixtureOfExperts
+from mlx_kimi.model.moe import MixtureOfExperts
+from mlx_kimi.offload.expert_cache import DECAY, LRFU
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.pocket.tasks import TASKS, prompts
@@ -96,7 +96,7 @@ class Future:
             self.of[expert] = 1 / (uses[0] - self.step) if uses else 0
 
 
-Policy = Recency | Future | Worth
+Policy = Recency | Future | LRFU
 
 
 def hit_rate(policy: Policy, steps: list[Chosen], slots: int) -> float:
@@ -129,10 +129,10 @@ def main() -> None:
     policies: dict[str, Callable[[list[Chosen]], Policy]] = {
         "LRU": lambda steps: Recency(experts),
         **{
-            f"fading {fading:g}": lambda steps, fading=fading: Worth(np.zeros(experts), fading)
-            for fading in sorted({0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, KEPT_WORTH})
+            f"decay {decay:g}": lambda steps, decay=decay: LRFU(np.zeros(experts), decay)
+            for decay in sorted({0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, DECAY})
         },
-        "LFU": lambda steps: Worth(np.zeros(experts), 1.0),
+        "LFU": lambda steps: LRFU(np.zeros(experts), 1.0),
         "best": lambda steps: Future(experts, steps),
     }
     print("slots        " + "".join(f"{size:>7}" for size in SIZES))

@@ -23,10 +23,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_kimi.cache import CacheEntry, LatentCache, arrays
-from mlx_kimi.config import ModelConfig
+from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.metal_kernels.kda import kda
-from mlx_kimi.model import KimiLinear, Step
+from mlx_kimi.model.cache import CacheEntry, LatentCache, arrays
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.step import ForwardBatch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from full_size import CONFIG, our_model, peer_kernels, peer_model, random_arrays
@@ -113,7 +114,7 @@ def decode(config: dict[str, Any], models: Any, repeats: int, tokens: int = 64) 
 
 def _launches_of_a_step(model: KimiLinear, cache: list[CacheEntry], token: mx.array) -> int:
     entries = [entry.snapshot() for entry in cache]
-    logits = model.logits(model.run(token, entries, Step()))
+    logits = model.logits(model.run(token, entries, ForwardBatch()))
     token = mx.argmax(logits, axis=-1)
     return sum(launches(token, *arrays(entries)).values())
 

@@ -21,12 +21,12 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 
-from mlx_kimi import cache as caches
-from mlx_kimi.bank import Counts
-from mlx_kimi.config import ModelConfig
-from mlx_kimi.load import load_model
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.streaming import Budget
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.loading.budget import Budget
+from mlx_kimi.loading.load import load_model
+from mlx_kimi.model import cache as caches
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.offload.expert_cache import Counts
 
 PROMPT = 64  # tokens
 
@@ -45,7 +45,7 @@ def loaded(folder: Path, slots: int | None) -> KimiLinear:
     """With so many slots a layer, whatever their size; None: without a budget."""
     if slots is None:
         return load_model(folder)
-    with patch.object(import_module("mlx_kimi.load"), "slots_for", lambda *_: slots):
+    with patch.object(import_module("mlx_kimi.loading.load"), "slots_for", lambda *_: slots):
         return load_model(folder, budget=Budget(1, context=4096))
 
 
@@ -56,7 +56,7 @@ def run(model: KimiLinear, prompt: mx.array, forced: Sequence[int], repeats: int
     found = Run([np.array(last.astype(mx.float32))], [], [], mx.get_active_memory())
     for repeat in range(repeats):
         entries = [entry.snapshot() for entry in cache]
-        before = replace(model.streaming.counts) if model.streaming else None
+        before = replace(model.offload.counts) if model.offload else None
         mx.synchronize()
         start, ended = time.perf_counter(), None
         for token in forced:
@@ -69,7 +69,7 @@ def run(model: KimiLinear, prompt: mx.array, forced: Sequence[int], repeats: int
                 found.logits.append(np.array(logits.astype(mx.float32)))
         mx.eval(ended)
         found.times.append((time.perf_counter() - start) / len(forced))
-        found.counts.append(model.streaming.counts - before if model.streaming else None)
+        found.counts.append(model.offload.counts - before if model.offload else None)
     return found
 
 

@@ -21,19 +21,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from mlx_kimi import __version__
-from mlx_kimi.bench import Bench, Row, check_fits, check_settings
-from mlx_kimi.bench import Progress as OnProgress
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.hub import local_folder
+from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli import show
 from mlx_kimi.cli.options import budget_options, model_or_pocket, prefill_step_option
-from mlx_kimi.config import ModelConfig
 from mlx_kimi.errors import KimiError
-from mlx_kimi.hub import local_folder
-from mlx_kimi.load import load
-from mlx_kimi.memory import human_size
+from mlx_kimi.evaluation.bench import Bench, Row, check_fits, check_settings
+from mlx_kimi.evaluation.bench import Progress as OnProgress
+from mlx_kimi.loading.budget import Budget
+from mlx_kimi.loading.load import load
 from mlx_kimi.metal_kernels.kernel import backend
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.names import tensors
-from mlx_kimi.streaming import Budget
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.units import human_size
 
 DASH = Path("-")
 PLOTS = (".png", ".svg")
@@ -169,7 +169,7 @@ def _facts(name: str, network: KimiLinear, bench: Bench) -> dict[str, Any]:
             "tokens": bench.tokens,
             "repeats": bench.repeats,
             "prefill_step": bench.prefill_step,
-            "slots": network.streaming.slots if network.streaming else None,
+            "slots": network.offload.slots if network.offload else None,
         },
     }
 

@@ -7,6 +7,11 @@ from typing import Any
 
 import click
 
+from mlx_kimi.chat.conversation import Conversation
+from mlx_kimi.chat.identity import identity
+from mlx_kimi.chat.prompt_cache import write_prompt_cache
+from mlx_kimi.chat.session import refuse_used
+from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
 from mlx_kimi.cli.options import (
     latent_bits_option,
@@ -16,12 +21,7 @@ from mlx_kimi.cli.options import (
     read_prompt,
     utf8,
 )
-from mlx_kimi.conversation import Conversation
-from mlx_kimi.hub import local_folder
-from mlx_kimi.identity import identity
-from mlx_kimi.load import load
-from mlx_kimi.prompt_cache import write_prompt_cache
-from mlx_kimi.session import refuse_used
+from mlx_kimi.loading.load import load
 
 
 @click.command("cache")

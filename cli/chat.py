@@ -10,7 +10,13 @@ from typing import Any
 
 import click
 
-from mlx_kimi.chat import Chat
+from mlx_kimi.chat.chat import Chat
+from mlx_kimi.chat.identity import identity
+from mlx_kimi.chat.session import refuse_longer
+from mlx_kimi.chat.sessions import Sessions
+from mlx_kimi.chat.tools import load_tools
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli.chat_completion import CommandCompleter
 from mlx_kimi.cli.chat_input import LineEditor, PipedLines
 from mlx_kimi.cli.chat_loop import Loop, status, toolbar
@@ -25,16 +31,10 @@ from mlx_kimi.cli.options import (
     sessions_option,
     utf8,
 )
-from mlx_kimi.config import ModelConfig
-from mlx_kimi.context import SNAPSHOT_MEMORY
+from mlx_kimi.defaults import SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
-from mlx_kimi.hub import local_folder
-from mlx_kimi.identity import identity
-from mlx_kimi.load import load
-from mlx_kimi.session import refuse_longer
-from mlx_kimi.sessions import Sessions
-from mlx_kimi.streaming import Budget
-from mlx_kimi.tools import load_tools
+from mlx_kimi.loading.budget import Budget
+from mlx_kimi.loading.load import load
 
 LATEST = ""
 

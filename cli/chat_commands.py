@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_kimi import cache as caches
 from mlx_kimi.cli import chat_settings, show
 from mlx_kimi.cli.chat_clipboard import copy
 from mlx_kimi.cli.chat_file import file_message
 from mlx_kimi.errors import KimiError
-from mlx_kimi.memory import human_size
+from mlx_kimi.model import cache as caches
+from mlx_kimi.units import human_size
 
 if TYPE_CHECKING:
     from mlx_kimi.cli.chat_loop import Loop
@@ -132,7 +132,7 @@ def stats(loop: Loop, argument: str) -> None:
     cache = sum(array.nbytes for array in caches.arrays(context.entries))
     lines = [
         f"context    {loop.used()}",
-        f"state      {human_size(cache)}, and {len(context.kept)} snapshots to go back to: "
+        f"state      {human_size(cache)}, and {len(context.snapshots)} snapshots to go back to: "
         f"{human_size(context.snapshot_bytes)} of at most {human_size(context.memory)}",
         f"memory     {human_size(mx.get_active_memory())} now, "
         f"{human_size(mx.get_peak_memory())} at most",

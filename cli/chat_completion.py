@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 
+from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.cli.chat_commands import COMMANDS
 from mlx_kimi.cli.chat_settings import NAMES
-from mlx_kimi.sessions import Sessions
 
 
 class CommandCompleter(Completer):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_kimi.calls import Call
-from mlx_kimi.chat import Chat
+from mlx_kimi.chat.chat import Chat
+from mlx_kimi.chat.tool_calls import Call
 from mlx_kimi.cli import show
 from mlx_kimi.cli.chat_commands import is_command, opening, run_command
 from mlx_kimi.cli.chat_input import Input
 from mlx_kimi.cli.chat_screen import Screen, TerminalScreen
 from mlx_kimi.cli.options import check_utf8
 from mlx_kimi.errors import ContextFull, KimiError
-from mlx_kimi.generate import Stats
-from mlx_kimi.memory import human_size
+from mlx_kimi.generation.generate import Stats
+from mlx_kimi.units import human_size
 
 ROUNDS = 8  # answers in a row that may call tools, before the user is asked to go on
 DENIED = "The user did not allow this call."

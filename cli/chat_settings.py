@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generate import check_lengths
-from mlx_kimi.sample import Sampling
+from mlx_kimi.generation.generate import check_lengths
+from mlx_kimi.generation.sample import Sampling
 
 KINDS: dict[str, Callable[[str], Any]] = {
     "temp": float,

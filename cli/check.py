@@ -7,17 +7,17 @@ from collections.abc import Iterator
 import click
 import mlx.core as mx
 
+from mlx_kimi.checkpoint.hub import local_folder
+from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli.options import model_or_pocket
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generate import generate
-from mlx_kimi.goldens import Goldens, goldens_of
-from mlx_kimi.hub import local_folder
-from mlx_kimi.load import load_model
+from mlx_kimi.evaluation.goldens import Goldens, goldens_of
+from mlx_kimi.generation.generate import generate
+from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
-from mlx_kimi.mla import EXPAND_FROM
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.names import tensors
-from mlx_kimi.tokenizer import Tokenizer, load_tokenizer
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.mla import EXPAND_FROM
+from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
 
 # Two ways of rounding to 16 bits, through all layers; a wrong kernel is off by about 1.
 KERNEL_TOLERANCE = 0.1

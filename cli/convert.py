@@ -20,16 +20,16 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
+from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import quality
-from mlx_kimi.config import QUANTIZATION_MODES
-from mlx_kimi.convert.convert import Outlook, Report, convert
+from mlx_kimi.convert.convert import Preview, Report, convert
 from mlx_kimi.convert.partial import partial_of
 from mlx_kimi.convert.plan import DTYPES
 from mlx_kimi.convert.quality import TOKENS
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
 from mlx_kimi.convert.write import Progress as OnProgress
-from mlx_kimi.hub import local_folder
-from mlx_kimi.memory import human_size
+from mlx_kimi.units import human_size
 
 Hidden = Callable[[], AbstractContextManager[object]]
 
@@ -123,7 +123,7 @@ def command(
     try:
         with _bar(Console(stderr=True)) as (progress, hidden):
 
-            def say(outlook: Outlook) -> None:
+            def say(outlook: Preview) -> None:
                 with hidden():
                     _print_outlook(outlook)
 
@@ -186,7 +186,7 @@ def _bar(console: Console) -> Iterator[tuple[OnProgress, Hidden]]:
         yield lambda done, total: bar.update(task, completed=done, total=total), hidden
 
 
-def _print_outlook(outlook: Outlook) -> None:
+def _print_outlook(outlook: Preview) -> None:
     size = human_size(outlook.out_bytes)
     if outlook.left_bytes < outlook.out_bytes:
         size = f"going on: {human_size(outlook.left_bytes)} of {size}"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
+from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
 from mlx_kimi.cli.options import model_or_pocket, read_text
-from mlx_kimi.evaluate import TOKENS, WINDOW, Evaluation, Prediction, evaluate
-from mlx_kimi.hub import local_folder
+from mlx_kimi.evaluation.evaluate import TOKENS, WINDOW, Evaluation, Prediction, evaluate
 
 
 @click.command("evaluate")

@@ -9,6 +9,10 @@ from typing import Any
 
 import click
 
+from mlx_kimi.chat.conversation import Conversation
+from mlx_kimi.chat.identity import identity
+from mlx_kimi.chat.session import read_session
+from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
 from mlx_kimi.cli.options import (
     budget_options,
@@ -20,14 +24,10 @@ from mlx_kimi.cli.options import (
     sampling_options,
     utf8,
 )
-from mlx_kimi.context import Context
-from mlx_kimi.conversation import Conversation
-from mlx_kimi.generate import Chunk, Prompt, stream_generate
-from mlx_kimi.hub import local_folder
-from mlx_kimi.identity import identity
-from mlx_kimi.load import load
-from mlx_kimi.session import read_session
-from mlx_kimi.streaming import Budget
+from mlx_kimi.generation.context import TokenState
+from mlx_kimi.generation.generate import Chunk, Prompt, stream_generate
+from mlx_kimi.loading.budget import Budget
+from mlx_kimi.loading.load import load
 
 
 @click.command("generate")
@@ -73,7 +73,7 @@ def command(
         raise click.UsageError(f"{which} is part of a chat and --raw has none")
     folder = local_folder(model_or_pocket(model))
     network, tokenizer = load(folder, budget)
-    context = Context(network, options["latent_bits"], every=None)
+    context = TokenState(network, options["latent_bits"], every=None)
     conversation = Conversation(system)
     if prompt_cache:
         conversation = _cached(prompt_cache, folder, context, system)
@@ -96,7 +96,7 @@ def command(
     click.echo(show.speeds(chunks[-1].stats), err=True)
 
 
-def _cached(file: Path, folder: Path, context: Context, system: str | None) -> Conversation:
+def _cached(file: Path, folder: Path, context: TokenState, system: str | None) -> Conversation:
     """What `file` holds; `context` has read it if this model has."""
     if system is not None:
         raise click.UsageError("--prompt-cache has its own system message, or none")

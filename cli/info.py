@@ -11,17 +11,18 @@ import click
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_kimi.cache import check_latent_bits
+from mlx_kimi.checkpoint.hub import local_folder
+from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli.options import model_or_pocket
 from mlx_kimi.errors import KimiError
-from mlx_kimi.hub import local_folder
-from mlx_kimi.kda import KimiDeltaAttention
-from mlx_kimi.layers import MLP
-from mlx_kimi.load import load_model
-from mlx_kimi.memory import Machine, human_size, needs
+from mlx_kimi.loading.load import load_model
+from mlx_kimi.loading.memory import Machine, needs
 from mlx_kimi.metal_kernels.kernel import OFF, backend
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.names import tensors
+from mlx_kimi.model.cache import check_latent_bits
+from mlx_kimi.model.kda import KimiDeltaAttention
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.layers import MLP
+from mlx_kimi.units import human_size
 
 LENGTHS = (4096, 32_768, 131_072)  # tokens of context
 Row = tuple[str, str, str]  # how many tokens, what runs, why

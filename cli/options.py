@@ -12,12 +12,12 @@ from typing import Any
 import click
 
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.cache import check_latent_bits
+from mlx_kimi.defaults import CONTEXT, MAX_TOKENS, PREFILL_STEP
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generate import MAX_TOKENS, PREFILL_STEP, check_lengths
-from mlx_kimi.memory import CONTEXT
-from mlx_kimi.sample import Sampling
-from mlx_kimi.streaming import Budget
+from mlx_kimi.generation.generate import check_lengths
+from mlx_kimi.generation.sample import Sampling
+from mlx_kimi.loading.budget import Budget
+from mlx_kimi.model.cache import check_latent_bits
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -10,9 +10,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
 from mlx_kimi.cli.options import read_text
-from mlx_kimi.config import ModelConfig
 from mlx_kimi.convert.quality import (
     LayerQuality,
     Quality,
@@ -22,8 +23,7 @@ from mlx_kimi.convert.quality import (
     sample_text,
     write,
 )
-from mlx_kimi.hub import local_folder
-from mlx_kimi.memory import human_size
+from mlx_kimi.units import human_size
 
 COLUMNS = (  # two lines of title, family of weights
     ("q, k,", "v", "q, k, v"),

@@ -11,10 +11,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlx_kimi.bank import Counts
-from mlx_kimi.evaluate import Distance
-from mlx_kimi.generate import Stats
-from mlx_kimi.memory import human_size
+from mlx_kimi.evaluation.evaluate import Distance
+from mlx_kimi.generation.generate import Stats
+from mlx_kimi.offload.expert_cache import Counts
+from mlx_kimi.units import human_size
 
 # Joiners of emoji and of Arabic and Indic scripts are format characters like those that turn the
 # direction of text, which could make it read as something else.

@@ -11,11 +11,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_kimi.checkpoint import Checkpoint
-from mlx_kimi.config import ModelConfig
-from mlx_kimi.load import join
-from mlx_kimi.names import Join, Tensor
-from mlx_kimi.weight_file import OpenFile
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.files import Checkpoint
+from mlx_kimi.checkpoint.tensors import Join, Tensor
+from mlx_kimi.checkpoint.weight_file import OpenFile
+from mlx_kimi.loading.load import join
 
 BLOCK = 32 * 2**20  # bytes of source that are read at once; 64 MB is no faster, 8 MB slower
 NUMPY = {  # numpy has no bfloat16

@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_kimi.checkpoint import Checkpoint
-from mlx_kimi.config import ModelConfig, read_json
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.fields import read_json
+from mlx_kimi.checkpoint.files import Checkpoint
+from mlx_kimi.checkpoint.hub import is_folder, local_folder
+from mlx_kimi.checkpoint.hub_weights import HubWeights
+from mlx_kimi.checkpoint.tensors import Tensor, tensors
 from mlx_kimi.convert.blocks import Source
 from mlx_kimi.convert.folder import converted_config, copied_files, small_files
 from mlx_kimi.convert.partial import (
     SOURCE,
     begun_otherwise,
-    begun_with,
     check_out,
+    interrupted_request,
     opened,
     partial_of,
 )
@@ -31,15 +35,12 @@ from mlx_kimi.convert.shards import MAX_SHARD, lay_out, write_index
 from mlx_kimi.convert.steps import steps_of, written_bytes
 from mlx_kimi.convert.write import Progress, write_weights
 from mlx_kimi.errors import KimiError
-from mlx_kimi.hub import is_folder, local_folder
-from mlx_kimi.hub_weights import HubWeights
-from mlx_kimi.load import check
-from mlx_kimi.memory import human_size
-from mlx_kimi.names import Tensor, tensors
+from mlx_kimi.loading.load import check
+from mlx_kimi.units import human_size
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Preview:
     """What a conversion is about to do, in bytes."""
 
     out_bytes: int  # of the result
@@ -72,7 +73,7 @@ def convert(
     scheme: Scheme | None,
     dtype: str | None = None,
     progress: Progress = lambda done, total: None,
-    outlook: Callable[[Outlook], None] = lambda outlook: None,
+    outlook: Callable[[Preview], None] = lambda outlook: None,
     max_shard: int = MAX_SHARD,
     delete_source_shards: bool = False,
     around_downloads: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -108,7 +109,7 @@ def convert(
         raise ValueError(f"[convert] dtype must be one of {', '.join(DTYPES)} but is {dtype}.")
     out = Path(out)
     check_out(out)
-    begun = begun_with(out)
+    begun = interrupted_request(out)
     if begun and (changed := other_deleting(begun, delete_source_shards)):
         raise KimiError(begun_otherwise(out, changed))  # before the whole source is downloaded
     hub = _hub_weights(source, out, begun, around_downloads) if delete_source_shards else None
@@ -185,7 +186,7 @@ def _hub_weights(
     return HubWeights(str(source), partial_of(out) / SOURCE, revision, around)
 
 
-def _outlook(out: Path, whole: int, written: int, memory: int, a_shard: int, there: int) -> Outlook:
+def _outlook(out: Path, whole: int, written: int, memory: int, a_shard: int, there: int) -> Preview:
     """Sizes, and a refusal where the disk is too small.
 
     `a_shard` is the largest of the source that is still to be downloaded, `there` what is already.
@@ -197,7 +198,7 @@ def _outlook(out: Path, whole: int, written: int, memory: int, a_shard: int, the
         if to_download:
             rest += f", and {human_size(to_download)} for a shard of the source at a time,"
         raise KimiError(f"{out}: needs {rest} but its disk has {human_size(free)} free")
-    return Outlook(whole, left, memory, free, a_shard)
+    return Preview(whole, left, memory, free, a_shard)
 
 
 def _config(

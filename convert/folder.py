@@ -7,10 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mlx_kimi.checkpoint import INDEX
-from mlx_kimi.config import ModelConfig, Quantization
+from mlx_kimi.checkpoint.config import ModelConfig, Quantization
+from mlx_kimi.checkpoint.files import INDEX
+from mlx_kimi.checkpoint.hub import BESIDE_WEIGHTS
 from mlx_kimi.errors import KimiError
-from mlx_kimi.hub import BESIDE_WEIGHTS
 
 # Fields of ModelConfig that config.json spells otherwise.
 _NOT_PUBLISHED = {

@@ -11,14 +11,15 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_kimi.cache import CacheEntry, KDACache, LatentCache
+from mlx_kimi.checkpoint.tensors import EMBEDDING, NORM, Join, Tensor, tensors
 from mlx_kimi.convert.blocks import Source
 from mlx_kimi.convert.pieces import Arrays, pieces, read
-from mlx_kimi.layers import RMSNorm
-from mlx_kimi.model import DecoderLayer, Step
-from mlx_kimi.moe import Experts, MixtureOfExperts
-from mlx_kimi.names import EMBEDDING, NORM, Join, Tensor, tensors
-from mlx_kimi.weights import Weights
+from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache
+from mlx_kimi.model.kimi_linear import DecoderLayer
+from mlx_kimi.model.layers import RMSNorm
+from mlx_kimi.model.moe import Experts, MixtureOfExperts
+from mlx_kimi.model.step import ForwardBatch
+from mlx_kimi.model.weights import Weights
 
 EXPERTS = 128 * 2**20  # bytes of float32 of the experts that are in memory at once
 ROWS = 4096  # of the embedding, at once
@@ -46,7 +47,7 @@ class Layers:
             mx.eval(x)
         return x
 
-    def run(self, number: int, x: mx.array, step: Step) -> mx.array:
+    def run(self, number: int, x: mx.array, step: ForwardBatch) -> mx.array:
         """The residual stream before a layer -> after it, [B, T, hidden]."""
         layer = self._layer(number)
         entry: CacheEntry = (

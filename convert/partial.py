@@ -26,7 +26,7 @@ def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def begun_with(out: Path) -> Request | None:
+def interrupted_request(out: Path) -> Request | None:
     """What an interrupted conversion to `out` was asked to do."""
     return first_record(partial_of(out) / JOURNAL)
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
+from mlx_kimi.checkpoint.tensors import Join, Tensor
 from mlx_kimi.convert.blocks import Source
-from mlx_kimi.linear import Linear
-from mlx_kimi.names import Join, Tensor
-from mlx_kimi.weights import Weights
+from mlx_kimi.model.linear import Linear
+from mlx_kimi.model.weights import Weights
 
 Arrays = dict[str, mx.array]  # by their names in the MLX layout
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_kimi import checkpoint
-from mlx_kimi.config import ModelConfig, Quantization
+from mlx_kimi.checkpoint import files as checkpoint
+from mlx_kimi.checkpoint.config import ModelConfig, Quantization
+from mlx_kimi.checkpoint.tensors import Tensor
 from mlx_kimi.convert.blocks import BLOCK, Source
 from mlx_kimi.convert.quantize import Scheme
 from mlx_kimi.convert.shards import Part
-from mlx_kimi.names import Tensor
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # --dtype -> safetensors
 

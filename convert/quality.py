@@ -16,20 +16,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_kimi.checkpoint import Checkpoint
-from mlx_kimi.config import ModelConfig
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.files import Checkpoint
+from mlx_kimi.checkpoint.tensors import Join, tensors
 from mlx_kimi.convert.blocks import Source
 from mlx_kimi.convert.distance import distance
 from mlx_kimi.convert.layerwise import EXPERTS, Layers
 from mlx_kimi.convert.plan import PROCESS
 from mlx_kimi.convert.weight_error import Squares, weight_errors
-from mlx_kimi.evaluate import Evaluation, first_tokens, windows
-from mlx_kimi.generate import PREFILL_STEP
-from mlx_kimi.load import check
-from mlx_kimi.memory import needs
-from mlx_kimi.model import Step
-from mlx_kimi.names import Join, tensors
-from mlx_kimi.tokenizer import load_tokenizer
+from mlx_kimi.defaults import PREFILL_STEP
+from mlx_kimi.evaluation.evaluate import Evaluation, first_tokens, windows
+from mlx_kimi.loading.load import check
+from mlx_kimi.loading.memory import needs
+from mlx_kimi.model.step import ForwardBatch
+from mlx_kimi.text.tokenizer import load_tokenizer
 
 FILE = "quality.json"
 TOKENS = 1024  # of the text, all in memory at once
@@ -126,7 +126,7 @@ class _Batch:
     """Windows of a text side by side, the last one padded. Places are in [B * T]."""
 
     ids: mx.array  # [B, T]
-    step: Step
+    step: ForwardBatch
     real: mx.array  # places of what is not padding
     before: mx.array  # places whose next token is predicted
     came: mx.array  # those tokens
@@ -139,7 +139,7 @@ class _Batch:
         places = np.arange(len(parts) * T).reshape(-1, T)
         return _Batch(
             mx.array([part + [0] * (T - len(part)) for part in parts]),
-            Step() if lengths[-1] == T else Step.padded(T, lengths),
+            ForwardBatch() if lengths[-1] == T else ForwardBatch.padded(T, lengths),
             mx.array(np.concatenate([row[:n] for row, n in zip(places, lengths, strict=True)])),
             mx.array(
                 np.concatenate([row[: n - 1] for row, n in zip(places, lengths, strict=True)])

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from mlx_kimi.config import QUANTIZATION_MODES, ModelConfig, Quantization
-from mlx_kimi.names import Tensor
+from mlx_kimi.checkpoint.config import QUANTIZATION_MODES, ModelConfig, Quantization
+from mlx_kimi.checkpoint.tensors import Tensor
 
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 64

@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_kimi import __version__
-from mlx_kimi.checkpoint import Checkpoint
+from mlx_kimi.checkpoint.files import Checkpoint
+from mlx_kimi.checkpoint.hub_weights import HubWeights
 from mlx_kimi.convert.quantize import RECIPES, Scheme
-from mlx_kimi.hub_weights import HubWeights
 
 Request = dict[str, str]  # what it is, in the user's words -> its value
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_kimi.checkpoint import DTYPES, INDEX
+from mlx_kimi.checkpoint.files import DTYPES, INDEX
 
 MAX_SHARD = 5 * 10**9  # bytes, what the hub advises
 

@@ -9,10 +9,10 @@ from types import MappingProxyType
 
 import mlx.core as mx
 
+from mlx_kimi.checkpoint.tensors import Tensor
 from mlx_kimi.convert.blocks import Source
 from mlx_kimi.convert.pieces import read
-from mlx_kimi.names import Tensor
-from mlx_kimi.weights import Weights
+from mlx_kimi.model.weights import Weights
 
 PIECE = 64 * 2**20  # bytes of float32 of one matrix that are in memory at once
 

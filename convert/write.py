@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_kimi.checkpoint import DTYPES
-from mlx_kimi.config import Quantization
+from mlx_kimi.checkpoint.config import Quantization
+from mlx_kimi.checkpoint.files import DTYPES
+from mlx_kimi.checkpoint.hub_weights import HubWeights
 from mlx_kimi.convert.blocks import Block, Source
 from mlx_kimi.convert.output import Output, Rows
 from mlx_kimi.convert.partial import Partial, Position
@@ -17,7 +18,6 @@ from mlx_kimi.convert.plan import AHEAD, BEHIND, CACHE, block_limit
 from mlx_kimi.convert.shards import Shard
 from mlx_kimi.convert.steps import Step, by_file
 from mlx_kimi.errors import KimiError
-from mlx_kimi.hub_weights import HubWeights
 
 Progress = Callable[[int, int], None]  # (bytes read, bytes to read)
 Numbered = tuple[int, Block]  # with the number of its step

@@ -45,7 +45,11 @@ class Block(NamedTuple):
 
 
 def attend(
-    queries: mx.array, blocks: Iterable[Block], scale: float, first: int, ahead: Ahead | None = None
+    queries: mx.array,
+    blocks: Iterable[Block],
+    scale: float,
+    first: int,
+    ahead: SubmitLimit | None = None,
 ) -> mx.array:
     """softmax(scale * queries keys^T) values over all blocks together.
 
@@ -64,7 +68,7 @@ def attend(
     # rounded so; keys are copied to float32, one block at a time.
     scaled = queries.astype(mx.float32) * scale
     rows = [_Rows(scaled[:, :, start : start + size], first + start) for start in range(0, T, size)]
-    ahead = ahead or Ahead()
+    ahead = ahead or SubmitLimit()
     for group in _groups(blocks, ONE_TOKEN_COLUMNS if T == 1 else 0):
         for part in rows:
             part.meet(group)
@@ -79,7 +83,7 @@ def query_block() -> int:
     return QUERY_BLOCK if mx.default_device() == mx.Device(mx.cpu) else GPU_QUERY_BLOCK
 
 
-class Ahead:
+class SubmitLimit:
     """Keeps the host some pieces of work ahead of the device, and no further.
 
     Left to itself MLX holds what all pieces need at the same time: gigabytes.

@@ -25,7 +25,7 @@ MOST_EXPERTS = 15  # of a token: with the shared one 16 simdgroups of a threadgr
 
 
 @dataclass(frozen=True)
-class Gated:
+class SwiGLUWeights:
     """The three matrices of a SwiGLU: gate and up [..., N, K], down [..., K, N]."""
 
     gate: Matrix
@@ -142,7 +142,11 @@ def expert_select(
 
 
 def expert_mlp(
-    x: mx.array, experts: mx.array, weights: mx.array, routed: Gated, shared: Gated | None
+    x: mx.array,
+    experts: mx.array,
+    weights: mx.array,
+    routed: SwiGLUWeights,
+    shared: SwiGLUWeights | None,
 ) -> mx.array:
     """The weighted sum of the chosen experts and the shared one, in two launches.
 
@@ -184,7 +188,9 @@ def expert_mlp(
     return y
 
 
-def refused(router: Matrix, routed: Gated, shared: Gated | None, top_k: int) -> str | None:
+def refused(
+    router: Matrix, routed: SwiGLUWeights, shared: SwiGLUWeights | None, top_k: int
+) -> str | None:
     """Why the kernels do not take these matrices; None: they do, for LARGEST_BATCH tokens."""
     if top_k > MOST_EXPERTS:
         return f"{top_k} experts a token are more than {MOST_EXPERTS}"

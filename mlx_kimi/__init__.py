@@ -7,5 +7,5 @@ __version__ = "0.1.0"
 __all__ = ["KimiError", "generate", "load", "load_model", "stream_generate"]
 
 if not backend.missing():  # else the program says so in one line, and the imports below would not
-    from mlx_kimi.generate import generate, stream_generate
-    from mlx_kimi.load import load, load_model
+    from mlx_kimi.generation.generate import generate, stream_generate
+    from mlx_kimi.loading.load import load, load_model

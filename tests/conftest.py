@@ -17,8 +17,8 @@ from checkpoints import CONFIGS, TINY, write_checkpoint
 from safetensors.numpy import load_file, save_file
 from tokenizer_files import trained_tokens, write_tiktoken
 
-from mlx_kimi.load import load_model
-from mlx_kimi.model import KimiLinear
+from mlx_kimi.loading.load import load_model
+from mlx_kimi.model.kimi_linear import KimiLinear
 
 # What was started with nohup, or by a script in its background, ignores Ctrl-C, and so would every
 # program that tests start and interrupt.

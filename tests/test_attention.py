@@ -9,9 +9,9 @@ from assertions import assert_close, assert_same_bits
 from checkpoints import ODD, TINY, random_tensor, tensor_shapes, token_ids
 from conftest import SEED
 
-from mlx_kimi import cache, mla
-from mlx_kimi.metal_kernels.attention import QUERY_BLOCK, Ahead, Block, attend
-from mlx_kimi.model import KimiLinear
+from mlx_kimi.metal_kernels.attention import QUERY_BLOCK, Block, SubmitLimit, attend
+from mlx_kimi.model import cache, mla
+from mlx_kimi.model.kimi_linear import KimiLinear
 
 
 @pytest.fixture(params=["a CPU's form", "a GPU's form"], autouse=True)
@@ -235,7 +235,7 @@ def test_work_is_submitted_when_all_but_the_latest_pieces_are_done(
     events: list[tuple[str, float]] = []
     monkeypatch.setattr(mx, "eval", lambda x: events.append(("awaited", x.item())))
     monkeypatch.setattr(mx, "async_eval", lambda x: events.append(("submitted", x.item())))
-    ahead = Ahead(pieces)
+    ahead = SubmitLimit(pieces)
     for i in range(4):
         ahead.submit(mx.array(i))
     order: list[tuple[str, float]] = []

@@ -15,14 +15,14 @@ import numpy as np
 import pexpect
 import pytest
 
-from mlx_kimi import bench as module
-from mlx_kimi import cache as caches
 from mlx_kimi import load
-from mlx_kimi.bench import Bench, Row
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generate import Chunk, stream_generate
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.tokenizer import Tokenizer
+from mlx_kimi.evaluation import bench as module
+from mlx_kimi.evaluation.bench import Bench, Row
+from mlx_kimi.generation.generate import Chunk, stream_generate
+from mlx_kimi.model import cache as caches
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.text.tokenizer import Tokenizer
 
 PROGRAM = [sys.executable, "-m", "mlx_kimi", "bench"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}

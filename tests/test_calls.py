@@ -9,12 +9,12 @@ import pytest
 
 from mlx_kimi import load
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.calls import Call, CallReader
-from mlx_kimi.chat import Chat
+from mlx_kimi.chat.chat import Chat
+from mlx_kimi.chat.sessions import Sessions
+from mlx_kimi.chat.tool_calls import Call, CallReader
+from mlx_kimi.chat.tools import RESULT_CHARACTERS, load_tools
 from mlx_kimi.errors import KimiError
-from mlx_kimi.sessions import Sessions
-from mlx_kimi.tokenizer import Tokenizer, load_tokenizer
-from mlx_kimi.tools import RESULT_CHARACTERS, load_tools
+from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -15,17 +15,17 @@ from click.testing import CliRunner
 from terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, TAB, UP, Terminal
 
 from mlx_kimi import load
-from mlx_kimi.calls import Call
-from mlx_kimi.chat import Chat
+from mlx_kimi.chat.chat import Chat
+from mlx_kimi.chat.conversation import Conversation, Turn
+from mlx_kimi.chat.identity import identity
+from mlx_kimi.chat.session import Session, read_text
+from mlx_kimi.chat.sessions import Sessions
+from mlx_kimi.chat.tool_calls import Call
 from mlx_kimi.cli import chat
 from mlx_kimi.cli.chat_input import PipedLines
 from mlx_kimi.cli.chat_loop import Loop
 from mlx_kimi.cli.chat_screen import PlainScreen
-from mlx_kimi.conversation import Conversation, Turn
-from mlx_kimi.identity import identity
-from mlx_kimi.session import Session, read_text
-from mlx_kimi.sessions import Sessions
-from mlx_kimi.tokenizer import load_tokenizer
+from mlx_kimi.text.tokenizer import load_tokenizer
 
 LEFT, BACKSPACE, ALT_B = "\x1b[D", "\x7f", "\x1bb"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -11,16 +11,16 @@ import pytest
 from tokenizer_files import write_json
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mlx_kimi import chat_template
-from mlx_kimi.chat_template import (
+from mlx_kimi.errors import KimiError
+from mlx_kimi.text import chat_template
+from mlx_kimi.text.chat_template import (
     BUILT_IN,
     ChatTemplate,
-    ControlTokens,
     Renderer,
     check_messages,
     load_chat_template,
 )
-from mlx_kimi.errors import KimiError
+from mlx_kimi.text.control_tokens import ControlTokens
 
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief & <kind>."},

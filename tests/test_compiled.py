@@ -11,14 +11,14 @@ import pytest
 from assertions import assert_close
 from twins import twins
 
-from mlx_kimi import cache as caches
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.cache import TAIL, CacheEntry
-from mlx_kimi.context import Context
-from mlx_kimi.load import load_model
+from mlx_kimi.chat.state_files import restore_states, write_state
+from mlx_kimi.generation.context import TokenState
+from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, is_traced, use_backend
-from mlx_kimi.model import SUBMITTED_FROM, KimiLinear
-from mlx_kimi.states import restore_states, write_state
+from mlx_kimi.model import cache as caches
+from mlx_kimi.model.cache import TAIL, CacheEntry
+from mlx_kimi.model.kimi_linear import SUBMITTED_FROM, KimiLinear
 
 # Float32, added in another order: MLX joins operations in a compiled graph, and the kernels' twins
 # divide attention otherwise than the ops form.
@@ -140,14 +140,14 @@ def test_a_snapshot_is_where_it_was(pocket: KimiLinear, launched: list[str]) -> 
 def test_a_state_on_disk_holds_no_spare_rows(
     pocket: KimiLinear, launched: list[str], tmp_path: Path
 ) -> None:
-    context = Context(pocket)
+    context = TokenState(pocket)
     with use_backend(None):
-        context.read(ids(1, TAIL + 9))
+        context.forward(ids(1, TAIL + 9))
     for t in range(5):
-        context.read(ids(1, 5)[:, t : t + 1])
+        context.forward(ids(1, 5)[:, t : t + 1])
     context.ids = ids(1, TAIL + 9)[0].tolist() + ids(1, 5)[0].tolist()
     stored = write_state(tmp_path, context, 0)
-    again = Context(pocket)
+    again = TokenState(pocket)
     restore_states(again, tmp_path, [stored])
     assert again.ids == context.ids
     tokens = ids(1, 3)
@@ -173,7 +173,7 @@ def test_projections_apart_are_projections_in_one(
     pocket: KimiLinear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Folders whose parts are quantized differently keep them apart."""
-    monkeypatch.setattr("mlx_kimi.linear._alike", lambda parts: len(parts) == 1)
+    monkeypatch.setattr("mlx_kimi.model.linear._alike", lambda parts: len(parts) == 1)
     apart, tokens = load_model(pocket_folder()), ids(1, 40)
     assert len(apart.layers[0].self_attn.in_proj.parts) == 6
     assert len(pocket.layers[0].self_attn.in_proj.parts) == 1

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import CONFIGS, GROUPED, MLA_LAYERS_48B, TINY, transformers_config
 from test_names import KIMI_48B
 
-from mlx_kimi.config import ModelConfig, Quantization
+from mlx_kimi.checkpoint.config import ModelConfig, Quantization
 from mlx_kimi.errors import KimiError
 
 Json = dict[str, Any]

@@ -26,14 +26,14 @@ from checkpoints import (
 )
 from click.testing import CliRunner, Result
 
-from mlx_kimi.checkpoint import INDEX, Checkpoint
+from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
+from mlx_kimi.checkpoint.files import INDEX, Checkpoint
 from mlx_kimi.cli.main import cli
-from mlx_kimi.config import QUANTIZATION_MODES
 from mlx_kimi.convert import blocks
 from mlx_kimi.convert.convert import Report, convert
 from mlx_kimi.convert.quantize import RECIPES, scheme
 from mlx_kimi.errors import KimiError
-from mlx_kimi.load import load_model
+from mlx_kimi.loading.load import load_model
 
 # Every width is a multiple of 64, those of the experts and the hidden state of 128.
 EVEN = published_config(

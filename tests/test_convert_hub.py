@@ -19,9 +19,10 @@ from click.testing import CliRunner
 from hub import NAME, Hub, serving
 from terminal import Terminal
 
-from mlx_kimi.checkpoint import Checkpoint
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.files import Checkpoint
+from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli.main import cli
-from mlx_kimi.config import ModelConfig
 from mlx_kimi.convert import output
 from mlx_kimi.convert.blocks import Source
 from mlx_kimi.convert.convert import convert
@@ -33,7 +34,6 @@ from mlx_kimi.convert.shards import lay_out
 from mlx_kimi.convert.steps import by_file, steps_of
 from mlx_kimi.convert.write import write_weights
 from mlx_kimi.durable import sync
-from mlx_kimi.names import tensors
 
 SHARDS = 4  # experts of one layer are spread over two of them
 KILLS = 5

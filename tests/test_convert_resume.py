@@ -14,7 +14,7 @@ from checkpoints import TINY, WIDE, Config, write_checkpoint
 from processes import peak_memory
 
 from mlx_kimi.convert import output, partial
-from mlx_kimi.convert.convert import Outlook, convert
+from mlx_kimi.convert.convert import Preview, convert
 from mlx_kimi.convert.journal import Journal
 from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.errors import KimiError
@@ -143,7 +143,7 @@ def test_finished_blocks_are_not_read_again(
 ) -> None:
     before = interrupted(source, tmp_path / "out")[-1]
     seen: list[tuple[int, int]] = []
-    outlooks: list[Outlook] = []
+    outlooks: list[Preview] = []
     convert(
         source,
         tmp_path / "out",

@@ -13,8 +13,8 @@ from mlx_kimi.cli.evaluate import command
 from mlx_kimi.convert.convert import convert
 from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.errors import KimiError
-from mlx_kimi.evaluate import evaluate
-from mlx_kimi.load import load
+from mlx_kimi.evaluation.evaluate import evaluate
+from mlx_kimi.loading.load import load
 
 TEXT = "KDA is Kimi Delta Attention. 12 + 30 = 42. Sorted: 1, 2, 3. " * 8
 

@@ -12,17 +12,11 @@ import mlx.core as mx
 import pytest
 
 from mlx_kimi import load
-from mlx_kimi.context import Context
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generate import (
-    Chunk,
-    StopStrings,
-    generate,
-    prompt_ids,
-    stream_generate,
-)
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.tokenizer import Tokenizer
+from mlx_kimi.generation.context import TokenState
+from mlx_kimi.generation.generate import Chunk, StopStrings, generate, prompt_ids, stream_generate
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.text.tokenizer import Tokenizer
 
 PROMPT = "Which words are names? 中文 🎉"
 
@@ -137,7 +131,7 @@ def fresh(loaded, messages) -> list[int]:
 
 
 def test_a_context_reads_a_conversation_once(loaded) -> None:
-    context = Context(loaded[0])
+    context = TokenState(loaded[0])
     messages = [{"role": "user", "content": "the first question"}]
     for turn in range(4):
         chunks = list(stream_generate(*loaded, messages, max_tokens=8, context=context))
@@ -149,7 +143,7 @@ def test_a_context_reads_a_conversation_once(loaded) -> None:
 
 
 def test_an_edited_conversation_goes_on_from_what_is_still_true(loaded) -> None:
-    context, rng = Context(loaded[0]), Random(1)
+    context, rng = TokenState(loaded[0]), Random(1)
     for _ in range(12):
         messages = conversation(rng.randint(1, 5))
         messages[-1]["content"] += " again" * rng.randint(0, 2)
@@ -158,7 +152,7 @@ def test_an_edited_conversation_goes_on_from_what_is_still_true(loaded) -> None:
 
 
 def test_the_same_prompt_twice_is_read_once(loaded) -> None:
-    context = Context(loaded[0])
+    context = TokenState(loaded[0])
     first = list(stream_generate(*loaded, PROMPT, max_tokens=6, context=context))
     second = list(stream_generate(*loaded, PROMPT, max_tokens=6, context=context))
     assert ids_of(first) == ids_of(second)
@@ -167,7 +161,7 @@ def test_the_same_prompt_twice_is_read_once(loaded) -> None:
 
 @pytest.mark.parametrize("after", [1, 2, 5])
 def test_an_answer_that_is_broken_off_leaves_the_context_sound(loaded, after: int) -> None:
-    context, (model, tokenizer) = Context(loaded[0]), loaded
+    context, (model, tokenizer) = TokenState(loaded[0]), loaded
     stream = stream_generate(*loaded, PROMPT, max_tokens=20, context=context)
     said = [next(stream).token for _ in range(after)]
     stream.close()
@@ -179,7 +173,7 @@ def test_an_answer_that_is_broken_off_leaves_the_context_sound(loaded, after: in
 
 
 def test_an_interrupt_within_a_step_leaves_the_context_as_it_was(loaded, monkeypatch) -> None:
-    context, model = Context(loaded[0]), loaded[0]
+    context, model = TokenState(loaded[0]), loaded[0]
     list(stream_generate(*loaded, PROMPT, max_tokens=3, context=context))
     before = list(context.ids)
     last = type(model.layers[-1])
@@ -205,7 +199,7 @@ def test_ctrl_c_while_waiting_for_a_token_leaves_the_context_sound(loaded) -> No
     delays = [0.002 * n for n in range(1, 12)]
     interrupted = 0
     for delay in delays:
-        context = Context(model)
+        context = TokenState(model)
         timer = threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGINT))
         stream = stream_generate(*loaded, PROMPT, max_tokens=400, context=context)
         next(stream)

@@ -13,7 +13,7 @@ from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
 from mlx_kimi.metal_kernels.experts import (
     DOWN,
     GATE_UP,
-    Gated,
+    SwiGLUWeights,
     add_norm_scores,
     expert_combine,
     expert_mlp,
@@ -22,7 +22,7 @@ from mlx_kimi.metal_kernels.experts import (
 )
 from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.metal_kernels.matrix import Matrix
-from mlx_kimi.moe import _select
+from mlx_kimi.model.moe import _select
 
 # One rounding of the output and one of what stands between the two launches, on top of float32.
 LARGEST = {mx.float32: 2e-5, mx.float16: 2e-3, mx.bfloat16: 1.2e-2}
@@ -42,8 +42,10 @@ def matrix(shape: tuple[int, ...], bits: int, group: int, dtype: mx.Dtype) -> Ma
     return Matrix(*packed, bits=bits, group_size=group)
 
 
-def gated(lead: tuple[int, ...], N: int, K: int, bits: int, group: int, dtype: mx.Dtype) -> Gated:
-    return Gated(
+def gated(
+    lead: tuple[int, ...], N: int, K: int, bits: int, group: int, dtype: mx.Dtype
+) -> SwiGLUWeights:
+    return SwiGLUWeights(
         matrix((*lead, N, K), bits, group, dtype),
         matrix((*lead, N, K), bits, group, dtype),
         matrix((*lead, K, N), bits, group, dtype),
@@ -67,7 +69,7 @@ def swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) ->
     return down @ (g / (1 + np.exp(-g)) * (up @ x))
 
 
-def oracle(x, experts, weights, routed: Gated, shared: Gated | None) -> np.ndarray:
+def oracle(x, experts, weights, routed: SwiGLUWeights, shared: SwiGLUWeights | None) -> np.ndarray:
     stacks = [exact(m) for m in (routed.gate, routed.up, routed.down)]
     rows = []
     for row, chosen, shares in zip(numbers(x), experts.tolist(), numbers(weights), strict=True):
@@ -210,9 +212,9 @@ def test_what_is_outside_the_domain_is_named() -> None:
     routed = gated((4,), 32, 64, 4, 32, mx.float32)
     other = gated((4,), 32, 64, 2, 32, mx.float32)
     assert refused(ROUTER, other, None, 2) == "gate has 2 bits, not 4, 8 or 16"
-    odd = Gated(matrix((4, 30, 64), 4, 32, mx.float32), routed.up, routed.down)
+    odd = SwiGLUWeights(matrix((4, 30, 64), 4, 32, mx.float32), routed.up, routed.down)
     assert "multiple of 4 rows" in str(refused(ROUTER, odd, None, 2))
-    mixed = Gated(routed.gate, matrix((4, 32, 64), 8, 32, mx.float32), routed.down)
+    mixed = SwiGLUWeights(routed.gate, matrix((4, 32, 64), 8, 32, mx.float32), routed.down)
     assert refused(ROUTER, mixed, None, 2) == "gate and up are stored differently"
     assert refused(ROUTER, routed, None, 16) == "16 experts a token are more than 15"
     assert refused(ROUTER, routed, None, 15) is None

@@ -9,14 +9,14 @@ from assertions import assert_close
 from emulator import emulator
 from twins import twins
 
-from mlx_kimi import mla
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.cache import LatentCache
 from mlx_kimi.cli import check, info
-from mlx_kimi.load import load, load_model
+from mlx_kimi.loading.load import load, load_model
 from mlx_kimi.metal_kernels import kda_decode, mla_decode, mla_prefill
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
-from mlx_kimi.model import KimiLinear
+from mlx_kimi.model import mla
+from mlx_kimi.model.cache import LatentCache
+from mlx_kimi.model.kimi_linear import KimiLinear
 
 SPLIT = 1e-4  # of the largest logit: the two ways differ by rounding in float32
 

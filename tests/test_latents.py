@@ -12,15 +12,15 @@ from checkpoints import published_config, write_checkpoint
 from conftest import SEED
 from emulator import emulator
 
-from mlx_kimi import cache
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.cache import LatentCache, Segment
 from mlx_kimi.errors import KimiError
-from mlx_kimi.load import load_model
+from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.metal_kernels.latents import is_packed
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.tokenizer import load_tokenizer
+from mlx_kimi.model import cache
+from mlx_kimi.model.cache import LatentCache, Segment
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.text.tokenizer import load_tokenizer
 
 WIDTH = 72
 

@@ -9,10 +9,11 @@ import mlx.core as mx
 import pytest
 from checkpoints import PUBLISHED_48B, published_config, write_checkpoint
 
-from mlx_kimi.cache import CacheEntry, arrays
-from mlx_kimi.load import load_model
+from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
-from mlx_kimi.model import KimiLinear, Step
+from mlx_kimi.model.cache import CacheEntry, arrays
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.step import ForwardBatch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from launches import launches
@@ -70,7 +71,7 @@ def after_a_token(model: KimiLinear) -> list[CacheEntry]:
 def test_a_token_of_the_48b_is_few_launches(model: KimiLinear, counted: list[str]) -> None:
     cache = after_a_token(model)
     counted.clear()
-    token = mx.argmax(model.logits(model.run(mx.array([[1]]), cache, Step())), axis=-1)
+    token = mx.argmax(model.logits(model.run(mx.array([[1]]), cache, ForwardBatch())), axis=-1)
     found = launches(token, *arrays(cache))
     # The first layer has a dense MLP. Then the embedding, the last norm, lm_head and the choice.
     total = sum(found.values()) + len(counted)
@@ -87,6 +88,6 @@ def test_a_layer_with_experts_is_few_launches(
     mx.eval(x, part)
     counted.clear()
     layer = model.layers[number]
-    results = layer(x, part, cache[number], Step(), lambda y: y)
+    results = layer(x, part, cache[number], ForwardBatch(), lambda y: y)
     found = launches(*results, *cache[number].arrays())
     assert sum(found.values()) + len(counted) == expected <= most, (found, counted)

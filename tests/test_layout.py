@@ -13,6 +13,16 @@ PACKAGE = ROOT / "mlx_kimi"
 LINKS = ("cli", "convert", "metal_kernels")
 # A layer may import itself and what stands to its right.
 LAYERS = ("cli", "convert", "mlx_kimi", "metal_kernels")
+# Rooms of mlx_kimi, from the top; those of one line do not know each other. A file at the root is
+# known to all rooms, and knows none but through the package's public names.
+ROOMS = (
+    ("evaluation", "chat"),
+    ("generation", "loading"),
+    ("model",),
+    ("offload",),
+    ("text", "checkpoint"),
+)
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 # Run as scripts or entry points, they belong to the command line.
 ENTRY_POINTS = {"__main__.py"}
 
@@ -21,8 +31,12 @@ def sources() -> Iterator[tuple[str, Path]]:
     """Each Python file of the package with its layer."""
     for name in LINKS:
         yield from ((name, path) for path in sorted((ROOT / name).rglob("*.py")))
-    for path in sorted(PACKAGE.glob("*.py")):
+    for path in sorted([*PACKAGE.glob("*.py"), *(p for r in LEVEL for p in room_files(r))]):
         yield ("cli" if path.name in ENTRY_POINTS else "mlx_kimi"), path
+
+
+def room_files(room: str) -> list[Path]:
+    return sorted((PACKAGE / room).rglob("*.py"))
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -56,6 +70,108 @@ def test_imports_point_one_way(layer: str, path: Path) -> None:
     below = LAYERS[LAYERS.index(layer) :]
     wrong = [m for m in imported(path) if layer_of(m) is not None and layer_of(m) not in below]
     assert not wrong
+
+
+def room_of(module: str) -> str | None:
+    """The room of `mlx_kimi` that a module is in; None for one of the root and for all else."""
+    first, _, rest = module.partition(".")
+    room = rest.partition(".")[0]
+    return room if first == "mlx_kimi" and room in LEVEL else None
+
+
+def against_the_direction(room: str | None, path: Path) -> list[str]:
+    """What a file of `room`, or of the root, imports and may not."""
+    found = []
+    for module in imported(path):
+        to = room_of(module)
+        if to is None or to == room:
+            continue
+        if room is None or LEVEL[to] <= LEVEL[room]:
+            found.append(module)
+    return found
+
+
+def test_every_folder_is_a_room() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert folders == {*LEVEL, *LINKS}
+
+
+@pytest.mark.parametrize("room", LEVEL)
+def test_imports_between_rooms_point_one_way(room: str) -> None:
+    wrong = {path.name: against_the_direction(room, path) for path in room_files(room)}
+    assert not {name: modules for name, modules in wrong.items() if modules}
+
+
+def test_the_root_knows_no_room_but_to_make_names_public() -> None:
+    for path in PACKAGE.glob("*.py"):
+        if path.name not in {"__init__.py", *ENTRY_POINTS}:
+            assert not against_the_direction(None, path), path.name
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_when_run(path: Path) -> set[str]:
+    """The modules of ours that a file imports, now or in a function, but not for types alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """The modules of a circle of imports; empty if there is none."""
+    done: set[str] = set()
+
+    def search(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return way[way.index(name) :]
+        if name in done:
+            return []
+        for following in sorted(edges[name]):
+            if found := search(following, [*way, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in edges if (found := search(name, []))), [])
+
+
+def edges_of(files: dict[str, set[str]]) -> dict[str, set[str]]:
+    return {
+        name: {m for m in modules if m in files and m != name} for name, modules in files.items()
+    }
+
+
+def runtime_imports() -> dict[str, set[str]]:
+    """Of each module in a room what it imports."""
+    return {
+        module_name(path): imported_when_run(path) for room in LEVEL for path in room_files(room)
+    }
+
+
+def test_no_circle_of_imports() -> None:
+    assert not circle(edges_of(runtime_imports()))
+
+
+def test_a_planted_import_is_found(tmp_path: Path) -> None:
+    """Against the direction, at the top of a file or in a function; and a circle likewise."""
+    planted = tmp_path / "kda.py"
+    planted.write_text("def f():\n    from mlx_kimi.generation.generate import generate\n")
+    assert against_the_direction("model", planted) == ["mlx_kimi.generation.generate.generate"]
+    assert against_the_direction(None, planted)
+    planted.write_text("from mlx_kimi.model.kimi_linear import KimiLinear\n")
+    files = runtime_imports()
+    files["mlx_kimi.model.kda"] |= imported_when_run(planted)
+    assert {"mlx_kimi.model.kda", "mlx_kimi.model.kimi_linear"} <= {*circle(edges_of(files))}
 
 
 @of_every_file

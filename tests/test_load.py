@@ -16,7 +16,7 @@ from checkpoints import TINY, token_ids, write_checkpoint
 from conftest import SEED
 
 from mlx_kimi.errors import KimiError
-from mlx_kimi.load import load, load_model
+from mlx_kimi.loading.load import load, load_model
 
 Header = dict[str, Any]
 FILE = "model.safetensors"

@@ -12,17 +12,24 @@ from checkpoints import PUBLISHED_48B
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
-from mlx_kimi import cache as caches
 from mlx_kimi.bundled import pocket_folder
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.tensors import Join, tensors
 from mlx_kimi.cli import info
-from mlx_kimi.config import ModelConfig
-from mlx_kimi.context import SNAPSHOT_MEMORY
+from mlx_kimi.defaults import SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
-from mlx_kimi.load import load_model
-from mlx_kimi.memory import ANY_SIZE, Machine, Needs, human_size, needs, refuse_what_does_not_fit
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.names import Join, tensors
-from mlx_kimi.streaming import Budget, slots_for
+from mlx_kimi.loading.budget import Budget, slots_for
+from mlx_kimi.loading.load import load_model
+from mlx_kimi.loading.memory import (
+    ANY_SIZE,
+    Machine,
+    MemoryEstimate,
+    needs,
+    refuse_what_does_not_fit,
+)
+from mlx_kimi.model import cache as caches
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.units import human_size
 
 GB = 10**9
 CONFIG_48B = ModelConfig.from_json(PUBLISHED_48B)
@@ -89,7 +96,7 @@ def test_the_work_space_is_about_what_a_step_takes(pocket: KimiLinear) -> None:
     ("limit", "longest"), [(99, 0), (100, 0), (109, 0), (110, 1), (205, 10), (10**6, 50)]
 )
 def test_the_longest_context_is_what_still_fits(limit: int, longest: int) -> None:
-    wanted = Needs(weights=60, state=10, latent=10, work=30)
+    wanted = MemoryEstimate(weights=60, state=10, latent=10, work=30)
     assert wanted.longest(limit, most=50) == longest
     assert longest in (0, 50) or wanted.at(longest) <= limit < wanted.at(longest + 1)
 

@@ -12,10 +12,10 @@ import pytest
 from assertions import assert_close, assert_same_bits
 from checkpoints import CONFIGS, reference, token_ids
 
-from mlx_kimi import cache, mla
-from mlx_kimi.cache import CacheEntry
-from mlx_kimi.load import load_model
-from mlx_kimi.model import KimiLinear
+from mlx_kimi.loading.load import load_model
+from mlx_kimi.model import cache, mla
+from mlx_kimi.model.cache import CacheEntry
+from mlx_kimi.model.kimi_linear import KimiLinear
 
 # The stored logits are float64's. Transformers' own float32 is up to 1e-5 away from them, in
 # logits of deep products; five times that is room for another order of sums.

@@ -11,13 +11,14 @@ from assertions import assert_close
 from checkpoints import ODD, TINY, published_config, write_checkpoint
 from mlx.utils import tree_flatten
 
-from mlx_kimi import moe
-from mlx_kimi.config import ModelConfig
+from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.errors import KimiError
-from mlx_kimi.linear import Linear
-from mlx_kimi.load import load_model
-from mlx_kimi.model import KimiLinear, Step
-from mlx_kimi.weights import Weights
+from mlx_kimi.loading.load import load_model
+from mlx_kimi.model import moe
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.linear import Linear
+from mlx_kimi.model.step import ForwardBatch
+from mlx_kimi.model.weights import Weights
 
 # Two float32 sums of the same few hundred products in another order.
 REORDERED = 1e-5
@@ -171,9 +172,10 @@ def test_the_parts_of_two_ranks_add_up(
     for number, layer in enumerate(whole.layers):
         both = [half.layers[number] for half in halves]
         for step in range(2):  # the second one from a state that is not zero
-            oracle = layer.attend(x, caches[0][number], Step())
+            oracle = layer.attend(x, caches[0][number], ForwardBatch())
             parts = [
-                half.attend(x, c[number], Step()) for half, c in zip(both, caches[1:], strict=True)
+                half.attend(x, c[number], ForwardBatch())
+                for half, c in zip(both, caches[1:], strict=True)
             ]
             assert_close(f"layer {number} step {step} attention", sum(parts), oracle, REORDERED)
             assert np.abs(np.array(parts[0] - parts[1])).max() > 0

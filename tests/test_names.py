@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from checkpoints import CONFIGS, PUBLISHED_48B, tensor_shapes
 
-from mlx_kimi.config import ModelConfig
-from mlx_kimi.names import Join, tensors
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.tensors import Join, tensors
 
 KIMI_48B = {
     "architectures": ["KimiLinearForCausalLM"],

@@ -9,9 +9,9 @@ import pytest
 
 from mlx_kimi import generate, load
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.config import ModelConfig
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.tokenizer import Tokenizer
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.text.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.pocket import tasks

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_kimi.conversation import Conversation
-from mlx_kimi.session import Session
+from mlx_kimi.chat.conversation import Conversation
+from mlx_kimi.chat.session import Session
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 NOTES = "The password of the blue door is 4821. " * 12

@@ -15,9 +15,9 @@ from processes import peak_memory
 from safetensors.numpy import load_file
 from tokenizer_files import trained_tokens, write_tiktoken
 
-from mlx_kimi.checkpoint import Checkpoint
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.cli.main import cli
-from mlx_kimi.config import ModelConfig
 from mlx_kimi.convert import quality
 from mlx_kimi.convert.blocks import Source
 from mlx_kimi.convert.convert import convert
@@ -25,9 +25,9 @@ from mlx_kimi.convert.layerwise import Layers
 from mlx_kimi.convert.quality import Quality, measure, sample_ids, sample_text
 from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.errors import KimiError
-from mlx_kimi.evaluate import evaluate
-from mlx_kimi.load import load_model
-from mlx_kimi.model import Step
+from mlx_kimi.evaluation.evaluate import evaluate
+from mlx_kimi.loading.load import load_model
+from mlx_kimi.model.step import ForwardBatch
 
 # Sums of float32 in another order: experts and blocks of rows come one after another here.
 ROUNDING = 2e-5
@@ -74,7 +74,7 @@ def test_layer_by_layer_is_the_ordinary_run(
     layers = opened(path)
     x = layers.embedded(batch)
     for number in range(len(layers.config.layers)):
-        x = layers.run(number, x, Step.padded(40, lengths))
+        x = layers.run(number, x, ForwardBatch.padded(40, lengths))
     expected = load_model(path).hidden(batch, lengths=lengths)
     for row, length in enumerate(lengths):
         assert relative(expected[row, :length], layers.normed(x)[row, :length]) < ROUNDING
@@ -95,7 +95,7 @@ def test_errors_of_layers_are_those_of_the_ordinary_layers(
 
             def run(model, z, number=number):
                 entry = model.make_cache()[number]
-                return sum(model.layers[number](z, None, entry, Step(), lambda p: p))
+                return sum(model.layers[number](z, None, entry, ForwardBatch(), lambda p: p))
 
             after, alone, y = run(plain, x), run(packed, x), run(packed, y)
             for kept, array in zip(outputs[number], (after, alone, y), strict=True):

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kimi.sample import Sampler, Sampling
+from mlx_kimi.generation.sample import Sampler, Sampling
 
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 1.5], np.float32)
 DRAWS = 4000

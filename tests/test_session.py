@@ -19,17 +19,18 @@ import pytest
 from assertions import assert_close
 from checkpoints import TINY, write_checkpoint
 
-from mlx_kimi import cache as caches
-from mlx_kimi import load, load_model, states
-from mlx_kimi.chat import Chat
-from mlx_kimi.context import Context
-from mlx_kimi.conversation import Conversation
+from mlx_kimi import load, load_model
+from mlx_kimi.chat import state_files as states
+from mlx_kimi.chat.chat import Chat
+from mlx_kimi.chat.conversation import Conversation
+from mlx_kimi.chat.identity import identity
+from mlx_kimi.chat.session import PREVIOUS, RETURN_POINTS, TEXT, Session
+from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.errors import ContextFull, KimiError
-from mlx_kimi.generate import prompt_ids, stream_generate
-from mlx_kimi.identity import identity
-from mlx_kimi.session import PREVIOUS, RETURN_POINTS, TEXT, Session
-from mlx_kimi.sessions import Sessions
-from mlx_kimi.streaming import Budget
+from mlx_kimi.generation.context import TokenState
+from mlx_kimi.generation.generate import prompt_ids, stream_generate
+from mlx_kimi.loading.budget import Budget
+from mlx_kimi.model import cache as caches
 
 IDENTITY = {"model": "m", "runtime": "0", "device": "cpu", "latent_bits": None}
 
@@ -124,10 +125,10 @@ def _random_command(rng: Random, chat: Chat, loaded) -> Chat:
     return chat
 
 
-def _logits(context: Context, ids: list[int]) -> mx.array:
+def _logits(context: TokenState, ids: list[int]) -> mx.array:
     last = context.rewind_to_prefix_of(ids)
     if last is None:
-        last = context.read(mx.array([ids[len(context.ids) :]]))
+        last = context.forward(mx.array([ids[len(context.ids) :]]))
         context.ids[:] = ids
     return context.model.logits(last[:, -1])
 
@@ -135,7 +136,7 @@ def _logits(context: Context, ids: list[int]) -> mx.array:
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_state_is_stored_turn_by_turn_and_comes_back_whole(loaded, tmp_path, bits) -> None:
     model, _ = loaded
-    context, files, rng = Context(model, bits), [], Random(3)
+    context, files, rng = TokenState(model, bits), [], Random(3)
     for _ in range(9):
         ids = [*context.ids, *(rng.randrange(1, 300) for _ in range(rng.choice((3, 90, 700))))]
         list(stream_generate(*loaded, ids, max_tokens=3, context=context))
@@ -143,7 +144,7 @@ def test_a_state_is_stored_turn_by_turn_and_comes_back_whole(loaded, tmp_path, b
         files.append(states.write_state(tmp_path, context, start))
         files = states.compacted(tmp_path, files, 4)
     assert len(files) < 9 and [f.has_kda for f in files[-4:]] == [True] * 4
-    again = Context(model, bits)
+    again = TokenState(model, bits)
     states.restore_states(again, tmp_path, files)
     assert again.ids == context.ids
     for ours, theirs in zip(again.entries, context.entries, strict=True):
@@ -155,7 +156,7 @@ def test_a_state_is_stored_turn_by_turn_and_comes_back_whole(loaded, tmp_path, b
             b = mx.concatenate([s.latents for s in theirs.frozen], axis=1)
             assert mx.array_equal(a, b) and mx.array_equal(ours.tail.latents, theirs.tail.latents)
     ends = [f.end for f in files if f.has_kda]
-    assert [s.length for s in again.kept] == ends
+    assert [s.length for s in again.snapshots] == ends
     ids = [*context.ids[: ends[0]], 7]
     assert again.rewind_to_prefix_of(ids) is None and len(again.ids) == ends[0]
     assert ends[0] > 256, "some latents are frozen"
@@ -188,7 +189,7 @@ def test_only_the_latest_turns_keep_their_kda_states_on_disk(loaded, sessions) -
 
 def test_a_long_conversation_is_few_files(loaded, tmp_path) -> None:
     """Small merges into as small: the number of files grows with the logarithm of the turns."""
-    context, files = Context(loaded[0]), []
+    context, files = TokenState(loaded[0]), []
     written = 0
     for turn in range(100):
         ids = [*context.ids, *[turn % 50 + 1] * 12]
@@ -199,7 +200,7 @@ def test_a_long_conversation_is_few_files(loaded, tmp_path) -> None:
         written += sum(f.end - f.start for f in files if f.file not in before)
     assert len(files) <= RETURN_POINTS + 8
     assert written <= 8 * len(context.ids), "a token is rewritten as often as 100 doubles, or once"
-    again = Context(loaded[0])
+    again = TokenState(loaded[0])
     states.restore_states(again, tmp_path, files)
     assert again.ids == context.ids
 
@@ -366,7 +367,7 @@ def test_a_state_that_could_not_be_gone_back_to_is_stored_again(loaded, sessions
     talk(chat, *(f"turn {n}" for n in range(RETURN_POINTS + 4)))
     assert chat.session
     ends = [f.end for f in chat.session._files if not f.has_kda]
-    old = next(s for s in chat.context.kept if s.length == ends[-1])
+    old = next(s for s in chat.context.snapshots if s.length == ends[-1])
     chat.context.rewind_to_prefix_of([*chat.context.ids[: old.length], 7])
     assert len(chat.context.ids) == ends[-1]
     chat.save()
@@ -426,7 +427,7 @@ def test_states_that_do_not_fit_the_model_are_not_used(loaded, sessions, change)
     mx.save_safetensors(str(path), arrays)
     with pytest.raises(KimiError, match=path.name):
         forged = states.StateFile(path.name, stored.start, stored.end, 0)
-        states.restore_states(Context(loaded[0]), path.parent, [forged])
+        states.restore_states(TokenState(loaded[0]), path.parent, [forged])
 
 
 def test_files_outside_the_folder_are_never_read(loaded, sessions) -> None:
@@ -485,7 +486,7 @@ def test_a_session_is_open_in_one_chat_at_a_time(loaded, sessions) -> None:
     talk(chat, "one")
     assert chat.session
     code = (
-        "import sys; from pathlib import Path; from mlx_kimi.session import Session\n"
+        "import sys; from pathlib import Path; from mlx_kimi.chat.session import Session\n"
         "Session(Path(sys.argv[1]), {})"
     )
     command = [sys.executable, "-c", code, str(chat.session.folder)]
@@ -572,11 +573,11 @@ def test_resuming_20000_tokens_costs_under_one_percent_of_reading_them(
     long_model, tmp_path
 ) -> None:
     ids = np.random.default_rng(0).integers(1, TINY["vocab_size"], LONG).tolist()
-    context = Context(long_model)
+    context = TokenState(long_model)
     began = time.perf_counter()
     for start in range(0, LONG, 2048):
         part = ids[start : start + 2048]
-        context.read(mx.array([part]))
+        context.forward(mx.array([part]))
         context.ids += part
         mx.eval(caches.arrays(context.entries))
     reading = time.perf_counter() - began
@@ -585,7 +586,7 @@ def test_resuming_20000_tokens_costs_under_one_percent_of_reading_them(
     session.save(Conversation(), context)
     session.close()
     began = time.perf_counter()
-    again, session = Context(long_model), Session(tmp_path / "long", IDENTITY)
+    again, session = TokenState(long_model), Session(tmp_path / "long", IDENTITY)
     session.load(again)
     resuming = time.perf_counter() - began
     print(f"reading {reading:.2f} s, resuming {resuming * 1e3:.1f} ms")
@@ -612,7 +613,7 @@ def test_2000_steps_keep_memory_flat(loaded) -> None:
     """Active memory less what the cache itself holds; snapshots are none within one short turn."""
     gc.collect()  # what other tests left
     model, tokenizer = loaded
-    context, held = Context(model), []
+    context, held = TokenState(model), []
     for step, _ in enumerate(
         stream_generate(model, tokenizer, [1] * 8, max_tokens=2001, context=context)
     ):

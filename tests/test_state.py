@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits
 
-from mlx_kimi import cache
-from mlx_kimi.cache import CacheEntry, KDACache, LatentCache, Segment
-from mlx_kimi.model import KimiLinear
+from mlx_kimi.model import cache
+from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache, Segment
+from mlx_kimi.model.kimi_linear import KimiLinear
 
 Models = Callable[[str], KimiLinear]
 STEPS = [1, 1, 1, 2, 5, 16, 17, 64, 180, 300]  # tokens

@@ -20,22 +20,24 @@ from assertions import assert_close, assert_same_bits
 from click.testing import CliRunner
 from twins import twins
 
-from mlx_kimi import cache as caches
-from mlx_kimi import load, moe, stream_generate, streaming
-from mlx_kimi.bank import Bank, Worth
+from mlx_kimi import load, stream_generate
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cli import bench, generate
-from mlx_kimi.context import Context
+from mlx_kimi.defaults import BUFFERS
 from mlx_kimi.errors import ContextFull, KimiError
-from mlx_kimi.expert_files import OpenFile
-from mlx_kimi.generate import prefill
-from mlx_kimi.load import load_model
-from mlx_kimi.memory import BUFFERS
+from mlx_kimi.generation.context import TokenState
+from mlx_kimi.generation.generate import prefill
+from mlx_kimi.loading.budget import Budget
+from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
-from mlx_kimi.model import KimiLinear
-from mlx_kimi.readers import Readers
-from mlx_kimi.streaming import Budget
-from mlx_kimi.tokenizer import load_tokenizer
+from mlx_kimi.model import cache as caches
+from mlx_kimi.model import moe
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.offload import offload as streaming
+from mlx_kimi.offload.expert_cache import LRFU, ExpertCache
+from mlx_kimi.offload.expert_files import OpenFile
+from mlx_kimi.offload.read_pool import ReadPool
+from mlx_kimi.text.tokenizer import load_tokenizer
 
 GB = 10**9
 ROOMY = Budget(8 * GB)
@@ -47,7 +49,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> Streamed:
     """`streamed(folder, slots)`: a model with so many slots a layer, whatever their size."""
 
     def made(folder: Path, slots: int) -> KimiLinear:
-        monkeypatch.setattr(import_module("mlx_kimi.load"), "slots_for", lambda *_: slots)
+        monkeypatch.setattr(import_module("mlx_kimi.loading.load"), "slots_for", lambda *_: slots)
         return load_model(folder, budget=ROOMY)
 
     return made
@@ -102,7 +104,7 @@ def test_every_number_of_slots_gives_the_bits_of_the_whole_model(
     for slots in sorted({config.num_experts_per_token, config.num_experts - 1, config.num_experts}):
         model = streamed(path, slots)
         assert_same_bits(f"{slots} slots", run(model, TEXT), expected)
-        counts = model.streaming.counts
+        counts = model.offload.counts
         assert counts.asked > 0
         assert (counts.read == 0) == (slots == config.num_experts)
 
@@ -143,7 +145,7 @@ def test_the_expert_kernels_take_slots(streamed: Streamed, slots: int) -> None:
         ours = run(model, text)
         assert launched.count("expert_gate_up") == 7 * len(text)
         assert_same_bits("logits", ours, run(whole, text))
-    assert model.streaming.counts.read > 2 * slots
+    assert model.offload.counts.read > 2 * slots
 
 
 def test_a_token_whose_experts_are_there_is_one_graph(streamed: Streamed) -> None:
@@ -155,7 +157,7 @@ def test_a_token_whose_experts_are_there_is_one_graph(streamed: Streamed) -> Non
         launched.append(kernel.name)
         return twins(kernel)
 
-    counts, steps, extra = model.streaming.counts, [], []
+    counts, steps, extra = model.offload.counts, [], []
     cache, other = model.make_cache(), whole.make_cache()
     with use_backend(backend, traced=True):
         for token in [*ids(4), *[7] * 12, *ids(6, seed=4), *[7] * 8]:
@@ -196,10 +198,10 @@ def test_an_interrupted_read_makes_no_assumption_wrong(
 ) -> None:
     """Some of a token's experts arrived, others did not: the table that graphs get must be new."""
     model = streamed(pocket_folder(), 20)
-    assumption, bank = model.streaming.assumption, next(iter(model.streaming.banks.values()))
+    optimistic, bank = model.offload.optimistic, next(iter(model.offload.banks.values()))
     bank.slots_of(np.array([0, 1]))
-    before = np.array(assumption.slots()[0])
-    wait, calls = Readers.wait, iter(range(100))
+    before = np.array(optimistic.slots()[0])
+    wait, calls = ReadPool.wait, iter(range(100))
 
     def failing(*arguments):  # type: ignore[no-untyped-def]
         if next(calls) == 1:  # the second expert
@@ -207,13 +209,13 @@ def test_an_interrupted_read_makes_no_assumption_wrong(
         return wait(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Readers, "wait", failing)
+        patch.setattr(ReadPool, "wait", failing)
         with pytest.raises(KeyboardInterrupt):
             bank.slots_of(np.array([after, after + 1]))
     assert bank.slot_of[after] != before[after]
     chosen = np.full((7, 2), after)
-    assert not assumption.held([mx.array(chosen)])  # of a graph that was given the old table
-    assert np.array(assumption.slots()[0])[after] == bank.slot_of[after]
+    assert not optimistic.verify([mx.array(chosen)])  # of a graph that was given the old table
+    assert np.array(optimistic.slots()[0])[after] == bank.slot_of[after]
 
 
 def test_batches_and_padding_stream(streamed: Streamed) -> None:
@@ -251,8 +253,8 @@ def test_what_is_not_evaluated_yet_keeps_its_experts(streamed: Streamed) -> None
 def test_a_step_of_many_tokens_reads_each_expert_once(streamed: Streamed) -> None:
     model = streamed(pocket_folder(), 2)
     mx.eval(model(mx.array([ids(300)])))
-    counts = model.streaming.counts
-    layers = len(model.streaming.banks)
+    counts = model.offload.counts
+    layers = len(model.offload.banks)
     assert counts.asked <= 32 * layers  # every expert of every layer at most
     assert counts.read == counts.asked
     mx.eval(model(mx.array([ids(300)])))  # what was worth most is there now
@@ -260,7 +262,7 @@ def test_a_step_of_many_tokens_reads_each_expert_once(streamed: Streamed) -> Non
     one_expert = (
         sum(
             part.nbytes // (2 if part.stored != part.dtype else 1)
-            for bank in model.streaming.banks.values()
+            for bank in model.offload.banks.values()
             for part in bank.parts
         )
         // layers
@@ -272,29 +274,29 @@ def test_only_the_last_step_of_a_prompt_asks_the_last_layer_for_experts(
     streamed: Streamed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, whole = streamed(pocket_folder(), 4), load_model(pocket_folder())
-    visit, visited = Bank.visit, []
+    for_each, visited = ExpertCache.for_each_expert, []
 
     def noted(bank, *arguments):  # type: ignore[no-untyped-def]
         visited.append(bank)
-        return visit(bank, *arguments)
+        return for_each(bank, *arguments)
 
-    monkeypatch.setattr(Bank, "visit", noted)
+    monkeypatch.setattr(ExpertCache, "for_each_expert", noted)
     text = ids(70)
-    last, _ = prefill(Context(model, every=None), text, step=30)
-    assert [visited.count(bank) for bank in model.streaming.banks.values()] == [3] * 6 + [1]
-    assert_same_bits("hidden", last, prefill(Context(whole, every=None), text, step=30)[0])
+    last, _ = prefill(TokenState(model, every=None), text, step=30)
+    assert [visited.count(bank) for bank in model.offload.banks.values()] == [3] * 6 + [1]
+    assert_same_bits("hidden", last, prefill(TokenState(whole, every=None), text, step=30)[0])
     assert_close("hidden", last, whole.hidden(mx.array([text]))[:, -1:], 1e-4)
 
 
 def test_what_is_worth_most_stays() -> None:
-    worth = Worth(np.zeros(5), fading=0.5)
+    worth = LRFU(np.zeros(5), decay=0.5)
     worth.note(np.array([[0, 1]]))
     worth.note(np.array([[0, 2], [3, 2]]))
     assert worth.of.tolist() == [0.25 + 0.5, 0.25, 0.5 + 1, 1, 0]
-    together = Worth(np.zeros(5), fading=0.5)
+    together = LRFU(np.zeros(5), decay=0.5)
     together.note(np.array([[0, 1], [0, 2], [3, 2]]))
     assert np.allclose(worth.of, together.of)
-    layers = Worth(np.zeros((2, 5)), fading=0.5)
+    layers = LRFU(np.zeros((2, 5)), decay=0.5)
     layers.note(np.array([[[0, 1], [0, 2], [3, 2]], [[4, 1], [0, 4], [3, 4]]]))
     assert layers.of[0].tolist() == together.of.tolist()
     assert layers.of[1].tolist() == [0.5, 0.25, 0, 1, 0.25 + 0.5 + 1]
@@ -302,14 +304,14 @@ def test_what_is_worth_most_stays() -> None:
 
 def test_the_least_worth_makes_room(streamed: Streamed) -> None:
     model = streamed(pocket_folder(), 3)
-    bank = next(iter(model.streaming.banks.values()))
+    bank = next(iter(model.offload.banks.values()))
     for pair in ((0, 1), (0, 1), (0, 2), (5, 0)):
         bank.slots_of(np.array(pair))
     assert sorted(bank.expert_in.tolist()) == [0, 1, 5]  # 1 was used twice, 2 once
     check_tables(bank)
 
 
-def check_tables(bank: Bank) -> None:
+def check_tables(bank: ExpertCache) -> None:
     for slot, expert in enumerate(bank.expert_in):
         assert expert < 0 or bank.slot_of[expert] == slot
     assert (bank.slot_of >= 0).sum() == (bank.expert_in >= 0).sum()
@@ -358,7 +360,7 @@ def test_a_disk_that_does_not_answer_ends_the_answer(
     pocket: Path, streamed: Streamed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = streamed(pocket, 2)
-    model.streaming.readers.stall = 0.2
+    model.offload.readers.stall = 0.2
     mx.eval(model(mx.array([ids(20)])))
     monkeypatch.setattr(OpenFile, "read", lambda *_: time.sleep(3))
     began = time.perf_counter()
@@ -379,13 +381,13 @@ def test_a_slow_disk_is_waited_for(
 
     monkeypatch.setattr(OpenFile, "read", slowly)
     assert_same_bits("logits", run(model, TEXT[-4:]), expected)
-    assert model.streaming.counts.waited > 0.1
+    assert model.offload.counts.waited > 0.1
 
 
 @pytest.mark.alone
 def test_a_program_ends_though_a_read_hangs() -> None:
     start = "Readers().start(lambda: time.sleep(60), [])"
-    program = f"import time; from mlx_kimi.readers import Readers; {start}"
+    program = f"import time; from mlx_kimi.offload.read_pool import ReadPool; {start}"
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
     assert time.perf_counter() - began < 20
@@ -402,7 +404,7 @@ def test_what_failed_or_was_interrupted_leaves_the_slots_right(
 ) -> None:
     expected = run(load_model(pocket), TEXT[:6])
     model, calls = streamed(pocket, 3), iter(range(10**6))
-    place = (os, "preadv") if isinstance(failure, OSError) else (Readers, "wait")
+    place = (os, "preadv") if isinstance(failure, OSError) else (ReadPool, "wait")
     real = getattr(*place)
 
     def failing(*arguments):  # type: ignore[no-untyped-def]
@@ -414,7 +416,7 @@ def test_what_failed_or_was_interrupted_leaves_the_slots_right(
         patch.setattr(*place, failing)
         with pytest.raises((KimiError, KeyboardInterrupt)):
             run(model, TEXT)
-    for bank in model.streaming.banks.values():
+    for bank in model.offload.banks.values():
         check_tables(bank)
     assert_same_bits("logits", run(model, TEXT[:6]), expected)
 
@@ -446,7 +448,7 @@ def test_a_budget_has_room_for_a_context_and_no_more() -> None:
 def test_mlx_keeps_few_buffers_as_long_as_a_budget_lasts(
     streamed: Streamed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "FEW_BUFFERS", streaming.FewBuffers())
+    monkeypatch.setattr(streaming, "FEW_BUFFERS", streaming.CacheLimit())
 
     def limit() -> int:
         now = mx.set_cache_limit(0)
@@ -470,9 +472,9 @@ def test_mlx_keeps_few_buffers_as_long_as_a_budget_lasts(
 MEASURED = """
 import resource, sys
 import mlx.core as mx
-from mlx_kimi.load import load_model
-from mlx_kimi.streaming import Budget
-from mlx_kimi.tokenizer import load_tokenizer
+from mlx_kimi.loading.load import load_model
+from mlx_kimi.loading.budget import Budget
+from mlx_kimi.text.tokenizer import load_tokenizer
 model = load_model(sys.argv[1], budget=Budget(int(sys.argv[2]), context=300))
 cache = model.make_cache()
 mx.eval(model(mx.array([list(range(12))]), cache))
@@ -482,7 +484,7 @@ if sys.platform == "linux":  # where ru_maxrss of a new process begins with its 
     peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 else:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(peak, model.streaming.slots)
+print(peak, model.offload.slots)
 """
 
 
@@ -504,7 +506,7 @@ def test_the_process_stays_within_its_budget(folder: Callable[..., Path]) -> Non
 @pytest.fixture
 def few_slots(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Options with which the commands stream; the pocket model alone would fit any budget."""
-    monkeypatch.setattr(import_module("mlx_kimi.load"), "slots_for", lambda *_: 6)
+    monkeypatch.setattr(import_module("mlx_kimi.loading.load"), "slots_for", lambda *_: 6)
     return ["--memory-budget", "8GB"]
 
 
@@ -527,7 +529,7 @@ def test_generate_says_what_reading_experts_cost(few_slots: list[str]) -> None:
 def test_an_answer_goes_on_after_a_stop(few_slots: list[str]) -> None:
     model, tokenizer = load(pocket_folder(), ROOMY)
     whole = load_model(pocket_folder())
-    context = Context(model)
+    context = TokenState(model)
     stream = stream_generate(model, tokenizer, "Sort: pear, fig, kiwi", context=context)
     first = [next(stream).token for _ in range(4)]
     stream.close()

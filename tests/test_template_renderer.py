@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import pytest
 from test_chat_template import template
 
-from mlx_kimi import template_renderer
 from mlx_kimi.errors import KimiError
-from mlx_kimi.template_renderer import Renderer
+from mlx_kimi.text import template_renderer
+from mlx_kimi.text.template_renderer import Renderer
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def wait_until_gone(process: int, seconds: float) -> bool:
 def test_the_child_dies_with_its_parent(source: str) -> None:
     script = (
         "import sys, threading\n"
-        "from mlx_kimi.template_renderer import Renderer\n"
+        "from mlx_kimi.text.template_renderer import Renderer\n"
         "renderer = Renderer(seconds=1.5)\n"
         "renderer.render('ok', {})\n"
         "print(renderer._child.pid, flush=True)\n"

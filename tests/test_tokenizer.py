@@ -22,7 +22,8 @@ from tokenizer_files import (
 )
 
 from mlx_kimi.errors import KimiError
-from mlx_kimi.tokenizer import RUN_CHARACTERS, Tokenizer, cut, load_tokenizer
+from mlx_kimi.text.tiktoken_vocabulary import RUN_CHARACTERS, cut
+from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
 
 # The published pattern, spelled here once more and in one piece.
 PUBLISHED = (

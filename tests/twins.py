@@ -13,7 +13,7 @@ from mlx_kimi.metal_kernels.kernel import Kernel, Launch
 from mlx_kimi.metal_kernels.latents import is_packed, unpack
 from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.mla_prefill import Expanded, naive_mla_prefill
-from mlx_kimi.moe import _select
+from mlx_kimi.model.moe import _select
 
 
 def twins(kernel: Kernel) -> Launch:

@@ -17,7 +17,7 @@ from mlx_kimi import generate, load
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.convert.convert import convert
 from mlx_kimi.convert.quantize import scheme
-from mlx_kimi.goldens import FILE
+from mlx_kimi.evaluation.goldens import FILE
 
 TEXTS = ["Hello world", "What is 347 + 58?", "你好世界", "<|im_end|> is only text here"]
 ANSWERS = {  # what is right, not what the model happens to say

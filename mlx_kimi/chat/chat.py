@@ -1,0 +1,244 @@
+"""A conversation with a model: what is said, what has been read, and where it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mlx_kimi.chat.conversation import Conversation, Turn
+from mlx_kimi.chat.session import Session
+from mlx_kimi.chat.sessions import Sessions, is_automatic
+from mlx_kimi.chat.tool_calls import Call, CallReader
+from mlx_kimi.chat.tools import Toolbox
+from mlx_kimi.defaults import SNAPSHOT_MEMORY
+from mlx_kimi.errors import KimiError
+from mlx_kimi.generation.context import TokenState
+from mlx_kimi.generation.generate import Chunk, FinishReason, prompt_ids, stream_generate
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.text.tokenizer import Tokenizer
+
+
+class Chat:
+    """Says, answers, takes back and keeps.
+
+    Going back changes the text alone: the context finds by the tokens of the next prompt which of
+    its states is still true, and goes on from there.
+
+    Attributes:
+        options: of `stream_generate`: sampling, max_tokens, prefill_step.
+        pending: calls of tools that the last answer asked for and that have no result yet.
+        ended: why the last answer did; None if it was stopped.
+        unsaved: why the conversation is not saved as it is; empty if it is.
+        cut: the name of a call that was cut off in the last answer, and is not part of it.
+        session: where it is kept; None until something is said, or if nothing is kept.
+    """
+
+    def __init__(
+        self,
+        model: KimiLinear,
+        tokenizer: Tokenizer,
+        *,
+        sessions: Sessions,
+        identity: Mapping[str, Any],
+        options: Mapping[str, Any],
+        autosave: bool = True,
+        toolbox: Toolbox | None = None,
+        latent_bits: int | None = None,
+        snapshot_memory: int = SNAPSHOT_MEMORY,
+    ) -> None:
+        self.model, self.tokenizer, self.toolbox = model, tokenizer, toolbox
+        self.sessions, self.identity, self.autosave = sessions, dict(identity), autosave
+        self.options = dict(options)
+        self.latent_bits, self.snapshot_memory = latent_bits, snapshot_memory
+        self.conversation, self.context = Conversation(), self._new_context()
+        self.session: Session | None = None
+        self.pending: list[Call] = []
+        self.cut = self.unsaved = ""
+        self.ended: FinishReason | None = None
+        self._retries = 0
+        self._before: list[Turn] = []  # the turns before the last message, retry or edit
+
+    def _new_context(self) -> TokenState:
+        return TokenState(self.model, self.latent_bits, memory=self.snapshot_memory)
+
+    # ------------------------------------------------------------------------------------ talking
+    def say(self, text: str) -> None:
+        """Add a message, and keep it before it is answered."""
+        self._before = list(self.conversation.turns)
+        self.conversation.say(text)
+        self._turn_begins()
+
+    def answer(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Chunk]:
+        """Stream the answer to what was said last; stopped at any point, what was said is kept.
+
+        Stopped before the first token, what asked for the answer is taken back: nothing is lost.
+
+        Raises:
+            KimiError: the conversation cannot be answered, as it is longer than the context.
+        """
+        reader, said, begun = CallReader(self.tokenizer), "", False
+        self.pending, self.cut, self.ended = [], "", None
+        try:
+            for chunk in self._stream(progress):
+                text = chunk.text if reader.in_text else ""  # a marker's own text was before it
+                reader.add(chunk.token)
+                said, begun, self.ended = said + text, True, chunk.finish_reason
+                yield replace(chunk, text=text)
+                if reader.is_finished:
+                    break
+        finally:
+            if begun:
+                self._record(said, reader.calls())
+            elif not self.conversation.turns[-1].replies:
+                self._withdraw()
+
+    def _stream(self, progress: Callable[[int, int], None] | None) -> Iterator[Chunk]:
+        return stream_generate(
+            self.model,
+            self.tokenizer,
+            self._prompt(),
+            context=self.context,
+            progress=progress,
+            **{**self.options, "seed": self._seed()},
+        )
+
+    def tool_result(self, call: Call, result: str) -> None:
+        """Answer a pending call."""
+        self.pending.remove(call)
+        message = {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": result}
+        self.conversation.turns[-1].replies.append(message)
+
+    def _record(self, said: str, calls: list[Call]) -> None:
+        self.pending = [call for call in calls if call.is_whole]
+        self.cut = next((call.name for call in calls if not call.is_whole), "")
+        message: dict[str, Any] = {"role": "assistant", "content": said}
+        if self.pending:
+            message["tool_calls"] = [call.message for call in self.pending]
+        turn = self.conversation.turns[-1]
+        turn.replies.append(message)
+        turn.tokens = len(self.context.ids)
+        self._leave_what_stays_true()
+        self.save()
+
+    def _leave_what_stays_true(self) -> None:
+        """Go back before an answer that its text would not give again, token by token.
+
+        A model may spell a text with other tokens than the tokenizer does, and a stopped answer may
+        end within a character. A state after such tokens would be stored, and never used.
+        """
+        try:
+            self.context.rewind_to_prefix_of(self._prompt())
+        except KimiError:  # the context is full: nothing can follow
+            pass
+
+    def _prompt(self) -> list[int]:
+        schemas = self.toolbox.schemas if self.toolbox else None
+        return prompt_ids(self.model, self.tokenizer, self.conversation.messages, schemas)
+
+    def _seed(self) -> int | None:
+        """A given seed makes answers reproducible; another try has another one all the same."""
+        seed = self.options.get("seed")
+        return None if seed is None else seed + self._retries
+
+    # ----------------------------------------------------------------------------------- going back
+    def undo(self) -> str:
+        """Take back the last message and what followed; its text."""
+        turn = self.conversation.undo()
+        self._turn_begins()
+        return turn.text
+
+    def retry(self) -> None:
+        """Take back what followed the last message, to be answered with another seed."""
+        retries, self._before = self._retries + 1, list(self.conversation.turns)
+        self.conversation.retry()
+        self._turn_begins()
+        self._retries = retries
+
+    def edit(self, number: int, text: str) -> None:
+        """Put `text` in the place of message `number` and take back what followed."""
+        before = list(self.conversation.turns)
+        self.conversation.edit(number, text)
+        self._before = before
+        self._turn_begins()
+
+    def set_system(self, text: str | None) -> None:
+        """Open the conversation with another system message, or none."""
+        self.conversation.system = text
+        self._turn_begins()
+
+    def _withdraw(self) -> None:
+        """As it was before the last message, retry or edit."""
+        self.conversation.turns = self._before
+        self._save(None)
+
+    def _turn_begins(self) -> None:
+        self._retries, self.pending = 0, []
+        self._save(None)
+
+    # -------------------------------------------------------------------------------------- keeping
+    def save(self) -> None:
+        """Keep text and state."""
+        self._save(self.context)
+
+    def _save(self, context: TokenState | None) -> None:
+        """A session is made when something has been said. A full disk ends no conversation."""
+        self.unsaved = ""
+        try:
+            if self.session is None and self.autosave and self.conversation.turns:
+                self.session = Session(self.sessions.unused(), self.identity)
+            if self.session:
+                self.session.save(self.conversation, context)
+        except KimiError as error:
+            self.unsaved = str(error)
+
+    def save_as(self, name: str) -> None:
+        """Keep the conversation under a name, and go on there.
+
+        Raises:
+            KimiError: the name is taken, or no name.
+        """
+        folder = self.sessions.path(name)
+        if self.session and self.session.folder == folder:
+            return self.save()
+        if folder.exists():
+            raise KimiError(f"there is a session {name} already")
+        if self.session is None:
+            self.session = Session(folder, self.identity)
+        elif is_automatic(self.session.folder) and folder.parent == self.session.folder.parent:
+            self.session.rename(folder)
+        else:
+            before, self.session = self.session, self.session.fork(folder)
+            before.close()
+        self.save()
+
+    def load(self, name: str) -> list[str]:
+        """Go on with another session; what the user should know of it.
+
+        Raises:
+            KimiError: there is none, it cannot be read, or it is open elsewhere.
+        """
+        folder = self.sessions.existing(name)
+        if self.session and self.session.folder == folder:
+            return []
+        session, context = Session(folder, self.identity), self._new_context()
+        try:
+            conversation = session.load(context)
+        except BaseException:
+            session.close()
+            raise
+        self._switch(session, conversation, context)
+        return session.notes
+
+    def reset(self) -> None:
+        """Begin a new conversation, with the same system message; the present one stays saved."""
+        system = self.conversation.system
+        self._switch(None, Conversation(system), self._new_context())
+
+    def _switch(
+        self, session: Session | None, conversation: Conversation, context: TokenState
+    ) -> None:
+        if self.session:
+            self.session.close()
+        self.session, self.conversation, self.context = session, conversation, context
+        self._retries, self.pending = 0, []

@@ -1,0 +1,66 @@
+"""Which model wrote a state: a state read by another one would make it talk nonsense."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_kimi import __version__
+from mlx_kimi.checkpoint.files import Checkpoint
+
+# What decides how ids are made and what a state means, beside the weights.
+FILES = (
+    "config.json",
+    "tiktoken.model",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+MEANINGS = {
+    "model": "the model, its quantization or its tokenizer",
+    "runtime": "the version of mlx_kimi",
+    "device": "the device that computes",
+    "latent_bits": "--latent-bits",
+    "tools": "the tools",
+}
+
+
+def identity(folder: Path, latent_bits: int | None, tools: Any = None) -> dict[str, Any]:
+    """What must agree for a stored state to be used. Reads headers and samples, in milliseconds.
+
+    `tools` are the schemas that the conversation begins with, as JSON.
+    """
+    declared = json.dumps(tools, sort_keys=True).encode()
+    return {
+        "model": _fingerprint(folder),
+        "runtime": __version__,
+        "device": "cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu",
+        "latent_bits": latent_bits,
+        "tools": hashlib.sha256(declared).hexdigest()[:8] if tools else None,
+    }
+
+
+def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """What of a model's identity is not as it was, in words; empty when all is."""
+    return " and ".join(
+        meaning for key, meaning in MEANINGS.items() if stored.get(key) != present.get(key)
+    )
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in FILES:
+        if (folder / name).is_file():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    checkpoint = Checkpoint(folder)
+    for name, stored in sorted(checkpoint.tensors.items()):
+        digest.update(repr((name, stored.dtype, stored.shape)).encode())
+    for file in checkpoint.files:
+        digest.update(checkpoint.sample(file))
+    return digest.hexdigest()[:32]

@@ -1,0 +1,321 @@
+"""A conversation on disk: a folder with its text and, one file a turn, its states.
+
+    chat.jsonl              a line about the file, one about the session, then one a turn
+    chat.previous.jsonl     the same as it was before the last change
+    START-END-X.safetensors the states of the tokens START..END
+    lock                    held by the chat that has the session open
+
+The text is written whole, synced and renamed, and the version before it stays. A crash or a damaged
+file therefore costs the last turn at most; states that are lost are computed again from the text.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from mlx_kimi.chat import state_files as states
+from mlx_kimi.chat.conversation import Conversation, read_turn
+from mlx_kimi.chat.identity import differences
+from mlx_kimi.chat.state_files import StateFile
+from mlx_kimi.durable import write_durably
+from mlx_kimi.errors import KimiError, beyond_budget
+from mlx_kimi.generation.context import TokenState, common_prefix
+
+TEXT, PREVIOUS, LOCK = "chat.jsonl", "chat.previous.jsonl", "lock"
+FORMAT = 1
+RETURN_POINTS = 8  # turn ends whose KDA states stay on disk, 41 MiB each for the 48B
+
+
+class Session:
+    """The folder of one conversation, held open by one chat at a time.
+
+    Attributes:
+        notes: what the user should know about how it was opened, one line each.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Open a folder, made if need be.
+
+        Raises:
+            KimiError: another chat has it open, or it cannot be made.
+        """
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise KimiError(f"{folder}: {error.strerror}") from None
+        self.folder, self.identity = folder, dict(identity)
+        self.notes: list[str] = []
+        self._files: list[StateFile] = []
+        self._ids: list[int] = []  # the tokens of these files
+        self._lock = _locked(folder)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def load(self, context: TokenState) -> Conversation:
+        """Read the conversation, and bring `context`, which is empty, to its end if that is stored.
+
+        Raises:
+            KimiError: nothing of the conversation can be read, or its states are of more tokens
+                than the model's memory budget leaves room for.
+        """
+        conversation, self._files, self.notes = _read(self.folder, self.identity, context)
+        self._ids = list(context.ids)
+        return conversation
+
+    def save(self, conversation: Conversation, context: TokenState | None = None) -> None:
+        """Store the text and, with a `context`, the states that are not stored yet.
+
+        Raises:
+            KimiError: the files cannot be written.
+        """
+        try:
+            self._save(conversation, context)
+        except (OSError, RuntimeError) as error:  # MLX raises the latter
+            raise KimiError(f"{self.folder}: cannot be saved: {error}") from None
+
+    def _save(self, conversation: Conversation, context: TokenState | None) -> None:
+        if context is not None:
+            self._store_states(context)
+        about = {
+            "identity": self.identity,
+            "states": [asdict(stored) for stored in self._files],
+            "system": conversation.system,
+        }
+        body = _lines(about, *map(asdict, conversation.turns))
+        text = _lines({"mlx_kimi_session": FORMAT, "checksum": zlib.crc32(body)}) + body
+        self._keep_previous()
+        write_durably(self.folder / TEXT, lambda made: _write(made, text))
+        self._remove_unused()
+
+    def fork(self, folder: Path) -> Session:
+        """The same session in another folder. State files never change, so they are linked."""
+        other = Session(folder, self.identity)
+        for stored in self._files:
+            try:
+                os.link(self.folder / stored.file, folder / stored.file)
+            except OSError:  # on another disk
+                shutil.copyfile(self.folder / stored.file, folder / stored.file)
+        other._files, other._ids = list(self._files), list(self._ids)
+        return other
+
+    def rename(self, folder: Path) -> None:
+        """Move it to another folder."""
+        self.folder = self.folder.rename(folder)
+
+    def close(self) -> None:
+        """Let others open it."""
+        self._lock.close()
+
+    def _store_states(self, context: TokenState) -> None:
+        shared = common_prefix(self._ids, context.ids)
+        self._files = [stored for stored in self._files if stored.end <= shared]
+        if self._files and not self._files[-1].has_kda and self._files[-1].end == len(context.ids):
+            self._files.pop()  # its end could not be gone back to
+        start = self._files[-1].end if self._files else 0
+        if len(context.ids) > start:
+            self._files.append(states.write_state(self.folder, context, start))
+        self._ids = list(context.ids)
+        self._files = states.compacted(self.folder, self._files, RETURN_POINTS)
+
+    def _keep_previous(self) -> None:
+        """The present text gets a second name; there is no moment without a whole text."""
+        if (self.folder / TEXT).exists():
+            link = self.folder / ".previous"
+            link.unlink(missing_ok=True)
+            os.link(self.folder / TEXT, link)
+            os.replace(link, self.folder / PREVIOUS)
+
+    def _remove_unused(self) -> None:
+        """State files that neither the present text nor the one before names."""
+        used = {stored.file for stored in self._files}
+        try:
+            used |= {stored.file for stored in _listed(_parse(self.folder / PREVIOUS)[0])}
+        except (OSError, ValueError):
+            pass
+        for path in self.folder.iterdir():
+            if states.is_state_file(path.name) and path.name not in used:
+                path.unlink()
+
+
+def read_session(
+    folder: Path, identity: Mapping[str, Any], context: TokenState
+) -> tuple[Conversation, list[str]]:
+    """What `Session.load` reads, and its notes, of a session that is not changed.
+
+    Raises:
+        KimiError: there is none, nothing of it can be read, or a chat has it open.
+    """
+    if text_file(folder) is None:
+        raise KimiError(f"{folder}: no saved conversation or prompt cache")
+    lock = _locked(folder, fcntl.LOCK_SH) if (folder / LOCK).exists() else None
+    try:
+        conversation, _, notes = _read(folder, identity, context)
+        return conversation, notes
+    finally:
+        if lock:
+            lock.close()
+
+
+def _read(
+    folder: Path, identity: Mapping[str, Any], context: TokenState
+) -> tuple[Conversation, list[StateFile], list[str]]:
+    if context.model.offload:
+        refuse_longer(folder, identity, context.model.config.model_max_length)
+    about, conversation, note = read_text(folder)
+    notes = [note] if note else []
+    unlike = differences(about.get("identity", {}), identity)
+    if unlike:
+        return conversation, [], [*notes, f"the text is read again, since {unlike} changed"]
+    listed = _listed(about)
+    files = states.whole_part(folder, listed)
+    try:
+        states.restore_states(context, folder, files)
+    except KimiError as error:
+        return conversation, [], [*notes, f"the text is read again: {error}"]
+    if len(files) < len(listed):
+        notes.append("a file of states is damaged: a part of the text is read again")
+    return conversation, files, notes
+
+
+def read_text(folder: Path) -> tuple[dict[str, Any], Conversation, str]:
+    """What is said about the session, the conversation, and what had to be left out, if anything.
+
+    Raises:
+        KimiError: neither version of the text can be read.
+    """
+    problems = []
+    for name in (TEXT, PREVIOUS):
+        try:
+            about, conversation = _parse(folder / name)
+        except (OSError, ValueError) as error:
+            problems.append(f"{name}: {error}")
+            continue
+        note = "its last change is lost: the file is damaged" if problems else ""
+        return about, conversation, note
+    for name in (TEXT, PREVIOUS):
+        if (folder / name).is_file() and (rescued := _rescued(folder / name)).turns:
+            return {}, rescued, f"damaged: {len(rescued.turns)} turns could be read"
+    raise KimiError(f"{folder}: no session can be read: {'; '.join(problems)}")
+
+
+def refuse_longer(folder: Path, identity: Mapping[str, Any], limit: int) -> None:
+    """Refuse a session whose states are of more tokens than a memory budget leaves room for.
+
+    Raises:
+        KimiError: they are, or nothing of the session can be read.
+    """
+    about, _, _ = read_text(folder)
+    listed = _listed(about)
+    is_used = not differences(about.get("identity", {}), identity)
+    if is_used and listed and listed[-1].end > limit:
+        raise KimiError(beyond_budget(f"the session {folder.name}", listed[-1].end, limit))
+
+
+def refuse_used(folder: Path) -> None:
+    """Refuse a folder for a new session unless all that it holds was left by an unfinished one.
+
+    Raises:
+        KimiError: it holds a session or anything else, or is no folder.
+    """
+    if text_file(folder):
+        raise KimiError(f"{folder}: there is a saved conversation or prompt cache already")
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise KimiError(f"{folder}: {error.strerror}") from None
+    foreign = next((name for name in names if not _is_unfinished(name)), None)
+    if foreign is not None:
+        raise KimiError(
+            f"{folder}: holds {foreign}, and a new prompt cache needs a folder of its own: "
+            "name one that does not exist"
+        )
+
+
+def _is_unfinished(name: str) -> bool:
+    """Whether a session that never got its text could have left a file of this name."""
+    left = re.fullmatch(r"\.(?P<stem>.+)\.new(?P<suffix>\.\w+)", name)  # durable.write_durably
+    name = left["stem"] + left["suffix"] if left else name
+    return name in (LOCK, TEXT) or states.is_state_file(name)
+
+
+def text_file(folder: Path) -> Path | None:
+    """The text of the session in `folder`; None if there is no session."""
+    return next((folder / name for name in (TEXT, PREVIOUS) if (folder / name).is_file()), None)
+
+
+def _locked(folder: Path, kind: int = fcntl.LOCK_EX) -> IO[str]:
+    """The lock, which ends with this process however it ends."""
+    lock = (folder / LOCK).open("a" if kind == fcntl.LOCK_EX else "r")
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise KimiError(f"the session {folder.name} is open in another chat") from None
+    return lock
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _lines(*values: Any) -> bytes:
+    return b"".join(json.dumps(value).encode() + b"\n" for value in values)
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], Conversation]:
+    """Read a text strictly.
+
+    Raises:
+        ValueError: it is not whole.
+    """
+    first, _, body = path.read_bytes().partition(b"\n")
+    try:
+        header = json.loads(first)
+        if header["mlx_kimi_session"] != FORMAT:
+            raise ValueError(f"format {header['mlx_kimi_session']} is not known here")
+        if header["checksum"] != zlib.crc32(body):
+            raise ValueError("damaged")
+        about, *turns = map(json.loads, body.splitlines())
+        if not isinstance(about["system"], str | None):
+            raise ValueError("damaged")
+        return about, Conversation(about["system"], [read_turn(turn) for turn in turns])
+    except (KeyError, TypeError, RecursionError):
+        raise ValueError("damaged") from None
+
+
+def _rescued(path: Path) -> Conversation:
+    """The turns of a damaged text that are whole, up to the first that is not."""
+    found = Conversation()
+    for line in path.read_bytes().splitlines()[1:]:
+        try:
+            value = json.loads(line)
+            if "system" in value:
+                found.system = value["system"]
+            else:
+                found.turns.append(read_turn(value))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            break
+    return found
+
+
+def _listed(about: Mapping[str, Any]) -> list[StateFile]:
+    """The state files that a text names; only those of its own folder."""
+    try:
+        files = [StateFile(**stored) for stored in about.get("states", [])]
+    except TypeError:
+        return []
+    own = all(Path(s.file).name == s.file and s.file.endswith(states.SUFFIX) for s in files)
+    return files if own and all(isinstance(s.end, int) for s in files) else []

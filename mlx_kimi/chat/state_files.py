@@ -1,0 +1,248 @@
+"""The states of a conversation as files, one a turn: what the turn added, and where it ended.
+
+A file holds the latents of its own tokens, so that a turn costs its own length on disk and not
+the conversation's, and the KDA states after its last token. Files in a row are a conversation; the
+end of each can be gone back to as long as its KDA states are there.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.durable import checksum, write_durably
+from mlx_kimi.errors import KimiError
+from mlx_kimi.generation.context import Snapshot, TokenState
+from mlx_kimi.metal_kernels.latents import is_packed, pack
+from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
+
+SUFFIX = ".safetensors"
+NAME = re.compile(rf"\d+-\d+-[0-9a-f]{{8}}{re.escape(SUFFIX)}")  # of a file: START-END-X
+PARTS = ("frozen", "tail")  # of an MLA layer's latents, in this order
+Arrays = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """The tokens start..end of a conversation, in a file of its folder."""
+
+    file: str
+    start: int
+    end: int
+    checksum: int
+    has_kda: bool = True
+
+
+def is_state_file(name: str) -> bool:
+    """Whether `write_state` could have given a file this name; a model's weights never have it."""
+    return NAME.fullmatch(name) is not None
+
+
+def write_state(folder: Path, context: TokenState, start: int) -> StateFile:
+    """Store what `context` has read from token `start` on, and its present state."""
+    arrays = {"ids": mx.array(context.ids[start:], mx.int32)}
+    for layer, entry in enumerate(context.entries):
+        if isinstance(entry, KDACache):
+            assert entry.conv_tail is not None and entry.state is not None
+            arrays |= {f"conv.{layer}": entry.conv_tail, f"state.{layer}": entry.state}
+        else:
+            arrays |= {f"{name}.{layer}": a for name, a in _latents_since(entry, start).items()}
+    return _write(folder, arrays, start, len(context.ids), has_kda=True)
+
+
+def without_kda(folder: Path, files: Sequence[StateFile]) -> StateFile:
+    """The tokens of neighbouring files in one new file, whose end cannot be gone back to."""
+    loaded = [_load(folder / stored.file) for stored in files]
+    start, end = files[0].start, files[-1].end
+    arrays = {"ids": mx.concatenate([part["ids"] for part in loaded])}
+    layers = {name.split(".")[1] for part in loaded for name in part if name.startswith(PARTS)}
+    for layer in layers:
+        frozen, tail = _split(loaded, layer, start, end)
+        if any(is_packed(segment.latents) for segment in frozen):
+            frozen = [segment.packed() for segment in frozen]
+        for name, segments in zip(PARTS, (frozen, tail), strict=True):
+            if segments:
+                arrays[f"{name}.{layer}"] = Segment.concatenate(segments).latents
+    return _write(folder, arrays, start, end, has_kda=False)
+
+
+def compacted(folder: Path, files: Sequence[StateFile], return_points: int) -> list[StateFile]:
+    """`files` with KDA states in the latest alone, and few files before them.
+
+    Neighbours merge when the later one has grown as large, so that a token is rewritten as often as
+    its conversation doubles.
+    """
+    old: list[StateFile] = []
+    for stored in files[:-return_points]:
+        run = [stored]
+        while old and old[-1].end - old[-1].start <= run[-1].end - run[0].start:
+            run.insert(0, old.pop())
+        changed = len(run) > 1 or stored.has_kda
+        old.append(without_kda(folder, run) if changed else stored)
+    return [*old, *files[-return_points:]]
+
+
+def whole_part(folder: Path, files: Sequence[StateFile]) -> list[StateFile]:
+    """The files from the first on that are undamaged and follow each other."""
+    whole: list[StateFile] = []
+    for stored in files:
+        path = folder / stored.file
+        follows = stored.start == (whole[-1].end if whole else 0)
+        if not (follows and path.is_file() and checksum(path) == stored.checksum):
+            break
+        whole.append(stored)
+    while whole and not whole[-1].has_kda:
+        whole.pop()
+    return whole
+
+
+def restore_states(context: TokenState, folder: Path, files: Sequence[StateFile]) -> None:
+    """Bring an empty context to the end of `files`, able to go back to the end of each.
+
+    Earlier ends take no memory and no time until they are gone back to.
+
+    Raises:
+        KimiError: an array is missing or has another shape than the model's.
+    """
+    if not files:
+        return
+    context.ids, entries = _read(context, folder, files)
+    mx.eval([array for entry in entries for array in entry.arrays()])
+    context.entries = entries
+    for count, stored in enumerate(files[:-1], start=1):
+        if stored.has_kda:
+            load = partial(_load_again, context, folder, files[:count])
+            context.snapshots.append(Snapshot(stored.end, None, load=load))
+    context.keep()
+
+
+def _load_again(
+    context: TokenState, folder: Path, files: Sequence[StateFile]
+) -> list[CacheEntry] | None:
+    """An earlier state; None if its files have been replaced meanwhile."""
+    try:
+        _, entries = _read(context, folder, files)
+    except (KimiError, RuntimeError):  # MLX's own, for a file that is not there
+        return None
+    mx.eval([array for entry in entries for array in entry.arrays()])
+    return entries
+
+
+def _write(folder: Path, arrays: Arrays, start: int, end: int, has_kda: bool) -> StateFile:
+    # A name of its own: the files of a conversation are never written over.
+    path = folder / f"{start}-{end}-{secrets.token_hex(4)}{SUFFIX}"
+    write_durably(path, lambda made: mx.save_safetensors(str(made), arrays))
+    return StateFile(path.name, start, end, checksum(path), has_kda)
+
+
+def _latents_since(entry: LatentCache, start: int) -> Arrays:
+    """The latents after token `start`: `frozen`, packed if the cache packs them, and `tail`."""
+    parts: dict[str, list[mx.array]] = {"frozen": [], "tail": []}
+    begin = 0
+    for i, segment in enumerate(entry.segments):
+        assert segment.real is None  # a conversation is a batch of one, without padding
+        first, size = max(start - begin, 0), segment.size
+        if first < size:
+            name = "frozen" if i < len(entry.frozen) else "tail"
+            parts[name].append(segment.latents[:, first:size])
+        begin += size
+    return {name: mx.concatenate(found, axis=1) for name, found in parts.items() if found}
+
+
+def _load(path: Path) -> Arrays:
+    load: Any = mx.load
+    return load(str(path), stream=mx.cpu)
+
+
+def _read(
+    context: TokenState, folder: Path, files: Sequence[StateFile]
+) -> tuple[list[int], list[CacheEntry]]:
+    """The ids of `files` and the state after them, not yet read from disk."""
+    loaded = [_load(folder / stored.file) for stored in files]
+    where = f"{folder / files[-1].file}"
+    ids = [token for part in loaded for token in np.array(part["ids"]).tolist()]
+    if len(ids) != files[-1].end:
+        raise KimiError(f"{where}: ends at token {files[-1].end}, but {len(ids)} are stored")
+    entries: list[CacheEntry] = []
+    for layer, empty in enumerate(context.entries):
+        if isinstance(empty, KDACache):
+            entries.append(_kda(context, loaded[-1], layer, len(ids), where))
+        else:
+            entries.append(_latents(context, loaded, layer, len(ids), where))
+    return ids, entries
+
+
+def _kda(context: TokenState, arrays: Arrays, layer: int, length: int, where: str) -> KDACache:
+    c = context.model.config
+    H, D, K = c.kda_num_heads, c.kda_head_dim, c.short_conv_kernel_size
+    conv_tail = _array(arrays, f"conv.{layer}", (1, K - 1, 3 * H * D), where)
+    state = _array(arrays, f"state.{layer}", (1, H, D, D), where)
+    return KDACache((length,), conv_tail, state)
+
+
+def _latents(
+    context: TokenState, loaded: Sequence[Arrays], layer: int, length: int, where: str
+) -> LatentCache:
+    """The cache as it was: whole multiples of TAIL are frozen, the rest is the tail."""
+    for arrays in loaded:
+        for name in PARTS:
+            if f"{name}.{layer}" in arrays:
+                part = arrays[f"{name}.{layer}"]
+                _check_latents(context.model.config, f"{name}.{layer}", part, where)
+    frozen, tail = _split(loaded, str(layer), 0, length)
+    held = sum(segment.size for segment in (*frozen, *tail))
+    if held != length:
+        raise KimiError(f"{where}: layer {layer} has latents of {held} tokens, not of {length}")
+    if context.latent_bits:
+        frozen = [segment.packed() for segment in frozen]
+    return LatentCache(
+        (length,),
+        (Segment.concatenate(frozen),) if frozen else (),
+        Segment.concatenate(tail) if tail else None,
+        context.latent_bits,
+    )
+
+
+def _check_latents(config: ModelConfig, name: str, latents: mx.array, where: str) -> None:
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    plain = mx.zeros((1, 1, width))
+    *_, width = (pack(plain) if is_packed(latents) else plain).shape
+    _check_shape(name, latents, (1, latents.size // width, width), where)
+
+
+def _split(
+    loaded: Sequence[Arrays], layer: str, start: int, end: int
+) -> tuple[list[Segment], list[Segment]]:
+    """The latents from token `start` to `end`: those that are frozen at `end`, and its tail."""
+    full, at = end // TAIL * TAIL, start
+    frozen: list[Segment] = []
+    tail: list[Segment] = []
+    for arrays in loaded:
+        for name in PARTS:
+            if f"{name}.{layer}" in arrays:
+                segment = Segment(arrays[f"{name}.{layer}"])
+                # A tail was shorter than TAIL, and has been frozen as a whole or not at all.
+                (frozen if at < full else tail).append(segment)
+                at += segment.size
+    return frozen, tail
+
+
+def _array(arrays: Arrays, name: str, shape: tuple[int, ...], where: str) -> mx.array:
+    if name not in arrays:
+        raise KimiError(f"{where}: {name} is missing")
+    return _check_shape(name, arrays[name], shape, where)
+
+
+def _check_shape(name: str, array: mx.array, shape: tuple[int, ...], where: str) -> mx.array:
+    if array.shape != shape:
+        raise KimiError(f"{where}: {name} has shape {array.shape}, expected {shape}")
+    return array

@@ -1,0 +1,1 @@
+"""What lies in a model's folder: config.json, the table of tensors, files of weights, the hub."""

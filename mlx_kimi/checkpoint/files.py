@@ -1,0 +1,228 @@
+"""The safetensors files of a folder: what they hold, checked before anything is allocated."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+from mlx_kimi.checkpoint.fields import read_json
+from mlx_kimi.checkpoint.weight_file import FileVersion, OpenFile
+from mlx_kimi.errors import KimiError
+
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F32", "F16", "BF16")
+DTYPES = {  # as safetensors spells them
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+}
+SAMPLE = 1 << 16  # bytes of a file: other weights of the same shapes differ there
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file."""
+
+    file: str
+    dtype: str  # as safetensors spells it: F32, BF16, U32…
+    shape: tuple[int, ...]
+    offset: int  # of its first byte, from where the header ends
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says that it holds, and which version of the file says so."""
+
+    tensors: dict[str, Stored]
+    end: int  # the byte after it, from which the tensors' offsets count
+    version: FileVersion
+
+
+class Listing(Protocol):
+    """Files of weights that are elsewhere."""
+
+    @property
+    def files(self) -> Collection[str]:
+        """Their names."""
+
+    def tensors(self, file: str) -> dict[str, Stored]:
+        """What one of them holds."""
+
+
+class Checkpoint:
+    """The tensors of a folder by name. Opening it reads headers only."""
+
+    def __init__(self, folder: Path, listing: Listing | None = None) -> None:
+        """Read the index and every header.
+
+        Args:
+            folder: with the index, if there is one, and the files.
+            listing: of the files, if they are not in the folder.
+
+        Raises:
+            KimiError: there are no weights, a file is missing, damaged or outside the folder, or a
+                tensor is in two files or not in the one that the index names.
+        """
+        self.folder = folder
+        there = _files(folder) if listing is None else listing.files
+        self.weight_map = _weight_map(folder, there)
+        self.files = sorted(set(self.weight_map.values())) or _unindexed(folder, there)
+        self.headers: dict[str, Header] = {}  # of the files that were in a folder so far
+        self.tensors: dict[str, Stored] = {}
+        for file in self.files:
+            if listing is None:
+                self.headers[file] = read_header(folder / file)
+                stored_there = self.headers[file].tensors
+            else:
+                stored_there = listing.tensors(file)
+            for name, stored in stored_there.items():
+                if name in self.tensors:
+                    raise KimiError(f"{name} is in two files: {self.tensors[name].file} and {file}")
+                if self.weight_map.get(name, file) != file:
+                    raise KimiError(
+                        f"{folder / INDEX}: {name} should be in {self.weight_map[name]} "
+                        f"but is in {file}"
+                    )
+                self.tensors[name] = stored
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def expected_file(self, name: str) -> str:
+        """The file that a tensor which is not there should have been in."""
+        return self.weight_map.get(name) or (self.files[0] if len(self.files) == 1 else "any shard")
+
+    def open(self, file: str, use: str, folder: Path | None = None) -> OpenFile:
+        """A file to read tensors from, in its own folder or where it was downloaded to.
+
+        Raises:
+            KimiError: it is no longer the file whose header was read.
+        """
+        return OpenFile((folder or self.folder) / file, self.headers[file].version, use)
+
+    def place(self, name: str) -> int:
+        """The first byte of a tensor in its file."""
+        stored = self.tensors[name]
+        return self.headers[stored.file].end + stored.offset
+
+    def sample(self, file: str) -> bytes:
+        """The middle of a file, by which to know it again without reading it."""
+        with (self.folder / file).open("rb") as weights:
+            weights.seek((self.folder / file).stat().st_size // 2)
+            return weights.read(SAMPLE)
+
+    def array(self, name: str) -> mx.array:
+        """The tensor, read when it is evaluated."""
+        return self._arrays[self.tensors[name].file][name]
+
+    @cached_property
+    def _arrays(self) -> dict[str, dict[str, Any]]:
+        # On the CPU stream: files are read by the host, whatever computes later.
+        load: Any = mx.load
+        return {file: load(str(self.folder / file), stream=mx.cpu) for file in self.files}
+
+
+def collapsed(names: Collection[str]) -> str:
+    """A list for an error: the experts of one matrix in one entry, `experts.{0..255}.w1.weight`."""
+    families: dict[tuple[str, str], list[int]] = {}
+    plain = []
+    for name in names:
+        before, experts, after = name.partition(".experts.")
+        number, _, rest = after.partition(".")
+        if experts and number.isdigit():
+            families.setdefault((before, rest), []).append(int(number))
+        else:
+            plain.append(name)
+    for (before, rest), numbers in families.items():
+        plain.append(f"{before}.experts.{_ranges(sorted(numbers))}.{rest}")
+    return ", ".join(plain)
+
+
+def _ranges(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
+
+
+def _files(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+
+
+def _weight_map(folder: Path, there: Collection[str]) -> dict[str, str]:
+    """The index's tensor -> file, empty when the folder has no index."""
+    if not (folder / INDEX).exists():
+        return {}
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise KimiError(f"{folder / INDEX}: weight_map must be an object that names files")
+    absent = set()
+    for file in set(map(str, weight_map.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise KimiError(
+                f"{folder / INDEX}: weight_map may only name .safetensors files of its own folder "
+                f"but names {file[:80]!r}"
+            )
+        if file not in there:
+            absent.add(file)
+    if absent:
+        raise KimiError(
+            f"{folder}: {len(absent)} of {len(set(weight_map.values()))} files that {INDEX} names "
+            f"are missing: {', '.join(sorted(absent))}"
+        )
+    return weight_map
+
+
+def _unindexed(folder: Path, there: Collection[str]) -> list[str]:
+    if "model.safetensors" in there:
+        return ["model.safetensors"]
+    files = sorted(fnmatch.filter(there, "model*.safetensors"))
+    if not files:
+        raise KimiError(f"{folder}: no weights: neither {INDEX} nor model.safetensors is there")
+    return files
+
+
+def read_header(path: Path) -> Header:
+    """What a file holds.
+
+    Raises:
+        KimiError: it is not a whole safetensors file, or changed while it was read.
+    """
+    try:
+        with path.open("rb") as weights:
+            version = FileVersion.of(weights.fileno())
+            with safe_open(str(path), framework="numpy") as opened:  # checks all of it
+                names = list(opened.keys())
+            size = int.from_bytes(weights.read(8), "little")
+            fields = json.loads(weights.read(size))
+            with path.open("rb") as again:
+                now = FileVersion.of(again.fileno())
+    except (SafetensorError, OSError) as error:
+        raise KimiError(f"{path}: not a whole safetensors file: {error}") from None
+    if now != version:
+        raise KimiError(f"{path}: was {version.change_to(now)} while its header was read")
+    tensors = {
+        name: Stored(
+            path.name,
+            fields[name]["dtype"],
+            tuple(fields[name]["shape"]),
+            fields[name]["data_offsets"][0],
+        )
+        for name in names
+    }
+    return Header(tensors, 8 + size, version)

@@ -1,0 +1,8 @@
+"""Numbers that several rooms share: what is taken where nobody says otherwise."""
+
+MAX_TOKENS = 2048  # of an answer
+PREFILL_STEP = 2048  # tokens of a prompt that are read at once
+SNAPSHOT_EVERY = 4096  # tokens within a turn: two prefill steps
+SNAPSHOT_MEMORY = 1 << 30  # bytes: 24 KDA states of the 48B
+CONTEXT = 32_768  # tokens that a memory budget leaves room for
+BUFFERS = 256 << 20  # bytes that MLX may keep of freed arrays under a budget, to use again

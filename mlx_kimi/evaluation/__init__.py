@@ -1,0 +1,1 @@
+"""How fast and how good a model is."""

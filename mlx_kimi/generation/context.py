@@ -1,0 +1,153 @@
+"""What has been read of a conversation, and the states to go back to: nothing is read twice.
+
+A recurrent state cannot be shortened, so going back means going to a snapshot. One is kept where
+every prompt begins and ends, and every few thousand tokens between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_kimi.defaults import SNAPSHOT_EVERY, SNAPSHOT_MEMORY
+from mlx_kimi.model import cache as caches
+from mlx_kimi.model.cache import CacheEntry, KDACache
+from mlx_kimi.model.kimi_linear import KimiLinear
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state after the first `length` tokens: in memory, or where `load` finds it."""
+
+    length: int
+    entries: list[CacheEntry] | None
+    last: mx.array | None = None  # [1, 1, hidden] of `forward`, if the prompt ended here
+    load: Callable[[], list[CacheEntry] | None] = lambda: None
+
+
+@dataclass
+class TokenState:
+    """A cache, the tokens it has read, and snapshots of it.
+
+    Attributes:
+        latent_bits: of `KimiLinear.make_cache`.
+        every: tokens between two snapshots within a turn; None takes none there.
+        memory: bytes that snapshots may take above the cache itself. The newest always stays.
+    """
+
+    model: KimiLinear
+    latent_bits: int | None = None
+    every: int | None = SNAPSHOT_EVERY
+    memory: int = SNAPSHOT_MEMORY
+    ids: list[int] = field(default_factory=list)
+    entries: list[CacheEntry] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.entries = self.entries or self._empty()
+
+    def _empty(self) -> list[CacheEntry]:
+        return self.model.make_cache(self.latent_bits)
+
+    def forward(self, ids: mx.array) -> mx.array:
+        """Feed ids [1, T] to `KimiLinear.hidden`. The caller adds them to `self.ids`."""
+        return self.model.hidden(ids, self.entries)
+
+    def advance(self, ids: mx.array) -> None:
+        """Feed ids [1, T] to `KimiLinear.advance`. The caller adds them to `self.ids`."""
+        self.model.advance(ids, self.entries)
+
+    @contextmanager
+    def atomic(self) -> Iterator[None]:
+        """Interrupted within, by Ctrl-C or anything else, tokens and cache stay as they were."""
+        count, before = len(self.ids), caches.snapshot(self.entries)
+        try:
+            yield
+        except BaseException:
+            del self.ids[count:]
+            caches.restore(self.entries, before)
+            raise
+
+    def keep(self, last: mx.array | None = None) -> None:
+        """Take a snapshot; `last` is what `forward` gave for the latest token."""
+        length = len(self.ids)
+        if self.snapshots and self.snapshots[-1].length == length:
+            if last is None:
+                return
+            self.snapshots.pop()
+        if length:
+            self.snapshots.append(Snapshot(length, caches.snapshot(self.entries), last))
+            self._fit_memory()
+
+    def keep_now_and_then(self) -> None:
+        """Take a snapshot if the latest is many tokens ago."""
+        latest = self.snapshots[-1].length if self.snapshots else 0
+        if self.every and len(self.ids) - latest >= self.every:
+            self.keep()
+
+    def rewind_to_prefix_of(self, ids: Sequence[int]) -> mx.array | None:
+        """Go to the longest known state that `ids` continues, and forget what it contradicts.
+
+        Returns:
+            If all of `ids` has been read: what `forward` gave for the last, [1, 1, hidden], with
+            the present state as it was then. None if at least one token is left to read.
+        """
+        shared = common_prefix(self.ids, ids)
+        if shared == len(self.ids) < len(ids):
+            return None
+        while self.snapshots:
+            found = self.snapshots.pop()
+            entries = found.entries or found.load() if _serves(found, shared, len(ids)) else None
+            if entries:
+                # In one step, which Ctrl-C cannot divide.
+                self.entries, self.ids = caches.snapshot(entries), self.ids[: found.length]
+                self.keep(found.last)
+                return found.last if found.length == len(ids) else None
+        self.entries, self.ids = self._empty(), []
+        return None
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """What snapshots hold beside the cache's frozen latents; shared arrays count once."""
+        frozen = {id(array) for entry in self.entries for array in _frozen_arrays(entry)}
+        held = {
+            id(array): array.nbytes
+            for snapshot in self.snapshots
+            for array in caches.arrays(snapshot.entries or [])
+        }
+        return sum(size for name, size in held.items() if name not in frozen)
+
+    def _fit_memory(self) -> None:
+        """Forget snapshots until they fit, first those whose loss costs least.
+
+        The loss of one costs the tokens since the one before; the further back it lies, the less
+        likely anyone is to return to it.
+        """
+        while len(self.snapshots) > 1 and self.snapshot_bytes > self.memory:
+            lengths = [0, *(snapshot.length for snapshot in self.snapshots)]
+            costs = [
+                (length - before) / (lengths[-1] - length + 1)
+                for before, length in zip(lengths, lengths[1:], strict=False)
+            ]
+            costs.pop()  # the newest stays
+            del self.snapshots[costs.index(min(costs))]
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    shortest = min(len(first), len(second))
+    return next((i for i in range(shortest) if first[i] != second[i]), shortest)
+
+
+def _frozen_arrays(entry: CacheEntry) -> list[mx.array]:
+    if isinstance(entry, KDACache):
+        return []
+    return [array for segment in entry.frozen for array in segment.arrays()]
+
+
+def _serves(snapshot: Snapshot, shared: int, wanted: int) -> bool:
+    """Whether a prompt of `wanted` tokens, `shared` of them known, can go on from it."""
+    return snapshot.length <= shared and (snapshot.length < wanted or snapshot.last is not None)

@@ -1,0 +1,1 @@
+"""A folder becomes a model: checked, measured against this machine's memory, read."""

@@ -1,0 +1,1 @@
+"""The mathematics: layers, states, and a step through all of them."""

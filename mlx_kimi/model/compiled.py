@@ -1,0 +1,159 @@
+"""One token through the whole model, as a graph that is built once for many tokens.
+
+A step of the 48B is 237 launches. To build them from Python, kernel by kernel, takes the host
+longer than the GPU works on them. `mx.compile` keeps the graph for as long as the cache keeps its
+shapes: until a tail is full, 256 tokens.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_kimi.metal_kernels.kernel import backend, is_traced
+from mlx_kimi.metal_kernels.mla_decode import Plan
+from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
+from mlx_kimi.model.mla import MultiHeadLatentAttention
+from mlx_kimi.model.step import ForwardBatch
+from mlx_kimi.offload.expert_cache import Counts
+from mlx_kimi.offload.optimistic import OptimisticResidency
+
+if TYPE_CHECKING:
+    from mlx_kimi.model.kimi_linear import KimiLinear
+
+NOTHING_OFFLOADED = OptimisticResidency((), Counts(), np.zeros((0, 0), np.int64), np.zeros((0, 0)))
+KEPT = 4  # graphs: conversations that take turns have caches of other shapes
+Arrays = list[list[mx.array]]  # of each entry
+# Of ids, a plan's arrays, the cache's and where experts are -> hidden, the cache's, the experts.
+Graph = Callable[
+    [mx.array, tuple[mx.array, ...], Arrays, list[mx.array]],
+    tuple[mx.array, Arrays, list[mx.array]],
+]
+
+
+class CompiledStep:
+    """`KimiLinear.run` for one token of each row, where kernels run.
+
+    The graph holds the model's weights as they were at its first use.
+    """
+
+    def __init__(self, model: KimiLinear) -> None:
+        # Its owner: without a cycle the weights are freed as soon as nobody holds the model.
+        self._model = weakref.ref(model)
+        self._graphs: dict[tuple[object, ...], Graph] = {}  # by shapes, the latest last
+        self._warm = False
+
+    def takes(self, cache: Sequence[CacheEntry]) -> bool:
+        """Whether a step from this cache has shapes that stay: the ops form of MLA has not."""
+        return (
+            is_traced()
+            and all(
+                entry.lengths and not (isinstance(entry, LatentCache) and entry.is_masked)
+                for entry in cache
+            )
+            and self._suited
+            and self._experts_are_known(len(cache[0].lengths))
+        )
+
+    def _experts_are_known(self, B: int) -> bool:
+        """Several rows of a batch take one expert after another, which the host must know."""
+        offload = self._owner.offload
+        return offload is None or (B == 1 and offload.optimistic.should_try())
+
+    @cached_property
+    def _suited(self) -> bool:
+        attentions = [layer.self_attn for layer in self._owner.layers]
+        return all(
+            attention.decode_refused(LatentCache()) is None
+            for attention in attentions
+            if isinstance(attention, MultiHeadLatentAttention)
+        )
+
+    def __call__(self, ids: mx.array, cache: Sequence[CacheEntry]) -> mx.array:
+        """ids [B, 1] -> [B, 1, hidden]; the entries' arrays move on, their lengths do not."""
+        latents = [entry for entry in cache if isinstance(entry, LatentCache)]
+        plan = latents[0].plan() if latents else Plan.of(1, TAIL, [])
+        frozen = [segment.size for segment in latents[0].frozen] if latents else []
+        bits = latents[0].bits if latents else None
+        shapes = (ids.shape, *frozen, bits, backend())
+        graph = self._graphs.pop(shapes, None)
+        if graph is None:
+            self._warm_up(ids, cache)
+            graph = _compiled(self._model, plan.splits, bits)
+        given = self._arrays(ids.shape[0], cache)
+        hidden, arrays, chosen = graph(ids, plan.arrays, given, self._optimistic.slots())
+        self._graphs[shapes] = graph
+        if len(self._graphs) > KEPT:
+            del self._graphs[next(iter(self._graphs))]
+        if chosen:
+            mx.async_eval(hidden, arrays)
+        if not self._optimistic.verify(chosen):
+            return self._layer_by_layer(ids, cache)
+        for entry, new in zip(cache, arrays, strict=True):
+            if isinstance(entry, KDACache):
+                entry.conv_tail, entry.state = new
+            else:
+                entry.grow_tail(*new)
+        return hidden
+
+    @property
+    def _optimistic(self) -> OptimisticResidency:
+        offload = self._owner.offload
+        return offload.optimistic if offload else NOTHING_OFFLOADED
+
+    @property
+    def _owner(self) -> KimiLinear:
+        model = self._model()
+        assert model is not None
+        return model
+
+    def _arrays(self, B: int, cache: Sequence[CacheEntry]) -> Arrays:
+        """What a step reads of each entry; of an MLA layer the tail first."""
+        model = self._owner
+        width, dtype = model.config.latent_width, model.norm.weight.dtype
+        return [
+            entry.arrays()
+            if isinstance(entry, KDACache)
+            else [entry.roomy_tail(B, width, dtype).latents, *(s.latents for s in entry.frozen)]
+            for entry in cache
+        ]
+
+    def _warm_up(self, ids: mx.array, cache: Sequence[CacheEntry]) -> None:
+        """Evaluate what a model computes once, so that the graph does not compute it every time."""
+        if not self._warm:
+            mx.eval(self._layer_by_layer(ids, [entry.snapshot() for entry in cache]))
+            self._warm = True
+
+    def _layer_by_layer(self, ids: mx.array, cache: Sequence[CacheEntry]) -> mx.array:
+        return self._owner.run(ids, cache, ForwardBatch())
+
+
+def _compiled(
+    model: weakref.ReferenceType[KimiLinear], splits: tuple[int, ...], bits: int | None
+) -> Graph:
+    def entry(kind: CacheEntry, arrays: list[mx.array]) -> CacheEntry:
+        if isinstance(kind, KDACache):
+            return KDACache((), *arrays)
+        tail, *frozen = arrays
+        # How full the tail is, the plan's array says: no number of this token is in the graph.
+        return LatentCache((), tuple(map(Segment, frozen)), Segment(tail, spare=TAIL), bits)
+
+    def step(
+        ids: mx.array, plan: tuple[mx.array, ...], arrays: Arrays, slots: list[mx.array]
+    ) -> tuple[mx.array, Arrays, list[mx.array]]:
+        owner = model()
+        assert owner is not None
+        cache = [entry(*pair) for pair in zip(owner.make_cache(), arrays, strict=True)]
+        optimistic = owner.offload.optimistic if owner.offload else NOTHING_OFFLOADED
+        with optimistic.begin(slots) as chosen:
+            hidden = owner.run(ids, cache, ForwardBatch(plan=Plan(plan, splits)))
+        arrays = [e.arrays() if isinstance(e, KDACache) else e.arrays()[-1:] for e in cache]
+        return hidden, arrays, chosen
+
+    graph: Graph = mx.compile(step)
+    return graph

@@ -1,0 +1,97 @@
+"""Kimi Delta Attention: its memory is one matrix a head (arXiv 2510.26692, equation 10)."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.metal_kernels.kda import CHUNKED_FROM, chosen_form, decode_refused, kda
+from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode
+from mlx_kimi.metal_kernels.kda_prepare import Projected, kda_finish, kda_prepare, prepared_by
+from mlx_kimi.model.cache import KDACache
+from mlx_kimi.model.layers import RMSNorm
+from mlx_kimi.model.linear import FusedLinear
+
+if TYPE_CHECKING:
+    from mlx_kimi.model.weights import Weights
+
+
+class KimiDeltaAttention(nn.Module):
+    """Four paths from x: q | k | v through a convolution, decay, write strength, output gate."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        super().__init__()
+        groups = (("q_proj", "k_proj", "v_proj"), ("f_a_proj",), ("g_a_proj",), ("b_proj",))
+        self.in_proj = FusedLinear([[weights.linear(name) for name in group] for group in groups])
+        convolutions = [weights.array(f"{x}_conv.conv.weight") for x in "qkv"]
+        taps = mx.concatenate(convolutions)[..., 0]  # [3 * H * D, K], the present token's last
+        self.taps = mx.contiguous(taps.swapaxes(0, 1))
+        self.f_b_proj = weights.linear("f_b_proj")
+        self.g_b_proj = weights.linear("g_b_proj")
+        self.head_dim = config.kda_head_dim
+        self.heads = weights.linear("b_proj").out_features
+        self.A_log = weights.array("A_log").reshape(-1)  # [H]
+        self.dt_bias = weights.array("dt_bias").reshape(-1, self.head_dim)  # [H, D]
+        self.o_norm = RMSNorm(weights.array("o_norm.weight"), config.rms_norm_eps)
+        self.o_proj = weights.linear("o_proj")
+
+    def __call__(self, x: mx.array, cache: KDACache, lengths: mx.array | None = None) -> mx.array:
+        """x [B, T, hidden] -> [B, T, hidden]; `cache` moves T tokens on.
+
+        `lengths` [B] are the tokens of each row that are no padding; None: all T.
+        """
+        B, T, _ = x.shape
+        if T == 1 and lengths is None and decode_refused(self._for_decode, self.head_dim) is None:
+            return self._decode(x, cache)
+        y = self.in_proj.joined(x)
+        f_a, g_a = mx.split(y, self._ends, axis=-1)[1:3]
+        tail, state = self._memory(cache, B, y.dtype)
+        f, g = self.f_b_proj(f_a), self.g_b_proj(g_a)
+        given = kda_prepare(Projected(y, f, self.taps, tail, lengths, self.A_log, self.dt_bias))
+        o, state = kda(given.q, given.k, given.v, given.alpha, given.beta, state)
+        cache.conv_tail, cache.state = given.tail, state
+        return self.o_proj(kda_finish(o, g, self.o_norm.weight, self.o_norm.eps))
+
+    def forms(self) -> list[tuple[str, str, str]]:
+        """For a step of one, few and many tokens: how many, what runs, and why."""
+        refused = decode_refused(self._for_decode, self.head_dim)
+        few = chosen_form(2, self.head_dim, self.head_dim)
+        many = chosen_form(CHUNKED_FROM, self.head_dim, self.head_dim)
+        return [
+            ("1 token", "ops form", refused)
+            if refused
+            else ("1 token", "kda_decode", "its domain"),
+            (f"2 to {CHUNKED_FROM - 1} tokens", few.name, few.why),
+            (f"{CHUNKED_FROM} tokens or more", many.name, many.why),
+            ("2 tokens or more", *prepared_by(self.in_proj.width, self.head_dim)),
+        ]
+
+    @property
+    def _ends(self) -> list[int]:
+        """Of q | k | v, f_a and g_a in the input projections; b is the rest."""
+        qkv, rank = self.taps.shape[1], self.f_b_proj.matrix.columns
+        return [qkv, qkv + rank, qkv + 2 * rank]
+
+    def _memory(self, cache: KDACache, B: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """The convolution's tail and the state; zeros before the first token."""
+        if cache.conv_tail is not None and cache.state is not None:
+            return cache.conv_tail, cache.state
+        state = mx.zeros((B, self.heads, self.head_dim, self.head_dim), mx.float32)
+        return mx.zeros((B, self.taps.shape[0] - 1, self.taps.shape[1]), dtype), state
+
+    def _decode(self, x: mx.array, cache: KDACache) -> mx.array:
+        """One token [B, 1, hidden], with one kernel between two matrices."""
+        y = self.in_proj.joined(x[:, 0])
+        memory = self._memory(cache, x.shape[0], y.dtype)
+        y, cache.conv_tail, cache.state = kda_decode(y, self._for_decode, *memory)
+        return self.o_proj(y[:, None])
+
+    @cached_property
+    def _for_decode(self) -> DecodeWeights:
+        f_b, g_b = self.f_b_proj.matrix, self.g_b_proj.matrix
+        gate, norm = (self.A_log, self.dt_bias), (self.o_norm.weight, self.o_norm.eps)
+        return DecodeWeights(self.taps, f_b, g_b, *gate, *norm)

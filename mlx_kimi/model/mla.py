@@ -1,0 +1,227 @@
+"""Multi-head latent attention without positions: one latent a token serves all heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.metal_kernels import mla_prefill
+from mlx_kimi.metal_kernels.attention import Block, SubmitLimit, attend, query_block, together
+from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
+from mlx_kimi.metal_kernels.mla_decode import LatentWeights, Plan, mla_decode, refused
+from mlx_kimi.model.cache import LatentCache, Segment
+from mlx_kimi.model.layers import RMSNorm
+from mlx_kimi.model.linear import FusedLinear
+
+if TYPE_CHECKING:
+    from mlx_kimi.model.weights import Weights
+
+# Expanding a latent into keys and values costs lora * (nope + v) products a head, and saves
+# 2 * lora - nope - v for every query: at the published sizes it pays from 171 queries on.
+EXPAND_FROM = 171  # queries
+# The published model builds this norm without passing rms_norm_eps on, as transformers does.
+KV_A_EPS = 1e-6
+SCORES = 1 << 24  # elements of the largest block of scores (64 MiB in float32)
+LARGEST_BLOCK = 4096  # keys
+# Columns, of all heads and texts, whose keys and values stand expanded for a kernel: 2048 and 34 MB
+# in 16 bits for a text in the 48B.
+EXPANDED = 1 << 16
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Few queries attend in latent space ("absorbed"); many expand the latents block by block."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        super().__init__()
+        self.in_proj = FusedLinear(
+            [[weights.linear("q_proj")], [weights.linear("kv_a_proj_with_mqa")]]
+        )
+        self.kv_a_layernorm = RMSNorm(weights.array("kv_a_layernorm.weight"), KV_A_EPS)
+        self.embed_q = weights.linear("embed_q")
+        self.unembed_out = weights.linear("unembed_out")
+        self.o_proj = weights.linear("o_proj")
+        self.lora = config.kv_lora_rank
+        self.nope = config.qk_nope_head_dim
+        self.width = config.latent_width
+        self.scale = config.qk_head_dim**-0.5
+
+    def __call__(
+        self,
+        x: mx.array,
+        cache: LatentCache,
+        real: mx.array | None,
+        plan: Plan | None = None,
+        ahead: SubmitLimit | None = None,
+    ) -> mx.array:
+        """x [B, T, hidden] -> [B, T, hidden]; `cache` takes up T latents.
+
+        Args:
+            real: [B, T], marks what is not padding; None: everything.
+            plan: that of `cache`, for one token; None: it is made here.
+            ahead: takes the work on each block of columns; None: one of this call's own.
+        """
+        B, T, _ = x.shape
+        if T == 1 and real is None and self.decode_refused(cache) is None:
+            return self._decode(x, cache, plan or cache.plan())
+        heads = self.embed_q.weight.shape[0]
+        x = self.in_proj.joined(x)
+        q, latent, shared = mx.split(x, [-self.width, self.lora - self.width], axis=-1)
+        past = cache.columns
+        cache.append(mx.concatenate([self.kv_a_layernorm(latent), shared], axis=-1), real)
+        ahead = ahead or SubmitLimit()
+        if T >= EXPAND_FROM and self.prefill_refused(cache) is None:
+            o = self._prefill(x, cache, past, ahead)  # [B, T, H, v]
+            return self.o_proj(o.reshape(B, T, -1))
+        q = q.reshape(B, T, heads, -1).transpose(0, 2, 1, 3)  # [B, H, T, nope + shared]
+        attention = self._expanded if T >= EXPAND_FROM else self._absorbed
+        o = attention(q, cache, past, ahead)  # [B, H, T, v]
+        return self.o_proj(o.transpose(0, 2, 1, 3).reshape(B, T, -1))
+
+    def forms(self) -> list[tuple[str, str, str]]:
+        """For a step of one, few and many tokens: how many, what runs, and why."""
+        refused = self.decode_refused(LatentCache())
+        many_refused = self.prefill_refused(LatentCache())
+        return [
+            ("1 token", "ops form", refused)
+            if refused
+            else ("1 token", "mla_query, mla_attend, mla_output", "its domain"),
+            (f"2 to {EXPAND_FROM - 1} tokens", "ops form", "absorbed"),
+            (
+                f"{EXPAND_FROM} tokens or more",
+                "ops form" if many_refused else "mla_prefill",
+                many_refused or "latents expanded block by block",
+            ),
+        ]
+
+    def _decode(self, x: mx.array, cache: LatentCache, plan: Plan) -> mx.array:
+        """One token [B, 1, hidden], with three kernels between two matrices."""
+        tail = cache.roomy_tail(x.shape[0], self.width, x.dtype).latents
+        frozen = [segment.latents for segment in cache.frozen]
+        x = self.in_proj.joined(x[:, 0])
+        y, tail = mla_decode(x, self._for_decode, tail, plan, frozen)
+        cache.grow_tail(tail)
+        return self.o_proj(y[:, None])
+
+    def decode_refused(self, cache: LatentCache) -> str | None:
+        """Why one token takes the way of many; None: `mla_decode` takes it."""
+        return _unfit_for_kernels(cache) or self._unsuited
+
+    def prefill_refused(self, cache: LatentCache) -> str | None:
+        """Why many tokens take MLX operations; None: `mla_prefill` takes them."""
+        sizes = (self.nope, self.width - self.lora, self.unembed_out.out_features)
+        return _unfit_for_kernels(cache) or mla_prefill.refused(self.lora, *sizes)
+
+    @cached_property
+    def _unsuited(self) -> str | None:
+        return refused(self._for_decode, self.in_proj.width)
+
+    @cached_property
+    def _for_decode(self) -> LatentWeights:
+        norm = self.kv_a_layernorm
+        matrices = (self.embed_q.matrix, self.unembed_out.matrix)
+        return LatentWeights(*matrices, norm.weight, norm.eps, self.scale)
+
+    def _prefill(self, x: mx.array, cache: LatentCache, past: int, ahead: SubmitLimit) -> mx.array:
+        """Each block of latents becomes keys and values, to which a kernel attends.
+
+        `x` [B, T, width of in_proj], whose tokens stand behind the `past` columns: [B, T, H, v].
+        """
+        sums: tuple[mx.array, mx.array] | None = None  # log of the total, output
+        start = 0
+        size = max(1, EXPANDED // (x.shape[0] * self.embed_q.weight.shape[0]))
+        for latents in _joined_blocks(cache, self.width, x.dtype, size):
+            dtype = x.dtype if latents.shape[1] == cache.columns else mx.float32
+            sums = self._meet(sums, x, latents, past - start, dtype)
+            ahead.submit(*sums)
+            start += latents.shape[1]
+        assert sums is not None, "the queries' own columns are always in the cache"
+        return sums[1].astype(x.dtype)
+
+    def _meet(
+        self,
+        sums: tuple[mx.array, mx.array] | None,
+        x: mx.array,
+        latents: mx.array,
+        offset: int,
+        dtype: mx.Dtype,
+    ) -> tuple[mx.array, mx.array]:
+        """The sums of a softmax over the columns so far and those of `latents`."""
+        latent = latents[:, None, :, : self.lora]
+        # (Some modes of quantization know no float16: what they expand may be wider than x.)
+        keys = self.embed_q.from_outputs(latent).astype(x.dtype)
+        values = self.unembed_out(latent).astype(x.dtype)
+        given = mla_prefill.Expanded(x, keys, latents, values, self.scale, offset)
+        output, log_total = mla_prefill.mla_prefill(given, dtype)
+        found = log_total[..., None], output
+        return found if sums is None else together(*sums, *found)
+
+    def _absorbed(self, q: mx.array, cache: LatentCache, past: int, ahead: SubmitLimit) -> mx.array:
+        """Queries go through kv_b's key half into latent space, results through its value half."""
+        q = mx.concatenate([self.embed_q(q[..., : self.nope]), q[..., self.nope :]], axis=-1)
+
+        def latents(segment: Segment) -> tuple[mx.array, mx.array]:
+            keys = segment.plain(self.width, q.dtype).latents[:, None]  # [B, 1, S, lora + shared]
+            return keys, keys[..., : self.lora]
+
+        o = attend(q, _blocks(q, cache, latents), self.scale, past, ahead)
+        return self.unembed_out(o)
+
+    def _expanded(self, q: mx.array, cache: LatentCache, past: int, ahead: SubmitLimit) -> mx.array:
+        """Each block of latents becomes the keys and values of every head."""
+
+        def per_head(segment: Segment) -> tuple[mx.array, mx.array]:
+            latents = segment.plain(self.width, q.dtype).latents[:, None]
+            latent, shared = mx.split(latents, [self.lora], axis=-1)  # [B, 1, S, ...]
+            keys = self.embed_q.from_outputs(latent)  # [B, H, S, nope]
+            shared = mx.broadcast_to(shared, (*keys.shape[:3], shared.shape[-1]))
+            return mx.concatenate([keys, shared], axis=-1), self.unembed_out(latent)
+
+        return attend(q, _blocks(q, cache, per_head), self.scale, past, ahead)
+
+
+def _unfit_for_kernels(cache: LatentCache) -> str | None:
+    """Why no kernel attends to these columns, whatever the layer's sizes."""
+    if backend() is None:
+        return NO_BACKEND
+    return "some columns are padding" if cache.is_masked else None
+
+
+def _blocks(
+    q: mx.array,
+    cache: LatentCache,
+    keys_and_values: Callable[[Segment], tuple[mx.array, mx.array]],
+) -> Iterator[Block]:
+    """The cached columns in blocks whose scores stay small."""
+    B, H, T, _ = q.shape
+    size = min(LARGEST_BLOCK, max(1, SCORES // (B * H * min(T, query_block()))))
+    start = 0
+    for segment in cache.segments:
+        for first in range(0, segment.size, size):
+            part = segment.slice(first, min(first + size, segment.size))
+            yield Block(start, *keys_and_values(part), part.real)
+            start += part.size
+
+
+def _joined_blocks(
+    cache: LatentCache, width: int, dtype: mx.Dtype, size: int
+) -> Iterator[mx.array]:
+    """The cached latents [B, S, width], `size` columns at a time, whatever the segments."""
+    parts: list[mx.array] = []
+    room = size
+    for segment in cache.segments:
+        first = 0
+        while first < segment.size:
+            last = min(first + room, segment.size)
+            parts.append(segment.slice(first, last).plain(width, dtype).latents.astype(dtype))
+            room -= last - first
+            first = last
+            if not room:
+                block, parts, room = mx.concatenate(parts, axis=1), [], size
+                yield block
+    if parts:
+        yield mx.concatenate(parts, axis=1)

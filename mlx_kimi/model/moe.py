@@ -1,0 +1,279 @@
+"""Mixture of experts: a router chooses a few for each token; shared experts see every token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.metal_kernels.experts import (
+    LARGEST_BATCH,
+    SwiGLUWeights,
+    add_norm_scores,
+    expert_combine,
+    expert_mlp,
+    expert_select,
+    refused,
+)
+from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
+from mlx_kimi.model.layers import MLP, RMSNorm, swiglu
+from mlx_kimi.offload.expert_cache import ExpertCache
+
+if TYPE_CHECKING:
+    from mlx_kimi.model.weights import Weights
+
+# Rows of (token, expert) from which sorting them by expert pays: each expert's matrix is then
+# read once and multiplies all of its rows.
+SORT_FROM = 64
+
+
+class Router(nn.Module):
+    """Scores each expert for each token, in float32 whatever the model's dtype."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        super().__init__()
+        self.gate = weights.linear("gate")
+        self.e_score_correction_bias = weights.array("e_score_correction_bias")
+        self.top_k = config.num_experts_per_token
+        self.groups = config.num_expert_group
+        self.best_groups = config.topk_group
+        self.renormalize = config.moe_renormalize
+        self.scale = config.routed_scaling_factor
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x [B, T, hidden] -> experts [B, T, k], best first, and their weights [B, T, k] float32.
+
+        The bias decides who is chosen; the weights are the scores without it.
+        """
+        return _select(self.gate(x.astype(mx.float32)), *self._rule())
+
+    def after(
+        self, norm: RMSNorm, x: mx.array, part: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """x, part [B, hidden] -> `x + part`, its norm, and of that experts and weights [B, k].
+
+        In two kernels.
+        """
+        x, normed, logits = add_norm_scores(x, part, norm.weight, norm.eps, self.gate.matrix)
+        return x, normed, *expert_select(logits, *self._rule())
+
+    def _rule(self) -> tuple[mx.array, int, int, int, bool, float]:
+        bias, scale = self.e_score_correction_bias, self.scale
+        return bias, self.top_k, self.groups, self.best_groups, self.renormalize, scale
+
+
+@mx.compile
+def _select(
+    logits: mx.array,
+    bias: mx.array,
+    top_k: int,
+    groups: int,
+    best_groups: int,
+    renormalize: bool,
+    scale: float,
+) -> tuple[mx.array, mx.array]:
+    """logits [B, T, E] -> experts and weights [B, T, k]."""
+    scores = mx.sigmoid(logits)
+    biased = scores + bias
+    if groups > 1:
+        biased = _within_best_groups(biased, groups, best_groups)
+    experts = mx.argsort(-biased, axis=-1)[..., :top_k]
+    weights = mx.take_along_axis(scores, experts, axis=-1)
+    if renormalize:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return experts, weights * scale
+
+
+def _within_best_groups(biased: mx.array, groups: int, best_groups: int) -> mx.array:
+    """Drop the experts outside the best groups; a group is as good as its best two experts."""
+    grouped = biased.reshape(*biased.shape[:-1], groups, -1)
+    value = mx.topk(grouped, 2, axis=-1).sum(axis=-1, keepdims=True)  # [B, T, G, 1]
+    ranks = mx.argsort(mx.argsort(-value, axis=-2), axis=-2)
+    return mx.where(ranks < best_groups, grouped, -mx.inf).reshape(biased.shape)
+
+
+class Experts(nn.Module):
+    """The routed experts in stacks: all of them, or a range."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.gate_proj = weights.linear("gate_proj")
+        self.up_proj = weights.linear("up_proj")
+        self.down_proj = weights.linear("down_proj")
+
+    @property
+    def count(self) -> int:
+        """The experts that are here."""
+        return self.gate_proj.weight.shape[0]
+
+    def __call__(
+        self, x: mx.array, experts: mx.array, weights: mx.array, shared: mx.array | None
+    ) -> mx.array:
+        """The weighted sum of each token's experts, and the `shared` one's output.
+
+        x, shared [N, hidden]; experts, weights [N, k] -> [N, hidden] in x's dtype.
+        """
+        k, flat = experts.shape[-1], experts.reshape(-1)
+        if experts.size < SORT_FROM:
+            y = self._mlp(x[:, None, None], experts, False).reshape(flat.size, -1)
+            return expert_combine(y, mx.arange(flat.size).reshape(-1, k), weights, shared)
+        order = mx.argsort(flat)
+        y = self._mlp(x[order // k][:, None], flat[order], True)[:, 0]
+        return expert_combine(y, mx.argsort(order).reshape(-1, k), weights, shared)
+
+    def one(self, x: mx.array, index: int) -> mx.array:
+        """x [R, hidden] through one expert of the stacks -> [R, hidden]."""
+        gate, up, down = (
+            linear.member(index) for linear in (self.gate_proj, self.up_proj, self.down_proj)
+        )
+        return down(swiglu(gate(x), up(x)))
+
+    def _mlp(self, x: mx.array, experts: mx.array, sorted_indices: bool) -> mx.array:
+        gate = self.gate_proj.gather(x, experts, sorted_indices)
+        up = self.up_proj.gather(x, experts, sorted_indices)
+        return self.down_proj.gather(swiglu(gate, up), experts, sorted_indices)
+
+
+class DecodeMoE:
+    """The experts of a few tokens in four kernels, where kernels run and the matrices suit them."""
+
+    def __init__(self, router: Router, routed: Experts, shared: MLP | None) -> None:
+        self.router = router
+        stacks = (routed.gate_proj, routed.up_proj, routed.down_proj)
+        self.routed = SwiGLUWeights(*(linear.matrix for linear in stacks))
+        self.shared = None
+        if shared is not None:
+            gate, up = shared.gate_up.members()
+            self.shared = SwiGLUWeights(gate.matrix, up.matrix, shared.down_proj.matrix)
+        self._unsuited = refused(router.gate.matrix, self.routed, self.shared, router.top_k)
+
+    def refused(self, tokens: int) -> str | None:
+        """Why the ops form runs instead; None: it does not."""
+        if backend() is None:
+            return NO_BACKEND
+        if tokens > LARGEST_BATCH:
+            return f"{tokens} tokens are more than {LARGEST_BATCH}: sorted by expert"
+        return self._unsuited
+
+    def __call__(self, normed: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+        """normed [B, hidden]; experts, weights [B, k] -> [B, hidden]."""
+        return expert_mlp(normed, experts, weights, self.routed, self.shared)
+
+
+class MixtureOfExperts(nn.Module):
+    """The weighted sum of the chosen experts, plus the shared experts unweighted.
+
+    With a `bank` the stacks hold only some experts, and an expert's place in them is its slot. One
+    token then takes the way that it takes without; many tokens visit one expert after another, so
+    that each is read once. The form of a product never depends on what the bank holds.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        super().__init__()
+        self.router = Router(config, weights)
+        self.switch_mlp = Experts(weights.at("switch_mlp"))
+        self.first_expert = weights.first_expert
+        self.bank = weights.bank("switch_mlp")
+        self.shared_experts = (
+            MLP(weights.at("shared_experts")) if config.num_shared_experts else None
+        )
+        self.kernels = DecodeMoE(self.router, self.switch_mlp, self.shared_experts)
+
+    def forms(self) -> list[tuple[str, str, str]]:
+        """For a step of few and many tokens: how many, what runs, and why."""
+        few = "1 token" if self.bank else f"1 to {LARGEST_BATCH} tokens"
+        refused = self.kernels.refused(1)
+        many = "one expert after another, from the files" if self.bank else "sorted by expert"
+        return [
+            (few, "ops form", refused)
+            if refused
+            else (few, "add_norm_scores, expert_select, expert_gate_up, expert_down", "its domain"),
+            ("more tokens", "ops form", f"{many}, then expert_combine"),
+        ]
+
+    @property
+    def _is_part(self) -> bool:
+        """Whether other ranks have the other experts."""
+        return self.bank is None and self.switch_mlp.count < self.router.gate.out_features
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the host waits for the router here, and maybe for files; never within a graph."""
+        return self.bank is not None and not self.bank.holds_all and self.bank.assumed is None
+
+    def after(self, norm: RMSNorm, x: mx.array, part: mx.array) -> tuple[mx.array, mx.array]:
+        """x, part [B, T, hidden] -> `x + part`, and the experts of its norm."""
+        tokens = x.shape[0] * x.shape[1]
+        few = not self._is_part and (tokens == 1 or not self.bank)
+        if few and self.kernels.refused(tokens) is None:
+            rows = (y.reshape(-1, x.shape[-1]) for y in (x, part))
+            total, normed, experts, weights = self.router.after(norm, *rows)
+            y = self.kernels(normed, self._slots(experts), weights)
+            self._submit(y)
+            return total.reshape(x.shape), y.reshape(x.shape)
+        x, normed = norm.of_sum(x, part)
+        return x, self(normed)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [B, T, hidden] -> [B, T, hidden]. With a range of the experts, its part of the sum."""
+        experts, weights = self.router(x)
+        if self._is_part:
+            here = self.switch_mlp.count
+            experts = experts.astype(mx.int32) - self.first_expert
+            weights = mx.where((experts >= 0) & (experts < here), weights, 0)
+            experts = mx.clip(experts, 0, here - 1)
+        rows = x.reshape(-1, x.shape[-1])
+        shared = None if self.shared_experts is None else self.shared_experts(rows)
+        experts, weights = (y.reshape(len(rows), -1) for y in (experts, weights))
+        if self._waits and shared is not None:
+            mx.async_eval(shared)  # while the host waits for files
+        if self.bank and len(rows) > 1:
+            y = self._by_expert(self.bank, rows, experts, weights, shared)
+        else:
+            y = self.switch_mlp(rows, self._slots(experts), weights, shared)
+            self._submit(y)
+        return y.reshape(x.shape)
+
+    def _slots(self, experts: mx.array) -> mx.array:
+        """One token's experts [1, k] -> where they are in the stacks, once they are there."""
+        if self.bank is None or self.bank.holds_all:
+            return experts
+        if self.bank.assumed is not None:
+            return self.bank.assume(experts)
+        return mx.array(self.bank.slots_of(np.array(experts[0]).astype(np.int64))[None], mx.int32)
+
+    def _submit(self, y: mx.array) -> None:
+        """What reads slots is before all later work in the device's queue, so that whoever has
+        results of later work may write the slots."""
+        if self._waits:
+            mx.async_eval(y)
+
+    def _by_expert(
+        self,
+        bank: ExpertCache,
+        rows: mx.array,
+        experts: mx.array,
+        weights: mx.array,
+        shared: mx.array | None,
+    ) -> mx.array:
+        """As `Experts` does: rows, shared [N, hidden]; experts, weights [N, k] -> [N, hidden]."""
+        chosen = np.array(experts).astype(np.int64)
+        k, flat = chosen.shape[1], chosen.reshape(-1)
+        order = np.argsort(flat, kind="stable")  # of (token, expert) pairs, by expert
+        ends = np.searchsorted(flat[order], np.arange(len(bank.slot_of) + 1))
+
+        def pairs(expert: int) -> npt.NDArray[np.int64]:
+            return order[ends[expert] : ends[expert + 1]]
+
+        def compute(expert: int, slot: int) -> mx.array:
+            return self.switch_mlp.one(rows[mx.array(pairs(expert) // k)], slot)
+
+        visited, outputs = bank.for_each_expert(chosen, compute)
+        places = np.empty_like(flat)
+        places[np.concatenate([pairs(expert) for expert in visited])] = np.arange(len(flat))
+        y, where = mx.concatenate(outputs), mx.array(places.reshape(-1, k), mx.int32)
+        return expert_combine(y, where, weights, shared)

@@ -1,0 +1,247 @@
+"""The routed experts of one layer that are in memory: slots, filled from the files on demand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_kimi.checkpoint.weight_file import Bytes
+from mlx_kimi.errors import KimiError
+from mlx_kimi.offload.expert_files import Part
+from mlx_kimi.offload.read_pool import ReadPool
+
+# How much of its worth an expert keeps from one token to the next. Measured on the pocket model's
+# routing (benchmarks/residency.py): between LRU, which a small number is, and LFU, which 1 is.
+DECAY = 0.95
+WAVE = 16  # experts that are read together while those before them compute
+EMPTY = -1
+
+
+@dataclass
+class Counts:
+    """What finding the experts of all layers cost. Times are in seconds."""
+
+    asked: int = 0  # experts that a token chose, or that a prefill step needed
+    read: int = 0  # of these, those that were in no slot
+    bytes_read: int = 0
+    waited: float = 0.0  # for files
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.asked + other.asked,
+            self.read + other.read,
+            self.bytes_read + other.bytes_read,
+            self.waited + other.waited,
+        )
+
+    def __sub__(self, before: Counts) -> Counts:
+        """What it cost since `before`."""
+        return Counts(
+            self.asked - before.asked,
+            self.read - before.read,
+            self.bytes_read - before.bytes_read,
+            self.waited - before.waited,
+        )
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of the experts asked for that were in memory; 1 before any was."""
+        return 1 - self.read / self.asked if self.asked else 1.0
+
+
+@dataclass
+class LRFU:
+    """What each expert is worth keeping: its uses, each decay with every token since.
+
+    That is LRFU with a decay of `DECAY` (Lee et al., 2001, "LRFU: a spectrum of policies that
+    subsumes the LRU and LFU policies").
+    """
+
+    of: npt.NDArray[np.float64]  # by expert; or of several layers, [layers, experts]
+    decay: float = DECAY
+
+    def note(self, chosen: npt.NDArray[np.int64]) -> None:
+        """Tokens in turn chose these experts: [tokens, k], or [layers, tokens, k]."""
+        tokens = chosen.shape[-2]
+        faded = self.decay ** np.arange(tokens - 1, -1, -1.0)
+        self.of *= self.decay**tokens
+        layers = () if self.of.ndim == 1 else (np.arange(len(self.of))[:, None, None],)
+        np.add.at(self.of, (*layers, chosen), faded[:, None])
+
+
+class ExpertCache:
+    """Slots that hold experts of one layer; `arrays` are stacks of them for the expert kernels.
+
+    The arrays' own memory is written into. That is right only while no step that was submitted
+    may still read the slot: `slots_of` and `for_each_expert` say how each of them makes sure.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        slots: int,
+        readers: ReadPool,
+        counts: Counts,
+        slot_of: npt.NDArray[np.int64],
+        worth: npt.NDArray[np.float64],
+    ) -> None:
+        """`slots` of them, at least as many as a token has experts.
+
+        slot_of, worth: [experts], this layer's rows of two tables that all banks share.
+        """
+        self.parts, self.readers, self.counts = parts, readers, counts
+        self.slot_of, self.worth = slot_of, LRFU(worth)
+        self.expert_in = np.full(slots, EMPTY)
+        self.arrays: dict[str, mx.array] = {}
+        self._views: list[Bytes] = []
+        self._reads: list[Future[int]] = []
+        for part in parts:
+            array, view = _writable(part, slots)
+            self.arrays[part.name] = array
+            self._views.append(view)
+        # While a graph is made: `slot_of` as an array, and what the router chose.
+        self.assumed: mx.array | None = None
+        self.chosen: mx.array | None = None
+        self._what = parts[0].name.rsplit(".", 2)[0].removesuffix(".mlp.switch_mlp")
+
+    @property
+    def slots(self) -> int:
+        return len(self.expert_in)
+
+    @property
+    def holds_all(self) -> bool:
+        return self.slots == len(self.slot_of)
+
+    def fill(self) -> None:
+        """Read every expert, where there is a slot for each."""
+        self._finish(self._start(np.arange(self.slots), needed=np.arange(0)), Counts())
+
+    # ---------------------------------------------------------------------------- one token
+    def slots_of(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """One token's experts [k] -> the slots [k] that hold them, read if they must be.
+
+        Whoever knows what this token chose has waited for the step that chose it. All that reads
+        slots was submitted before it, to the same queue: nothing reads the ones written now.
+        """
+        self.worth.note(chosen[None])
+        absent = chosen[self.slot_of[chosen] == EMPTY]
+        self.counts.asked += len(chosen)
+        if len(absent):
+            self._finish(self._start(absent, needed=chosen), self.counts)
+        return self.slot_of[chosen]
+
+    def assume(self, experts: mx.array) -> mx.array:
+        """Experts [1, k] -> their slots, right if they are in memory, which is verified later."""
+        assert self.assumed is not None
+        self.chosen = experts
+        return self.assumed[experts]
+
+    # ---------------------------------------------------------------------------- many tokens
+    def for_each_expert(
+        self, chosen: npt.NDArray[np.int64], compute: Callable[[int, int], mx.array]
+    ) -> tuple[list[int], list[mx.array]]:
+        """`compute(expert, slot)` once for each expert that many tokens chose [tokens, k].
+
+        Those in memory come first, then waves of others: one is read while the one before it
+        computes. The most worth is read last, so that it stays. A slot is written only once what
+        was computed from it is there.
+
+        Returns:
+            The experts in the order they were visited, and what was computed for each.
+        """
+        self.worth.note(chosen)
+        needed = np.unique(chosen)
+        present = needed[self.slot_of[needed] != EMPTY]
+        absent = needed[self.slot_of[needed] == EMPTY]
+        absent = absent[np.argsort(self.worth.of[absent], kind="stable")]
+        self.counts.asked += len(needed)
+        visited: list[int] = []
+        outputs: list[mx.array] = []
+        from_slot: dict[int, mx.array] = {}
+
+        def submit(experts: npt.NDArray[np.int64]) -> None:
+            for expert in experts.tolist():
+                slot = int(self.slot_of[expert])
+                from_slot[slot] = compute(expert, slot)
+                visited.append(expert)
+                outputs.append(from_slot[slot])
+            mx.async_eval(*outputs[len(outputs) - len(experts) :])
+
+        submit(present)
+        size = max(1, min(WAVE, self.slots // 2))
+        waves = [absent[i : i + size] for i in range(0, len(absent), size)]
+        wave: npt.NDArray[np.int64] = absent[:0]
+        for following in waves:
+            started = self._start(following, needed=wave, from_slot=from_slot)
+            self._finish(started, self.counts)
+            wave = following
+            submit(wave)
+        return visited, outputs
+
+    # ---------------------------------------------------------------------------- slots
+    def _start(
+        self,
+        experts: npt.NDArray[np.int64],
+        needed: npt.NDArray[np.int64],
+        from_slot: dict[int, mx.array] | None = None,
+    ) -> list[tuple[int, int, list[Future[int]]]]:
+        """Begin to read `experts` into the slots worth least, but none of what is `needed`."""
+        self.readers.settle(self._reads)  # (of a step that failed or was interrupted)
+        slots = self._least_worth(len(experts), needed)
+        if from_slot:
+            mx.eval([from_slot.pop(slot) for slot in slots if slot in from_slot])
+        started = []
+        for expert, slot in zip(experts.tolist(), slots, strict=True):
+            if self.expert_in[slot] != EMPTY:  # if reading fails, the slot holds nothing
+                self.slot_of[self.expert_in[slot]] = EMPTY
+                self.expert_in[slot] = EMPTY
+            reads = [
+                self.readers.start(partial(part.read, expert, view[slot]), self._reads)
+                for part, view in zip(self.parts, self._views, strict=True)
+            ]
+            started.append((expert, slot, reads))
+        return started
+
+    def _finish(
+        self, started: Sequence[tuple[int, int, list[Future[int]]]], counts: Counts
+    ) -> None:
+        """Wait for what `_start` began; from then on the slots hold the experts."""
+        began = time.perf_counter()
+        for expert, slot, reads in started:
+            what = f"{self._what}: expert {expert}"
+            counts.bytes_read += self.readers.wait(reads, what)
+            self.slot_of[expert], self.expert_in[slot] = slot, expert
+        self._reads.clear()
+        counts.read += len(started)
+        counts.waited += time.perf_counter() - began
+
+    def _least_worth(self, count: int, needed: npt.NDArray[np.int64]) -> list[int]:
+        worth = np.where(self.expert_in == EMPTY, -1.0, self.worth.of[self.expert_in])
+        kept = self.slot_of[needed]
+        worth[kept[kept != EMPTY]] = np.inf
+        return np.argsort(worth, kind="stable")[:count].tolist()
+
+
+def _writable(part: Part, slots: int) -> tuple[mx.array, Bytes]:
+    """A stack [slots, ...] of zeros, and its memory [slots, bytes].
+
+    Raises:
+        KimiError: this backend keeps arrays where the host cannot write.
+    """
+    base = mx.zeros((slots, part.nbytes), mx.uint8)
+    mx.eval(base)
+    view = np.array(base, copy=False)
+    array = base.view(part.dtype).reshape(slots, *part.shape)
+    mx.eval(array)
+    view[-1, -1] = 1
+    if array.view(mx.uint8).reshape(-1)[-1].item() != 1:
+        raise KimiError("this device's arrays cannot be written by the host: no memory budget")
+    view[-1, -1] = 0
+    return array, view

@@ -1,0 +1,95 @@
+"""Where each routed expert's bytes lie in a folder's files, and how they get into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_kimi.checkpoint.files import DTYPES, Checkpoint
+from mlx_kimi.checkpoint.weight_file import Bytes, OpenFile
+from mlx_kimi.errors import KimiError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array of every expert of a layer, such as the scales of `down_proj`."""
+
+    name: str  # in the MLX layout: `model.layers.3.mlp.switch_mlp.down_proj.scales`
+    shape: tuple[int, ...]  # of one expert
+    stored: mx.Dtype
+    dtype: mx.Dtype  # in memory
+    places: Sequence[tuple[OpenFile, int]]  # by expert: file, first byte
+
+    @property
+    def nbytes(self) -> int:
+        """Of one expert in memory."""
+        return prod(self.shape) * self.dtype.size
+
+    def read(self, expert: int, into: Bytes) -> int:
+        """Fill `into` [nbytes] with one expert's array; returns the bytes read."""
+        file, offset = self.places[expert]
+        if self.stored == self.dtype:
+            file.read(offset, into)
+            return into.nbytes
+        raw = np.empty(prod(self.shape) * self.stored.size, np.uint8)
+        file.read(offset, raw)
+        into.view(np.float32)[:] = _widened(raw, self.stored)
+        return raw.nbytes
+
+
+def _widened(raw: Bytes, stored: mx.Dtype) -> npt.NDArray[np.float32]:
+    if stored == mx.float16:
+        return raw.view(np.float16).astype(np.float32)
+    return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)  # bfloat16
+
+
+class ExpertFiles:
+    """The open files of a folder that hold routed experts."""
+
+    def __init__(self) -> None:
+        # (No checkpoint: it would keep the arrays that it has read.)
+        self._files: dict[str, OpenFile] = {}
+
+    def part(
+        self, checkpoint: Checkpoint, name: str, names: Sequence[str], dtype: mx.Dtype
+    ) -> Part:
+        """The array `name` of the MLX layout.
+
+        Args:
+            checkpoint: of the folder.
+            names: one stored tensor with all experts [E, ...], or one tensor for each.
+            dtype: of floats in memory.
+
+        Raises:
+            KimiError: the stored floats do not fit `dtype` without rounding.
+        """
+        places = [self._place(checkpoint, n) for n in names]
+        first = checkpoint.tensors[names[0]]
+        stored = DTYPES[first.dtype]
+        shape = first.shape
+        if len(names) == 1:
+            (file, offset), (count, *rest) = places[0], shape
+            shape, size = tuple(rest), prod(rest) * stored.size
+            places = [(file, offset + expert * size) for expert in range(count)]
+        is_float = mx.issubdtype(stored, mx.floating)
+        if is_float and dtype not in (stored, mx.float32):
+            raise KimiError(
+                f"{first.file}: {names[0]} is {first.dtype} and the model computes in "
+                f"{str(dtype).removeprefix('mlx.core.')}; convert it before it is streamed"
+            )
+        return Part(name, shape, stored, dtype if is_float else stored, places)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _place(self, checkpoint: Checkpoint, name: str) -> tuple[OpenFile, int]:
+        file = checkpoint.tensors[name].file
+        if file not in self._files:
+            self._files[file] = checkpoint.open(file, "the model is in use")
+        return self._files[file], checkpoint.place(name)

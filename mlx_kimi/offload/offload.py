@@ -1,0 +1,81 @@
+"""A model in less memory than it has weights: routed experts come from the files on demand."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_kimi.defaults import BUFFERS
+from mlx_kimi.offload.expert_cache import EMPTY, Counts, ExpertCache
+from mlx_kimi.offload.expert_files import ExpertFiles, Part
+from mlx_kimi.offload.optimistic import OptimisticResidency
+from mlx_kimi.offload.read_pool import ReadPool
+
+
+class ExpertOffload:
+    """The banks of all layers, the threads that fill them, and what that has cost.
+
+    Attributes:
+        bounds_context: whether the budget, and not the model, says how long a text may be.
+        banks: by the path of the stacks, `model.layers.3.mlp.switch_mlp`.
+        slots: of each bank.
+        optimistic: that a token's experts are in memory, where not all are.
+    """
+
+    def __init__(
+        self,
+        files: ExpertFiles,
+        layers: Mapping[str, list[Part]],
+        slots: int,
+        bounds_context: bool = False,
+    ) -> None:
+        self.bounds_context = bounds_context
+        self.slots, self.counts, self.readers = slots, Counts(), ReadPool()
+        weakref.finalize(self, _close, files, self.readers)
+        CACHE_LIMIT.while_alive(self)
+        experts = max((len(p.places) for parts in layers.values() for p in parts), default=0)
+        slot_of = np.full((len(layers), experts), EMPTY)
+        worth = np.zeros((len(layers), experts))
+        self.banks = {
+            path: ExpertCache(parts, slots, self.readers, self.counts, *rows)
+            for (path, parts), *rows in zip(layers.items(), slot_of, worth, strict=True)
+        }
+        for bank in self.banks.values():
+            if bank.holds_all:
+                bank.fill()
+        partial = [bank for bank in self.banks.values() if not bank.holds_all]
+        self.optimistic = OptimisticResidency(partial, self.counts, slot_of, worth)
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """The stacks of all banks by their names in the MLX layout."""
+        return {name: array for bank in self.banks.values() for name, array in bank.arrays.items()}
+
+
+class CacheLimit:
+    """MLX keeps `BUFFERS` at most of freed arrays while any of some objects lives."""
+
+    def __init__(self) -> None:
+        self._alive = self._before = 0
+
+    def while_alive(self, owner: object) -> None:
+        if not self._alive:
+            self._before = mx.set_cache_limit(BUFFERS)
+        self._alive += 1
+        weakref.finalize(owner, self._one_less)
+
+    def _one_less(self) -> None:
+        self._alive -= 1
+        if not self._alive:
+            mx.set_cache_limit(self._before)
+
+
+CACHE_LIMIT = CacheLimit()  # the limit is the process's
+
+
+def _close(files: ExpertFiles, readers: ReadPool) -> None:
+    readers.close()
+    files.close()

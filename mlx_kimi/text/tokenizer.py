@@ -1,0 +1,194 @@
+"""Text to token ids and back, from the files of a model folder and nothing else.
+
+Two kinds of vocabulary, one interface: `tiktoken.model` of the published checkpoints, split by
+Kimi's own pattern, and `tokenizer.model` of sentencepiece. No code of a folder is ever run, and no
+pattern is ever guessed.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mlx_kimi.errors import KimiError
+from mlx_kimi.text.chat_template import (
+    ChatTemplate,
+    check_messages,
+    load_chat_template,
+    special_tokens,
+)
+from mlx_kimi.text.control_tokens import ControlTokens
+from mlx_kimi.text.detokenize import StreamingDetokenizer
+from mlx_kimi.text.sentencepiece_vocabulary import load_sentencepiece
+from mlx_kimi.text.tiktoken_vocabulary import load_tiktoken
+from mlx_kimi.text.vocabulary import Vocabulary, check_names
+from mlx_kimi.user_files import Json, read_json, shown
+
+STOP_NAMES = ("[EOS]", "<|im_end|>", "[EOT]")
+SOURCE = "moonshotai/Kimi-Linear-48B-A3B-Instruct"
+
+
+class Tokenizer:
+    """One interface for both kinds of vocabulary.
+
+    Attributes:
+        vocab_size: one more than the largest id.
+        control_tokens: ids of the tokens that are not text, by name.
+        stop_ids: control tokens that end an answer.
+        chat_template: the folder's template, or the built-in one.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, stop_ids: Iterable[int], chat_template: ChatTemplate
+    ) -> None:
+        self.vocab_size = vocabulary.size
+        self.control_tokens = {name: id for id, name in vocabulary.pieces.control.items()}
+        self.stop_ids = frozenset(stop_ids)
+        self.chat_template = chat_template
+        self._vocabulary = vocabulary
+        self._control = ControlTokens(self.control_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text: the spelling of a control token is text like any other."""
+        return self._encode_from(text, True)
+
+    def encode_with_control(self, text: str, mark: str = "") -> list[int]:
+        """Ids of trusted text, such as a rendered template, with its control tokens.
+
+        Args:
+            text: the text.
+            mark: what `ControlTokens.protect` put into spellings that are ordinary text.
+        """
+        ids: list[int] = []
+        for piece, is_control in self._control.split(text, mark):
+            if is_control:
+                ids.append(self.control_tokens[piece])
+            elif piece:
+                ids += self._encode_from(piece, not ids)
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
+        """Text of `ids`, without control tokens unless asked for; broken UTF-8 gives U+FFFD."""
+        detokenizer = self.detokenizer(skip_control)
+        return "".join([*map(detokenizer.add, ids), detokenizer.finish()])
+
+    def detokenizer(self, skip_control: bool = True) -> StreamingDetokenizer:
+        """A new stream of text; it drops control tokens, as `decode` does."""
+        return StreamingDetokenizer(self._vocabulary.pieces, skip_control)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Json]],
+        tools: Sequence[Mapping[str, Json]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Json,
+    ) -> list[int]:
+        """Ids of a chat. Nothing in the messages, tools or variables becomes a control token.
+
+        Raises:
+            KimiError: the messages have no chat's form, or the template fails or refuses them.
+        """
+        check_messages(messages, tools)
+        template = self.chat_template
+        given = {"messages": messages, "tools": tools, **variables}
+        fixed = json.dumps(template.variables, ensure_ascii=False)
+        protected, mark = self._control.protect(given, template.source(tools), fixed)
+        text = template.render(**protected, add_generation_prompt=add_generation_prompt)
+        return self.encode_with_control(text, mark)
+
+    def close(self) -> None:
+        """End the template's process; without this it ends with the program."""
+        self.chat_template.close()
+
+    def _encode_from(self, text: str, at_start: bool) -> list[int]:
+        # Half a surrogate pair, which JSON and terminals can bring, is no text.
+        valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self._vocabulary.encode(valid, at_start)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder.
+
+    Raises:
+        KimiError: a file is missing, cannot be read or contradicts another.
+    """
+    folder = Path(folder)
+    settings = read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "config.json")
+    vocabulary = _load_vocabulary(folder, settings)
+    _check_size(vocabulary, config)
+    stops = set(_stop_ids(vocabulary, settings))
+    for name, values in (
+        ("config.json", config),
+        ("generation_config.json", read_json(folder / "generation_config.json")),
+    ):
+        stops.update(_eos_ids(name, values, vocabulary.size))
+    return Tokenizer(vocabulary, stops, load_chat_template(folder, settings))
+
+
+def _load_vocabulary(folder: Path, settings: Mapping[str, Json]) -> Vocabulary:
+    added = _added_tokens(settings)
+    if (folder / "tiktoken.model").is_file():
+        return load_tiktoken(folder / "tiktoken.model", added)
+    if (folder / "tokenizer.model").is_file():
+        return load_sentencepiece(folder / "tokenizer.model", added)
+    instead = " (tokenizer.json does not say how Kimi splits text)"
+    raise KimiError(
+        f"{folder}: tiktoken.model is missing"
+        f"{instead if (folder / 'tokenizer.json').is_file() else ''}: "
+        f"copy it from {SOURCE} on the Hugging Face hub"
+    )
+
+
+def _added_tokens(settings: Mapping[str, Json]) -> dict[int, str]:
+    """Names by id of tokenizer_config.json's added_tokens_decoder."""
+    where = "tokenizer_config.json: added_tokens_decoder"
+    entries = settings.get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict):
+        raise KimiError(f"{where} must be an object, but is {shown(entries)}")
+    added: dict[int, str] = {}
+    for key, entry in entries.items():
+        if not key.isascii() or not key.isdigit() or len(key) > 9:
+            raise KimiError(f"{where}: keys must be ids, but one is {shown(key)}")
+        name = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or len(name) < 2:
+            raise KimiError(
+                f"{where}: {key} must be an object whose content is a name of two characters or "
+                f"more, but is {shown(entry)}"
+            )
+        if int(key) in added:
+            raise KimiError(
+                f"{where}: {shown(added[int(key)])} and {shown(name)} both have id {int(key)}"
+            )
+        added[int(key)] = name
+    check_names(added)
+    return added
+
+
+def _check_size(vocabulary: Vocabulary, config: Mapping[str, Json]) -> None:
+    size = config.get("vocab_size")
+    if size is None:
+        return
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise KimiError(f"config.json: vocab_size must be an integer, but is {shown(size)}")
+    if vocabulary.size > size:
+        raise KimiError(
+            f"{vocabulary.file}: has {vocabulary.size} ids with its control tokens, "
+            f"but vocab_size of config.json allows {size}"
+        )
+
+
+def _stop_ids(vocabulary: Vocabulary, settings: Mapping[str, Json]) -> Iterator[int]:
+    names = {*STOP_NAMES, special_tokens(settings).get("eos_token")}
+    return (id for id, name in vocabulary.pieces.control.items() if name in names)
+
+
+def _eos_ids(file: str, config: Mapping[str, Json], size: int) -> list[int]:
+    given = config.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    for id in ids:
+        if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < size:
+            raise KimiError(
+                f"{file}: eos_token_id must be an id below {size} or a list of them, "
+                f"but is {shown(given)}"
+            )
+    return ids

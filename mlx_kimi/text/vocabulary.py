@@ -1,0 +1,61 @@
+"""What the two kinds of tokenizer files have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mlx_kimi.errors import KimiError
+from mlx_kimi.user_files import shown
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What every id stands for.
+
+    Attributes:
+        text: UTF-8 bytes by id; a character may be spread over several ids.
+        control: the names of control tokens by id.
+        droppable: ids whose first character is a space that sentencepiece puts before a text and
+            takes off again; empty where there is no such rule.
+        drops_more: take it off every piece until one leaves text, not off the first alone.
+    """
+
+    text: Sequence[bytes]
+    control: Mapping[int, str]
+    droppable: frozenset[int] = frozenset()
+    drops_more: bool = False
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the two kinds of tokenizer files have in common.
+
+    Attributes:
+        file: the file's name, for errors.
+        encode: ordinary text to ids. The second argument says that the text starts a sequence:
+            sentencepiece puts a space before it.
+        pieces: what the ids stand for.
+        size: one more than the largest id.
+    """
+
+    file: str
+    encode: Callable[[str, bool], list[int]]
+    pieces: Pieces
+    size: int
+
+
+def check_names(names: Mapping[int, str]) -> None:
+    """Refuse names of which two ids have one.
+
+    Raises:
+        KimiError: so it is.
+    """
+    ids: dict[str, int] = {}
+    for id, name in names.items():
+        if name in ids:
+            raise KimiError(
+                f"tokenizer_config.json: added_tokens_decoder: a name must have one id, "
+                f"but {shown(name)} has {ids[name]} and {id}"
+            )
+        ids[name] = id
