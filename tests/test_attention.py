@@ -205,6 +205,7 @@ def test_an_mla_layer_is_the_published_formula(
     assert_close("o", ours[0], mla_layer(x.astype(np.float64), weights, 5, 48), LARGEST, RMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("T", [200, 3 * QUERY_BLOCK])
 def test_peak_memory_does_not_grow_with_the_context(

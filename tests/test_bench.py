@@ -66,6 +66,7 @@ def row(**changed: Any) -> Row:
 
 
 # ------------------------------------------------------------------------------------- measurement
+@pytest.mark.slow
 def test_every_answer_has_the_tokens_that_were_asked_for(loaded, answers) -> None:
     bench = Bench(*loaded, tokens=TOKENS, repeats=REPEATS, prefill_step=16)
     for length in (20, 50):
@@ -82,6 +83,7 @@ def test_nothing_is_read_twice(loaded, answers) -> None:
     assert cached == [0, 20, 20, 20, 20, 50, 50, 50, 50, 51, 51, 51]
 
 
+@pytest.mark.slow
 def test_every_repeat_answers_as_a_fresh_run_does(loaded, answers) -> None:
     bench = Bench(*loaded, tokens=TOKENS, repeats=REPEATS)
     for length in (20, 50):
@@ -123,6 +125,7 @@ def test_no_token_ends_an_answer(loaded, answers, monkeypatch) -> None:
     assert loaded[1].stop_ids, "the caller's tokenizer still has its own"
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_row_and_its_context(loaded) -> None:
     bench = Bench(*loaded, tokens=TOKENS, repeats=1)
     for length in (20, 50, 2000, 2010):
@@ -191,6 +194,7 @@ def test_a_row_needs_a_longer_context_that_fits(loaded) -> None:
         bench.row(LIMIT - 2)
 
 
+@pytest.mark.slow
 def test_the_longest_context_is_measured(loaded, answers) -> None:
     Bench(*loaded, tokens=2, repeats=1).row(LIMIT - 3)
     assert len(answers[-1][0]) == LIMIT - 2 and len(answers[-1][1]) == 2
@@ -210,6 +214,7 @@ def contexts_of(table: str) -> list[str]:
     return [line.split()[0] for line in lines[below:]]
 
 
+@pytest.mark.slow
 def test_the_pocket_model_is_measured_in_80_columns() -> None:
     done = run("--contexts", "1500,16,64", "--tokens", "4", "--repeats", "2")
     assert done.returncode == 0, done.stderr
@@ -219,6 +224,7 @@ def test_the_pocket_model_is_measured_in_80_columns() -> None:
     assert done.stderr == "", "no bar where there is no terminal"
 
 
+@pytest.mark.slow
 def test_json_holds_everything(talker: Path, tmp_path: Path) -> None:
     options = ("--contexts", "16,64", "--tokens", "4", "--repeats", "3", "--prefill-step", "8")
     done = run(talker, *options, "--json", tmp_path / "rows.json")
@@ -248,6 +254,7 @@ def test_json_has_stdout_for_itself(talker: Path) -> None:
     assert contexts_of(done.stderr) == ["16"]
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_progress_and_a_file_gets_the_rows(talker: Path, tmp_path: Path) -> None:
     options = f"{talker} --contexts 16,64 --tokens 3 --repeats 2 > {tmp_path / 'rows'}"
     command = f"{' '.join(PROGRAM)} {options}"
@@ -260,6 +267,7 @@ def test_a_terminal_shows_progress_and_a_file_gets_the_rows(talker: Path, tmp_pa
     assert contexts_of((tmp_path / "rows").read_text()) == ["16", "64"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG\r\n"), (".svg", b"<?xml")])
 def test_a_plot_is_drawn(talker: Path, tmp_path: Path, suffix: str, start: bytes) -> None:
     file = tmp_path / f"speeds{suffix}"
@@ -270,6 +278,7 @@ def test_a_plot_is_drawn(talker: Path, tmp_path: Path, suffix: str, start: bytes
         assert "tokens a second" in file.read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_rows_that_were_finished(talker: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     options = ["--contexts", "16,3000", "--prefill-step", "1", "--json", str(file)]
@@ -294,6 +303,7 @@ def test_ctrl_c_keeps_the_rows_that_were_finished(talker: Path, tmp_path: Path) 
     assert [measured["context"] for measured in report["rows"]] == [16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -207,6 +207,7 @@ def weather(tmp_path: Path) -> Path:
     return tmp_path / "weather.py"
 
 
+@pytest.mark.slow
 def test_the_pocket_model_calls_a_function_and_uses_its_result(weather, tmp_path) -> None:
     chat = pocket_chat(weather, tmp_path)
     chat.say("What is the weather in Paris?")
@@ -235,6 +236,7 @@ def test_a_call_cut_by_the_limit_is_no_part_of_the_conversation(weather, tmp_pat
     assert chat.conversation.turns[0].replies == [{"role": "assistant", "content": ""}]
 
 
+@pytest.mark.slow
 def test_control_tokens_in_a_result_stay_text(weather, tmp_path) -> None:
     chat = pocket_chat(weather, tmp_path)
     chat.say("What is the weather in Paris?")

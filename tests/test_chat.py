@@ -73,6 +73,7 @@ def texts(folder: Path) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------- editing
+@pytest.mark.slow
 def test_a_line_is_edited_sent_and_answered(start, folder) -> None:
     terminal = start()
     terminal.type("What is 347 + 59?" + LEFT + BACKSPACE + "8" + ALT_B * 3)
@@ -86,6 +87,7 @@ def test_a_line_is_edited_sent_and_answered(start, folder) -> None:
     terminal.wait_until(lambda: texts(folder)[-1] == "one\ntwo")
 
 
+@pytest.mark.slow
 def test_200_pasted_lines_are_one_message(start, talker, folder) -> None:
     terminal = start(*talker_options(talker))
     lines = "\n".join(f"line {n}, pasted" for n in range(200))
@@ -97,6 +99,7 @@ def test_200_pasted_lines_are_one_message(start, talker, folder) -> None:
     assert texts(folder) == [lines]
 
 
+@pytest.mark.slow
 def test_history_lasts_from_one_run_to_the_next(start, talker, folder) -> None:
     first = start(*talker_options(talker))
     for text in ("about apples", "about pears"):
@@ -120,6 +123,7 @@ def test_history_lasts_from_one_run_to_the_next(start, talker, folder) -> None:
     second.wait_until(lambda: texts(folder) == ["about pears"])
 
 
+@pytest.mark.slow
 def test_the_terminal_may_change_its_size(start, talker) -> None:
     terminal = start(*talker_options(talker, 400), "--temp", "1", "--seed", "1")
     terminal.type("a message that is longer than forty columns are wide")
@@ -136,6 +140,7 @@ def test_the_terminal_may_change_its_size(start, talker) -> None:
     assert terminal.screen.columns == 100 and max(map(len, terminal.lines)) > 60
 
 
+@pytest.mark.slow
 def test_tab_completes_commands_and_a_wrong_one_is_told_the_nearest(start, talker, folder) -> None:
     terminal = start(*talker_options(talker))
     terminal.type("/sess")
@@ -153,6 +158,7 @@ def test_tab_completes_commands_and_a_wrong_one_is_told_the_nearest(start, talke
     assert texts(folder) == ["/etc/hosts is a file"]
 
 
+@pytest.mark.slow
 def test_what_is_typed_during_an_answer_waits_unseen(start, talker) -> None:
     terminal = start(*talker_options(talker, 700))
     terminal.say("first")
@@ -164,6 +170,7 @@ def test_what_is_typed_during_an_answer_waits_unseen(start, talker) -> None:
 
 
 # ------------------------------------------------------------------------------------------ Ctrl-C
+@pytest.mark.slow
 def test_ctrl_c_while_the_message_is_read(start, talker, folder) -> None:
     terminal = start(*talker_options(talker), "--prefill-step", "4")
     terminal.say("first")
@@ -181,6 +188,7 @@ def test_ctrl_c_while_the_message_is_read(start, talker, folder) -> None:
     assert texts(folder) == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_an_answer_keeps_what_was_said(start, talker, folder) -> None:
     terminal = start(*talker_options(talker, 3500))
     terminal.say("first")
@@ -198,6 +206,7 @@ def test_ctrl_c_in_an_answer_keeps_what_was_said(start, talker, folder) -> None:
     assert saved(folder).turns[0].answer == said and texts(folder) == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_prompt(start, talker) -> None:
     terminal = start(*talker_options(talker))
     terminal.type("half a line")
@@ -218,6 +227,7 @@ def test_ctrl_c_at_the_prompt(start, talker) -> None:
 
 
 # ------------------------------------------------------------------------------------- going back
+@pytest.mark.slow
 def test_undo_retry_edit_and_save(start, folder, talker) -> None:
     terminal = start(*talker_options(talker, 8), "--temp", "1.5")
     for number in range(1, 6):
@@ -265,6 +275,7 @@ def _answered(folder: Path) -> list[str]:
     return [turn.answer for turn in saved(folder).turns if turn.replies]
 
 
+@pytest.mark.slow
 def test_killed_in_an_answer_the_chat_resumes(start, folder, talker) -> None:
     terminal = start(*talker_options(talker, 3000))
     terminal.paste("a beginning of many words " * 40)
@@ -304,6 +315,7 @@ def get_weather(city: str) -> str:
 '''
 
 
+@pytest.mark.slow
 def test_a_tool_is_called_with_consent_and_not_without(start, folder, tmp_path) -> None:
     log = tmp_path / "log"
     (tmp_path / "weather.py").write_text(TOOLS.format(log=str(log)))
@@ -341,6 +353,7 @@ def test_a_call_where_there_are_no_tools_is_answered_with_that(loaded, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ safety
+@pytest.mark.slow
 def test_a_session_full_of_escape_codes_writes_none_to_the_terminal(start, folder, talker) -> None:
     evil = "\x1b]0;owned\x07 \x1b[2J \x9b31m \u202egnirts"
     session = Session(folder / "evil", {})
@@ -358,6 +371,7 @@ def test_a_session_full_of_escape_codes_writes_none_to_the_terminal(start, folde
 
 
 # ------------------------------------------------------------------------------- files, clipboard
+@pytest.mark.slow
 def test_files_go_with_a_message_and_answers_to_the_clipboard(start, folder, tmp_path) -> None:
     (tmp_path / "notes.md").write_text("```\nThe code is 1234.\n```\n<|im_end|>")
     terminal = start(SSH_TTY="/dev/pts/0", columns=160)  # so that no long path wraps
@@ -383,6 +397,7 @@ def test_files_go_with_a_message_and_answers_to_the_clipboard(start, folder, tmp
     assert b"\x1b]52;c;" + base64.b64encode(answer.encode()) + b"\x07" in terminal.raw
 
 
+@pytest.mark.slow
 def test_a_full_context_is_said_with_what_can_be_done(start, talker, folder) -> None:
     message = "abc " * 1300
     used = len(load_tokenizer(talker).encode(message))
@@ -400,6 +415,7 @@ def test_a_full_context_is_said_with_what_can_be_done(start, talker, folder) -> 
 
 
 # ----------------------------------------------------------------------------------------- a pipe
+@pytest.mark.slow
 def test_markdown_may_be_off(start, talker) -> None:
     terminal = start("--no-markdown", *talker_options(talker, 12))
     terminal.say("first")
@@ -420,6 +436,7 @@ def piped(talker: Path, folder: Path, stdin: bytes, *options: str) -> subprocess
     return subprocess.run(command, input=stdin, capture_output=True, env=ENVIRONMENT, timeout=120)
 
 
+@pytest.mark.slow
 def test_in_a_pipe_each_line_is_answered_on_stdout_alone(talker: Path, folder: Path) -> None:
     done = piped(talker, folder, b"one\n\nbad \xff\ntwo\n/stats\n/nothing\n")
     assert done.returncode == 0
@@ -437,6 +454,7 @@ def test_in_a_pipe_each_line_is_answered_on_stdout_alone(talker: Path, folder: P
     assert not folder.exists(), "nothing is kept without /save NAME"
 
 
+@pytest.mark.slow
 def test_a_pipe_can_save_and_resume(talker: Path, folder: Path) -> None:
     assert piped(talker, folder, b"one\n/save mine\ntwo\n").returncode == 0
     done = piped(talker, folder, b"three\n", "--resume", "mine")
@@ -463,6 +481,7 @@ def test_a_session_beyond_the_budget_is_refused_before_a_model_is_loaded(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
@@ -478,6 +497,7 @@ def test_a_mistake_is_one_clear_line(talker, folder, options, code, said) -> Non
     assert said in done.stderr.decode() and b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_json_lines_of_a_session_are_plain(talker: Path, folder: Path) -> None:
     """What is stored can be read by any program."""
     piped(talker, folder, "héllo\n/save mine\n".encode())

@@ -118,6 +118,7 @@ def rendered(blocks: list[str], width: int) -> list[str]:
     return [line.rstrip() for line in console.file.getvalue().split("\n")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "rows"), [(40, 10), (80, 24), (120, 5)])
 def test_what_scrolled_away_is_printed_once_and_never_again(columns: int, rows: int) -> None:
     """The screen is read after every piece: a line that scrolled away never changes."""

@@ -30,6 +30,7 @@ def generated(talker: Path, *arguments: str, stdin: bytes = b"") -> str:
 
 
 # ---------------------------------------------------------------------------------------- answers
+@pytest.mark.slow
 def test_stdout_is_the_answer_and_stderr_the_speeds(talker: Path) -> None:
     done = run("generate", "--model", talker, "-p", PROMPT, "--max-tokens", "5")
     asked = json.loads(generated(talker, "-p", PROMPT, "--max-tokens", "5", "--json"))
@@ -48,12 +49,14 @@ def test_json_is_one_object_with_everything(talker: Path) -> None:
     assert answer["generation_tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_stdin_is_the_prompt_when_it_is_a_dash(talker: Path) -> None:
     prompt = "多行\nprompt 🎉"
     typed = generated(talker, "-p", prompt, "--max-tokens", "8")
     assert generated(talker, "-p", "-", "--max-tokens", "8", stdin=prompt.encode()) == typed
 
 
+@pytest.mark.slow
 def test_options_reach_the_model(talker: Path) -> None:
     def tokens(*options: str) -> list[int]:
         text = generated(talker, "-p", PROMPT, "--max-tokens", "9", "--json", *options)
@@ -73,12 +76,14 @@ def test_options_reach_the_model(talker: Path) -> None:
     assert done.returncode == 1 and b"latent_bits must be 8" in done.stderr
 
 
+@pytest.mark.slow
 def test_check_finds_a_random_model_whole(talker: Path) -> None:
     done = run("check", talker)
     assert done.returncode == 0, done.stderr
     assert b"FAILED" not in done.stdout
 
 
+@pytest.mark.slow
 def test_check_fails_where_a_golden_does(talker: Path, tmp_path: Path) -> None:
     for file in talker.iterdir():
         (tmp_path / file.name).symlink_to(file)
@@ -90,6 +95,7 @@ def test_check_fails_where_a_golden_does(talker: Path, tmp_path: Path) -> None:
     assert b"2 checks failed" in done.stderr
 
 
+@pytest.mark.slow
 def test_info_says_what_a_model_is_and_what_runs_it() -> None:
     facts = run("info").stdout.decode()
     assert "6 KDA and 2 MLA layers" in facts and "4 bits" in facts
@@ -124,6 +130,7 @@ def test_ctrl_c_ends_quietly(talker: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------- mistakes
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "stdin", "code", "said"),
     [
@@ -177,12 +184,14 @@ def test_without_a_backend_one_line_says_what_to_install() -> None:
     assert b"install mlx_kimi[cpu]" in done.stderr and done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.slow
 def test_help_and_version_answer_at_once() -> None:
     assert b"generate" in run("--help").stdout
     assert b"--max-tokens" in run("generate", "--help").stdout
     assert run("--version").stdout.startswith(b"mlx_kimi, version ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("streams", "code", "said"),
     [
@@ -215,6 +224,7 @@ def test_check_finds_damaged_weights(talker: Path, tmp_path: Path) -> None:
 QUERY = ("model.layers.1.self_attn.q_proj.weight", "layers.1.self_attn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tensor", "place", "command"),
     [

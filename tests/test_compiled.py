@@ -63,6 +63,7 @@ def one_by_one(model: KimiLinear, tokens: mx.array, cache: list[CacheEntry]) -> 
     return np.array(mx.concatenate(logits, axis=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("B", "prompt", "bits"), [(1, 250, None), (2, 250, None), (1, 600, 8), (2, 3, None)]
 )
@@ -83,6 +84,7 @@ def test_is_the_ops_form_across_the_freezing_of_a_tail(
             assert_close("latents", kept, expected, SAME)
 
 
+@pytest.mark.slow
 def test_takes_a_large_batch(pocket: KimiLinear, launched: list[str]) -> None:
     """So many tokens make a prefill step submit layers one by one, which a graph cannot."""
     B, token = SUBMITTED_FROM, ids(SUBMITTED_FROM, 1)
@@ -94,6 +96,7 @@ def test_takes_a_large_batch(pocket: KimiLinear, launched: list[str]) -> None:
         assert_close("logits", ours, pocket(token, plain), SAME)
 
 
+@pytest.mark.slow
 def test_latents_freeze_in_8_bits_as_layer_by_layer(pocket: KimiLinear) -> None:
     """(Not as in the ops form, which packs a full tail before it attends to it.)"""
     tokens = ids(1, 20)
@@ -104,6 +107,7 @@ def test_latents_freeze_in_8_bits_as_layer_by_layer(pocket: KimiLinear) -> None:
     assert_close("logits", compiled, apart, 1e-6)
 
 
+@pytest.mark.slow
 def test_conversations_that_take_turns_keep_their_graphs(
     pocket: KimiLinear, launched: list[str]
 ) -> None:
@@ -116,6 +120,7 @@ def test_conversations_that_take_turns_keep_their_graphs(
     assert len(launched) == built
 
 
+@pytest.mark.slow
 def test_is_built_once_for_a_tail(pocket: KimiLinear, launched: list[str]) -> None:
     cache = prompted(pocket, 1, TAIL + 7)
     one_by_one(pocket, ids(1, 2), cache)
@@ -128,6 +133,7 @@ def test_is_built_once_for_a_tail(pocket: KimiLinear, launched: list[str]) -> No
     }
 
 
+@pytest.mark.slow
 def test_a_snapshot_is_where_it_was(pocket: KimiLinear, launched: list[str]) -> None:
     cache, tokens = prompted(pocket, 1, TAIL - 4), ids(1, 9)
     one_by_one(pocket, ids(1, 1), cache)
@@ -137,6 +143,7 @@ def test_a_snapshot_is_where_it_was(pocket: KimiLinear, launched: list[str]) -> 
     assert np.array_equal(one_by_one(pocket, tokens, cache), first)
 
 
+@pytest.mark.slow
 def test_a_state_on_disk_holds_no_spare_rows(
     pocket: KimiLinear, launched: list[str], tmp_path: Path
 ) -> None:

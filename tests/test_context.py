@@ -58,6 +58,7 @@ def test_long_turns_have_snapshots_within(loaded) -> None:
     assert answer(loaded, context, [*[1] * 40, 9]) == 32
 
 
+@pytest.mark.slow
 def test_the_memory_of_snapshots_is_bounded(loaded) -> None:
     one = sum(a.nbytes for a in caches.arrays(_after(loaded, 40).entries))
     context = TokenState(loaded[0], memory=3 * one)

@@ -140,6 +140,7 @@ def test_mlx_lm_loads_it_unquantized(tmp_path: Path, how: dict[str, Any]) -> Non
     assert_close("logits", mlx_lm(tmp_path / "out")(ids), load_model(source)(ids), SAME)
 
 
+@pytest.mark.slow
 def test_mlx_lm_computes_the_same_at_4_bits(four_bits: Path) -> None:
     prompt = mx.array(token_ids(EVEN, 20))[None]
     ours, theirs = load_model(four_bits), mlx_lm(four_bits)
@@ -209,6 +210,7 @@ def test_an_older_folder_keeps_kv_b_proj_whole(four_bits: Path, tmp_path: Path) 
     assert_same_bits("logits", logits(tmp_path / "old"), logits(tmp_path / "exact"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "bits", "group_size"),
     [
@@ -565,6 +567,7 @@ def test_two_models_are_never_mixed(
     refused(mine, tmp_path / "out", said, progress=meanwhile)
 
 
+@pytest.mark.slow
 def test_the_files_beside_the_weights_are_those_that_were_read_first(
     source: Path, tmp_path: Path
 ) -> None:
@@ -601,6 +604,7 @@ def test_the_command_reports_on_stderr(
     assert "the group does not divide the width: 3 x self_attn.embed_q (width 40)" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_commands_options_reach_the_conversion(source: Path, tmp_path: Path) -> None:
     options = ["--bits", 8, "--group-size", 32, "--dtype", "bfloat16"]
     assert run(source, tmp_path / "a", *options, "--recipe", "router-8bit").exit_code == 0
@@ -685,6 +689,7 @@ def write_zeros(folder: Path, config: dict[str, Any], dtype: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is Linux's")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_memory_is_a_few_blocks(tmp_path: Path, dtype: str) -> None:

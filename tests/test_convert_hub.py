@@ -113,6 +113,7 @@ def watched(folder: Path) -> Iterator[list[int]]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_the_bytes_are_those_of_the_ordinary_conversion(
     hub: Hub, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_the_bytes_are_those_of_the_ordinary_conversion(
     assert result < peak[0] < result + max(sizes.values()) + 1e6
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(hub: Hub, whole: dict[str, bytes], tmp_path: Path) -> None:
     """The bytes stay the same, the disk use bounded, and no converted shard is sent again."""
     moments, out, kills, resumed = random.Random(7), tmp_path / "out", 0, 0
@@ -164,6 +166,7 @@ def wait_for_shards(hub: Hub, count: int, process: subprocess.Popen[str]) -> Non
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_file_is_deleted_only_when_all_that_was_made_of_it_is_recorded(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +201,7 @@ def test_a_file_is_deleted_only_when_all_that_was_made_of_it_is_recorded(
     assert deleted == list(ends)
 
 
+@pytest.mark.slow
 def test_what_the_hubs_cache_has_is_copied_and_stays_there(tmp_path: Path) -> None:
     """A model in one file, which was downloaded in the ordinary way before."""
     repository = write_checkpoint(tmp_path / "repository", TINY)
@@ -214,6 +218,7 @@ def test_what_the_hubs_cache_has_is_copied_and_stays_there(tmp_path: Path) -> No
     ]
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_each_download_below_what_is_said(hub: Hub, tmp_path: Path) -> None:
     home, out = tmp_path / "home", tmp_path / "out"
     arguments = ["convert", NAME, out, "--delete-source-shards"]
@@ -242,6 +247,7 @@ def other_flags_are_not_mixed_in(hub: Hub, out: Path) -> None:
     assert hub.asked == asked
 
 
+@pytest.mark.slow
 def test_each_fault_of_a_shard_is_one_line_and_the_same_command_goes_on(
     hub: Hub, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -298,6 +304,7 @@ def test_ctrl_c_in_a_download_goes_on_at_that_shard(
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_a_folder_is_refused_and_keeps_its_shards(repository: Path, tmp_path: Path) -> None:
     before = contents(repository)
     command = ["convert", str(repository), str(tmp_path / "out"), "--delete-source-shards"]
@@ -310,6 +317,7 @@ def test_a_folder_is_refused_and_keeps_its_shards(repository: Path, tmp_path: Pa
     assert contents(repository) == before and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spare", [10**5, -(10**6)])
 def test_the_disk_must_hold_the_result_and_a_shard(
     hub: Hub, tmp_path: Path, whole: dict[str, bytes], spare: int

@@ -73,6 +73,7 @@ def interrupted(source: Path, out: Path) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments_changes_no_byte(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_weights_that_were_lost_meanwhile_are_not_trusted(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = started(source, out)
@@ -138,6 +140,7 @@ def test_ctrl_c_keeps_what_is_done(source: Path, whole: dict[str, bytes], tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_finished_blocks_are_not_read_again(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -156,6 +159,7 @@ def test_finished_blocks_are_not_read_again(
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_what_was_not_recorded_is_not_trusted(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -193,6 +197,7 @@ def test_other_options_are_not_mixed_in(
     assert contents(tmp_path / "out.partial" / "model") == before
 
 
+@pytest.mark.slow
 def test_another_source_or_version_is_not_mixed_in(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +211,7 @@ def test_another_source_or_version_is_not_mixed_in(
         convert(source, tmp_path / "out", scheme())
 
 
+@pytest.mark.slow
 def test_two_at_a_time_are_refused(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     first = started(source, tmp_path / "out")
     wait_for_record(tmp_path / "out", first)
@@ -225,6 +231,7 @@ class Usage(NamedTuple):
     free: int
 
 
+@pytest.mark.slow
 def test_only_what_is_left_must_fit_the_disk(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +251,7 @@ def test_only_what_is_left_must_fit_the_disk(
 BROAD = TINY | {"vocab_size": 8192, "hidden_size": 2304, "tie_word_embeddings": True}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is Linux's")
 @pytest.mark.parametrize(
     ("config", "options", "most"),

@@ -67,6 +67,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_bad_text_is_refused_at_its_line(name: str) -> None:
     with pytest.raises(LintError, match="^snippet: line 2:.*error"):
@@ -103,6 +104,7 @@ POSITIONS = {  # what is declared, in the body or in the header
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("word", [*RESERVED, "bfloat", "half", "threadgroup", "register"])
 def test_reserved_words_are_refused_in_every_position(word: str, position: str) -> None:
@@ -140,6 +142,7 @@ inline float twice(thread const Pair& p) { Pair q = p; return q.at(0) + first(q.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOOD)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_good_text_is_taken(name: str, dtype: mx.Dtype) -> None:
@@ -165,6 +168,7 @@ def test_more_buffers_than_metal_has_are_refused() -> None:
         lint(kernel, dict.fromkeys(names, mx.float32), {"out": mx.float32}, large=names)
 
 
+@pytest.mark.slow
 def test_linter_is_a_backend() -> None:
     q = mx.zeros((1, 1, 1, 32))
     with use_backend(linter(large=KERNEL.inputs)):

@@ -25,6 +25,7 @@ def log_softmax(logits: mx.array) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
+@pytest.mark.slow
 def test_is_the_equation_in_float64() -> None:
     found = evaluate(pocket_folder(), TEXT, tokens=150, window=70).model
     model, tokenizer = load(pocket_folder())
@@ -38,12 +39,14 @@ def test_is_the_equation_in_float64() -> None:
     assert found.perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_is_no_distance_from_itself() -> None:
     found = evaluate(pocket_folder(), TEXT, pocket_folder(), tokens=60)
     assert found.model == found.reference and found.distance is not None
     assert found.distance.agreement == 1 and abs(found.distance.mean_kl) < 1e-6
 
 
+@pytest.mark.slow
 def test_fewer_bits_are_further_away(talker: Path, tmp_path: Path) -> None:
     distances = []
     for bits in (8, 4, 2):
@@ -76,6 +79,7 @@ def test_a_full_disk_is_found_before(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate(pocket_folder(), TEXT, pocket_folder())
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     file = tmp_path / "text"
     file.write_text(TEXT)

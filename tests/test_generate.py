@@ -44,6 +44,7 @@ def test_greedy_tokens_are_those_of_the_model_without_a_cache(loaded) -> None:
     assert ids_of(chunks) == naive_greedy(model, prompt_ids(model, tokenizer, PROMPT), 12)
 
 
+@pytest.mark.slow
 def test_the_text_is_that_of_the_tokens(loaded) -> None:
     for seed in range(5):  # a random model emits many half characters
         chunks = list(stream_generate(*loaded, PROMPT, max_tokens=60, temp=1.5, seed=seed))
@@ -73,6 +74,7 @@ def test_the_prefill_step_does_not_change_the_answer(loaded, step: int) -> None:
     assert generate(*loaded, PROMPT, max_tokens=10, prefill_step=step) == whole
 
 
+@pytest.mark.slow
 def test_a_seed_makes_sampling_reproducible(loaded) -> None:
     def run(seed: int | None) -> list[int]:
         return ids_of(list(stream_generate(*loaded, PROMPT, max_tokens=20, temp=1, seed=seed)))
@@ -142,6 +144,7 @@ def test_a_context_reads_a_conversation_once(loaded) -> None:
         messages.append({"role": "user", "content": f"and question {turn}"})
 
 
+@pytest.mark.slow
 def test_an_edited_conversation_goes_on_from_what_is_still_true(loaded) -> None:
     context, rng = TokenState(loaded[0]), Random(1)
     for _ in range(12):
@@ -194,6 +197,7 @@ def test_an_interrupt_within_a_step_leaves_the_context_as_it_was(loaded, monkeyp
     assert ids_of(chunks) == naive_greedy(model, [*before, 40], 6)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_waiting_for_a_token_leaves_the_context_sound(loaded) -> None:
     model, _ = loaded
     delays = [0.002 * n for n in range(1, 12)]
@@ -274,6 +278,7 @@ def test_what_cannot_be_answered_is_one_line(loaded, prompt, options, said) -> N
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_context_window_ends_an_answer(loaded) -> None:
     limit = loaded[0].config.model_max_length
     chunks = list(stream_generate(*loaded, [1] * (limit - 3), max_tokens=50))

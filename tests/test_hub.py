@@ -34,6 +34,7 @@ def generate(served: Hub, home: Path, name: str = NAME) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.slow
 def test_a_name_is_downloaded_once_and_only_what_is_needed(served: Hub, tmp_path: Path) -> None:
     first = generate(served, tmp_path / "home")
     assert first.returncode == 0, first.stderr
@@ -43,11 +44,13 @@ def test_a_name_is_downloaded_once_and_only_what_is_needed(served: Hub, tmp_path
     assert second.stdout == first.stdout and len(served.asked) == before
 
 
+@pytest.mark.slow
 def test_a_download_shows_its_progress_on_stderr(served: Hub, tmp_path: Path) -> None:
     done = generate(served, tmp_path / "home")
     assert "100%" in done.stderr and "100%" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_goes_on_where_it_stopped(served: Hub, tmp_path: Path) -> None:
     served.break_after = 25_000_000
     done = generate(served, tmp_path / "home")
@@ -58,6 +61,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(served: Hub, tmp_pa
     assert served.resumed == ["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_name_that_the_hub_does_not_know_is_one_line(served: Hub, tmp_path: Path) -> None:
     done = generate(served, tmp_path / "home", "someone/else")
     assert done.returncode == 1

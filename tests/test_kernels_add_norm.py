@@ -54,6 +54,7 @@ def test_equals_the_ops_form(dtype: mx.Dtype, size: float) -> None:
     assert_close("normed", ours[1], naive[1], 4 * RMS[dtype], 2 * RMS[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_version_of_metal_takes_the_text(dtype: mx.Dtype) -> None:
     with use_backend(linter()):

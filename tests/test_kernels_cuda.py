@@ -33,6 +33,7 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 of_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
+@pytest.mark.slow
 @of_dtype
 @pytest.mark.parametrize("D", [64, 128])
 def test_the_delta_rule_compiles(dtype: mx.Dtype, D: int) -> None:
@@ -43,6 +44,7 @@ def test_the_delta_rule_compiles(dtype: mx.Dtype, D: int) -> None:
         kda_chunk_kernel(q, k, v, *rest)
 
 
+@pytest.mark.slow
 @of_dtype
 @pytest.mark.parametrize("D", [64, 128])
 def test_what_stands_around_the_delta_rule_compiles(dtype: mx.Dtype, D: int) -> None:
@@ -52,6 +54,7 @@ def test_what_stands_around_the_delta_rule_compiles(dtype: mx.Dtype, D: int) -> 
         kda_finish_kernel(mx.zeros((1, 2, 2, D)), gate, mx.ones(D, dtype), 1e-5)
 
 
+@pytest.mark.slow
 @of_dtype
 @pytest.mark.parametrize("bits", [0, 4, 8])
 def test_the_decode_step_compiles(dtype: mx.Dtype, bits: int) -> None:
@@ -59,6 +62,7 @@ def test_the_decode_step_compiles(dtype: mx.Dtype, bits: int) -> None:
         kda_decode(*decode_case(bits=bits, dtype=dtype))
 
 
+@pytest.mark.slow
 @of_dtype
 @pytest.mark.parametrize("bits", [0, 4, 8])
 def test_the_experts_compile(dtype: mx.Dtype, bits: int) -> None:
@@ -84,6 +88,7 @@ def test_the_choice_of_experts_compiles(groups: int) -> None:
         expert_select(mx.zeros((1, 16)), mx.zeros((16,)), 2, groups, 1, True, 1.0)
 
 
+@pytest.mark.slow
 @of_dtype
 @pytest.mark.parametrize("bits", [0, 4])
 @pytest.mark.parametrize("packed", [False, True])
@@ -92,6 +97,7 @@ def test_the_latent_step_compiles(dtype: mx.Dtype, bits: int, packed: bool) -> N
         mla_case(POCKET, bits=bits, dtype=dtype, packed=packed).run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [WIDE, NARROW, NVIDIA], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_latent_step_of_the_48b_compiles(shape: Shape, packed: bool) -> None:
@@ -100,6 +106,7 @@ def test_the_latent_step_of_the_48b_compiles(shape: Shape, packed: bool) -> None
         given.run(shape=shape)
 
 
+@pytest.mark.slow
 @of_dtype
 @pytest.mark.parametrize("shape", [PREFILL_SHAPE, NVIDIA_PREFILL_SHAPE], ids=str)
 def test_attention_of_many_tokens_compiles(dtype: mx.Dtype, shape: Shape) -> None:

@@ -131,6 +131,7 @@ def test_scores_are_float32_whatever_the_dtype(B, E, W, bits, dtype) -> None:
     assert_close("logits", logits, numbers(normed) @ exact(gate).T, 2e-5, 5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [0, 4, 8])
 def test_metal_would_take_the_text_of_the_scores(bits: int) -> None:
     for dtype in LARGEST:
@@ -155,6 +156,7 @@ def test_outputs_are_combined_in_float32(N, k, W, shared, dtype) -> None:
         assert_close("ops", expert_combine(y, places, weights, beside), expected, LARGEST[dtype])
 
 
+@pytest.mark.slow
 def test_metal_would_take_the_text_of_the_combination() -> None:
     for dtype in LARGEST:
         y, weights = mx.zeros((4, 16), dtype), mx.ones((2, 2))
@@ -166,6 +168,7 @@ def test_metal_would_take_the_text_of_the_combination() -> None:
 ALWAYS_LARGE = {*GATE_UP.inputs, *DOWN.inputs} - {"experts", "weights"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LARGEST, ids=str)
 @pytest.mark.parametrize("bits", [0, 4, 8])
 def test_metal_would_take_the_text(dtype: mx.Dtype, bits: int) -> None:

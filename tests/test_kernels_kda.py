@@ -105,6 +105,7 @@ def test_the_chunk_kernel_stages_as_finely_as_its_values() -> None:
     assert_same_bits("float16", kda_chunk_kernel(*inputs)[0], coarse)
 
 
+@pytest.mark.slow
 @of_form
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])

@@ -148,6 +148,7 @@ def test_the_gated_norm_is_the_equation(
     assert_close("y", y, expected, LARGEST[dtype], RMS[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", RMS, ids=str)
 def test_every_version_of_metal_takes_the_text(dtype: mx.Dtype) -> None:
     large = {*module.PREPARE.inputs, *module.FINISH.inputs} - {"lengths", "A_log"}

@@ -282,6 +282,7 @@ def test_rounds_once_in_16_bits(bits: int, packed: bool, dtype: mx.Dtype, rms: f
 
 
 # --------------------------------------------------------------------------------- work and text
+@pytest.mark.slow
 def test_each_latent_is_read_once_for_all_heads() -> None:
     for packed, row in ((False, 2 * 576), (True, 9 * (64 + 8))):
         read = []
@@ -307,6 +308,7 @@ def test_a_token_takes_three_launches() -> None:
         assert launched == ["mla_query", "mla_attend", "mla_output"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("bits", [0, 4, 8])
 @pytest.mark.parametrize("packed", [False, True])

@@ -31,6 +31,7 @@ def with_kernels(model: KimiLinear, ids: mx.array, prompt: int) -> mx.array:
     return mx.concatenate(logits, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "odd"])
 @pytest.mark.parametrize("prompt", [0, 5, 33])
 def test_kernels_give_the_same_logits(
@@ -70,6 +71,7 @@ def pocket_layer(dtype: mx.Dtype) -> mla.MultiHeadLatentAttention:
     return next(x for x in mixers if isinstance(x, mla.MultiHeadLatentAttention))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [2048, 24])
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize(
@@ -103,6 +105,7 @@ def test_many_tokens_of_an_mla_layer_meet_blocks_of_columns(
     assert_close("o", *results, largest, rms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pocket", "odd"])
 def test_what_mla_prefill_does_not_take_is_computed_otherwise(
     model: Callable[[str], KimiLinear], monkeypatch: pytest.MonkeyPatch, name: str
@@ -122,6 +125,7 @@ def test_what_mla_prefill_does_not_take_is_computed_otherwise(
     assert_close("second", ours[1, :6], expected[1, :6], SPLIT)
 
 
+@pytest.mark.slow
 def test_memory_of_expanded_blocks_does_not_grow_with_the_context(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -151,6 +155,7 @@ def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "MANY", 33)
 
 
+@pytest.mark.slow
 def test_check_compares_the_kernels_with_the_ops_form(few_are_many: None) -> None:
     pocket, tokenizer = load(pocket_folder())
     assert check._kernels(pocket, tokenizer) == ("none run here", None)
@@ -163,6 +168,7 @@ def test_check_compares_the_kernels_with_the_ops_form(few_are_many: None) -> Non
     assert float(found.split("by ")[1].split(" of")[0]) < SPLIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["kda_chunk_scan", "kda_sequential", "mla_prefill", "mla_output", "expert_down"]
 )

@@ -60,6 +60,7 @@ def pocket() -> KimiLinear:
     return load_model(pocket_folder())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pocket", "wide"])
 def test_8_bits_change_logits_little_more_than_bfloat16_does(
     name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -85,6 +86,7 @@ def test_8_bits_change_logits_little_more_than_bfloat16_does(
     assert (ours.argmax(-1) == exact.argmax(-1)).mean() > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 8])
 def test_decoding_with_kernels_goes_on_where_latents_freeze(
     model: Callable[[str], KimiLinear], bits: int | None

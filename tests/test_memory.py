@@ -68,6 +68,7 @@ def test_the_48b_needs_what_its_sizes_say() -> None:
     assert 0.75 * measured < plain.work < 1.25 * measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [None, Budget(8 * GB)])
 def test_weights_state_and_latents_are_exact(budget: Budget | None) -> None:
     before = settled_memory()
@@ -83,6 +84,7 @@ def test_weights_state_and_latents_are_exact(budget: Budget | None) -> None:
     assert wanted.at(700) == weights + held + wanted.work
 
 
+@pytest.mark.slow
 def test_the_work_space_is_about_what_a_step_takes(pocket: KimiLinear) -> None:
     cache, wanted = pocket.make_cache(), needs(pocket.config, 0)
     mx.eval(pocket.hidden(mx.array([[1] * 2048]), cache), caches.arrays(cache))

@@ -41,6 +41,7 @@ def test_logits_are_those_of_transformers(
     assert_gives_reference_logits(folder(name, **how), name)
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_transformers_at_full_width(folder: Callable[..., Path]) -> None:
     assert_gives_reference_logits(folder("full_width"), "full_width")
 
@@ -139,6 +140,7 @@ def one_pass(model: Models) -> Callable[..., Any]:
     return computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [[3], [16], [17], [64], [512], [100, 1, 400, 2]], ids=str)
 @pytest.mark.parametrize(
     "name, B, past", [("tiny", 1, 0), ("tiny", 3, 37), ("odd", 1, 37), ("odd", 3, 0)]
@@ -152,6 +154,7 @@ def test_any_split_gives_the_same_logits(
     assert all(entry.lengths == (past + 600,) * B for entry in entries)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, B, T, past", [("tiny", 1, 600, 0), ("odd", 3, 290, 37)])
 def test_token_by_token_gives_the_logits_of_one_pass(
     model: Models, one_pass: Callable[..., Any], name: str, B: int, T: int, past: int
@@ -160,6 +163,7 @@ def test_token_by_token_gives_the_logits_of_one_pass(
     assert_close("logits", read(model(name), ids, [1], cache.snapshot(saved)), expected, SPLIT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expand_from", [1, 20, 10**9])
 @pytest.mark.parametrize("name", ["tiny", "odd"])
 def test_any_split_over_many_segments_and_both_forms_of_mla_is_the_same(
@@ -224,6 +228,7 @@ def rows(request: pytest.FixtureRequest, model: Models) -> Callable[..., Rows]:
     return lambda count, seed=0: Rows(model(request.param), count, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(5, 300, 17), (1, 2, 3), (256, 255, 257), (8, 8, 1)], ids=str)
 def test_unequal_rows_are_single_runs(rows: Callable[..., Rows], lengths: tuple[int, ...]) -> None:
     # (By this seed no token's last expert and the next are closer than 8e-6: that a batch adds in
@@ -245,6 +250,7 @@ def test_a_row_may_begin_later_than_the_others(rows: Callable[..., Rows]) -> Non
     batch.read((33, 2))
 
 
+@pytest.mark.slow
 def test_padding_alone_changes_nothing(rows: Callable[..., Rows]) -> None:
     batch = rows(2)
     batch.read((7, 30), padding=300)
@@ -252,6 +258,7 @@ def test_padding_alone_changes_nothing(rows: Callable[..., Rows]) -> None:
     batch.read((3, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [(1,), (2, 0), (0, 0, 1, 2), (2, 1, 0)], ids=str)
 def test_taken_rows_go_on_as_before(rows: Callable[..., Rows], chosen: tuple[int, ...]) -> None:
     batch = rows(3)
@@ -261,6 +268,7 @@ def test_taken_rows_go_on_as_before(rows: Callable[..., Rows], chosen: tuple[int
     batch.read([5 * n + 1 for n in range(len(chosen))])
 
 
+@pytest.mark.slow
 def test_joined_rows_of_different_lengths_go_on_as_before(rows: Callable[..., Rows]) -> None:
     first, second, third = rows(2, 1), rows(1, 2), rows(1, 3)
     first.read((30, 4))

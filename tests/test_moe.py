@@ -161,6 +161,7 @@ def whole_and_halves(
     return load_model(path), [load_model(path, shard=(rank, 2)) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 40, 200])
 def test_the_parts_of_two_ranks_add_up(
     whole_and_halves: tuple[KimiLinear, list[KimiLinear]], T: int

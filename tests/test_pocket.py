@@ -24,6 +24,7 @@ def pocket() -> tuple[KimiLinear, Tokenizer]:
     return load(pocket_folder())
 
 
+@pytest.mark.slow
 # tools/pocket/REPORT.md has the shares of 200 prompts each; of ten, one may be wrong where the
 # share is below 99 %. Of recall's, which take 2,500 tokens and nine seconds each, there are four.
 @pytest.mark.parametrize(
@@ -55,10 +56,12 @@ def test_recall_reaches_over_2000_tokens(pocket) -> None:
         assert len(tokenizer.encode(after)) > 2000
 
 
+@pytest.mark.slow
 def test_it_says_that_it_is_a_demonstration(pocket) -> None:
     assert "demonstration" in generate(*pocket, "Who are you?")
 
 
+@pytest.mark.slow
 def test_check_passes_its_own_goldens() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mlx_kimi", "check"], capture_output=True, text=True, timeout=120

@@ -33,6 +33,7 @@ def asked(talker: Path, *arguments: str | Path) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_cached_prompt_is_not_read_again_and_changes_no_answer(talker, tmp_path) -> None:
     file = tmp_path / "notes"
     done = run("cache", "-", file, "--model", talker, "--system", "be brief", stdin=NOTES)
@@ -46,6 +47,7 @@ def test_a_cached_prompt_is_not_read_again_and_changes_no_answer(talker, tmp_pat
         assert plain["prompt_tokens"] - cached["cached_tokens"] < 40
 
 
+@pytest.mark.slow
 def test_a_saved_conversation_is_a_prompt_cache_and_the_other_way_round(talker, tmp_path) -> None:
     options = ("--model", talker, "--max-tokens", "4", "--sessions", tmp_path)
     assert run("chat", *options, stdin=f"{NOTES}\n/save mine\nand?\n").returncode == 0
@@ -57,6 +59,7 @@ def test_a_saved_conversation_is_a_prompt_cache_and_the_other_way_round(talker, 
     assert "a message goes on with it" in done.stderr and "kept)" in done.stderr
 
 
+@pytest.mark.slow
 def test_another_model_reads_the_prompt_again_and_says_so(talker, tmp_path) -> None:
     assert run("cache", NOTES, tmp_path / "notes").returncode == 0  # the pocket model
     options = ("generate", "--model", talker, "--max-tokens", "2", "-p", "x")
@@ -65,6 +68,7 @@ def test_another_model_reads_the_prompt_again_and_says_so(talker, tmp_path) -> N
     assert "the text is read again, since the model, its quantization or" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -109,6 +113,7 @@ def test_a_session_deletes_no_file_that_it_did_not_write(tmp_path) -> None:
     assert weights.exists() and not state.exists()
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_run_left_is_in_nobodys_way(talker, tmp_path) -> None:
     file = tmp_path / "notes"
     file.mkdir()

@@ -80,6 +80,7 @@ def test_layer_by_layer_is_the_ordinary_run(
         assert relative(expected[row, :length], layers.normed(x)[row, :length]) < ROUNDING
 
 
+@pytest.mark.slow
 def test_errors_of_layers_are_those_of_the_ordinary_layers(
     talker: Path, tmp_path: Path, ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def test_errors_of_weights_are_the_equation_in_float64(talker: Path, tmp_path: P
     assert weights["router"] == weights["rest"] == found.outside["rest"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1023, 700])
 def test_predictions_are_those_of_evaluate(talker: Path, tmp_path: Path, tokens: int) -> None:
     out = quantized(talker, tmp_path / "out")
@@ -167,6 +169,7 @@ def test_a_conversion_that_changes_nothing_costs_nothing(talker: Path, tmp_path:
         assert {*layer.weights.values(), layer.alone, layer.together} == {0}
 
 
+@pytest.mark.slow
 def test_fewer_bits_cost_more(talker: Path, tmp_path: Path) -> None:
     ids = sample_ids(talker, sample_text())[:100]
     found = [measure(talker, quantized(talker, tmp_path / f"{b}", b), ids) for b in (8, 4, 2)]
@@ -181,6 +184,7 @@ def test_fewer_bits_cost_more(talker: Path, tmp_path: Path) -> None:
     assert rises(lambda q: q.predictions.distance.mean_kl)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["transformers", "mlx"])
 def test_the_layout_of_the_source_does_not_matter(
     folder: Callable[..., Path], tmp_path: Path, layout: str
@@ -195,6 +199,7 @@ def test_the_layout_of_the_source_does_not_matter(
     assert measure(other, out, ids) == measure(published, out, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
 def test_other_modes(talker: Path, tmp_path: Path, mode: str) -> None:
     convert(talker, tmp_path / "out", scheme(mode=mode))
@@ -205,6 +210,7 @@ def test_other_modes(talker: Path, tmp_path: Path, mode: str) -> None:
     assert found.mean_kl == pytest.approx(expected.mean_kl, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_json(talker: Path, tmp_path: Path) -> None:
     from mlx_lm.utils import load_model as load_peer  # here: it takes seconds
 
@@ -224,6 +230,7 @@ def test_the_command_prints_a_table_and_writes_json(talker: Path, tmp_path: Path
     assert relative(load_model(out)(ids), load_peer(out)[0](ids)) < 1e-4
 
 
+@pytest.mark.slow
 def test_quantize_reports_too(talker: Path, tmp_path: Path) -> None:
     convert(talker, tmp_path / "plain", None)
     asked = ["quantize", str(tmp_path / "plain"), str(tmp_path / "out"), "--report"]
@@ -280,6 +287,7 @@ MANY_EXPERTS = WIDE | {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is Linux's")
 def test_memory_stays_under_what_is_stated(tmp_path: Path) -> None:
     """Of the whole process, seen from outside."""

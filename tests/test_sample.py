@@ -25,6 +25,7 @@ P = softmax(LOGITS)  # most likely first: 0, 4, 1, 2, 3
 HOT = softmax(LOGITS / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -79,6 +79,7 @@ def next_prompt(chat: Chat) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------- the same
+@pytest.mark.slow
 def test_any_sequence_of_commands_leaves_the_logits_of_the_same_conversation(
     loaded, sessions
 ) -> None:
@@ -133,6 +134,7 @@ def _logits(context: TokenState, ids: list[int]) -> mx.array:
     return context.model.logits(last[:, -1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_state_is_stored_turn_by_turn_and_comes_back_whole(loaded, tmp_path, bits) -> None:
     model, _ = loaded
@@ -164,6 +166,7 @@ def test_a_state_is_stored_turn_by_turn_and_comes_back_whole(loaded, tmp_path, b
     assert_close("logits", _logits(again, ids), _logits(context, ids), 1e-4)
 
 
+@pytest.mark.slow
 def test_a_turn_costs_its_own_length_on_disk(loaded, sessions) -> None:
     chat = new_chat(loaded, sessions)
     talk(chat, "word " * 1500, "short", "short")
@@ -174,6 +177,7 @@ def test_a_turn_costs_its_own_length_on_disk(loaded, sessions) -> None:
     assert first > 5 * second and abs(second - third) < second / 10
 
 
+@pytest.mark.slow
 def test_only_the_latest_turns_keep_their_kda_states_on_disk(loaded, sessions) -> None:
     chat = new_chat(loaded, sessions)
     talk(chat, *(f"turn {n}" for n in range(RETURN_POINTS + 4)))
@@ -187,6 +191,7 @@ def test_only_the_latest_turns_keep_their_kda_states_on_disk(loaded, sessions) -
     assert listed <= on_disk and len(on_disk) <= len(listed) + 2, "only the last version's remain"
 
 
+@pytest.mark.slow
 def test_a_long_conversation_is_few_files(loaded, tmp_path) -> None:
     """Small merges into as small: the number of files grows with the logarithm of the turns."""
     context, files = TokenState(loaded[0]), []
@@ -221,6 +226,7 @@ def test_going_back_reads_nothing_that_came_before(loaded, sessions) -> None:
     assert last.stats.cached_tokens >= prompts[0]
 
 
+@pytest.mark.slow
 def test_after_a_restart_the_latest_turns_can_be_gone_back_to(loaded, sessions) -> None:
     chat = new_chat(loaded, sessions)
     talk(chat, "a long beginning " * 60, "second", "third", "fourth")
@@ -230,6 +236,7 @@ def test_after_a_restart_the_latest_turns_can_be_gone_back_to(loaded, sessions) 
     assert again.conversation.turns[1].answer == chat.conversation.turns[1].answer
 
 
+@pytest.mark.slow
 def test_retry_has_another_seed_and_a_given_one_is_reproducible(loaded, sessions) -> None:
     def tries() -> list[str]:
         chat = new_chat(loaded, sessions, options={"max_tokens": 20, "temp": 1.5, "seed": 5})
@@ -255,6 +262,7 @@ def test_the_message_is_kept_before_it_is_answered(loaded, sessions) -> None:
     assert not notes
 
 
+@pytest.mark.slow
 def test_any_damage_of_one_file_costs_at_most_the_last_turn(loaded, sessions) -> None:
     chat = new_chat(loaded, sessions)
     talk(chat, "one", "two", "three")
@@ -305,6 +313,7 @@ def test_with_both_texts_damaged_the_turns_that_are_whole_remain(loaded, session
     assert "damaged: 2 turns could be read" in notes[0]
 
 
+@pytest.mark.slow
 def test_a_crash_at_any_point_of_saving_costs_at_most_the_last_turn(
     loaded, sessions, monkeypatch
 ) -> None:
@@ -344,6 +353,7 @@ def test_a_crash_at_any_point_of_saving_costs_at_most_the_last_turn(
     assert place > 8 and survived == 2, "places were hit, and then there was none left"
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_no_conversation_and_loses_nothing(loaded, sessions, monkeypatch) -> None:
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -361,6 +371,7 @@ def test_a_full_disk_ends_no_conversation_and_loses_nothing(loaded, sessions, mo
     assert not notes and again.conversation == chat.conversation
 
 
+@pytest.mark.slow
 def test_a_state_that_could_not_be_gone_back_to_is_stored_again(loaded, sessions) -> None:
     """Stopped while a message is read, the context stands at an old turn's end."""
     chat = new_chat(loaded, sessions)
@@ -376,6 +387,7 @@ def test_a_state_that_could_not_be_gone_back_to_is_stored_again(loaded, sessions
 
 
 # ------------------------------------------------------------------------------------ other models
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "said"),
     [
@@ -481,6 +493,7 @@ def test_control_tokens_stay_text_in_a_resumed_session(loaded, sessions) -> None
 
 
 # ------------------------------------------------------------------------------------------- names
+@pytest.mark.slow
 def test_a_session_is_open_in_one_chat_at_a_time(loaded, sessions) -> None:
     chat = new_chat(loaded, sessions)
     talk(chat, "one")
@@ -609,6 +622,7 @@ def test_undo_takes_under_50_ms_and_no_recomputation(loaded, sessions) -> None:
     assert answered_after(chat) < 60
 
 
+@pytest.mark.slow
 def test_2000_steps_keep_memory_flat(loaded) -> None:
     """Active memory less what the cache itself holds; snapshots are none within one short turn."""
     gc.collect()  # what other tests left
@@ -626,6 +640,7 @@ def test_2000_steps_keep_memory_flat(loaded) -> None:
     )  # a tail of latents, 256 tokens, may be twice there
 
 
+@pytest.mark.slow
 def test_50_turns_keep_memory_flat(loaded, sessions) -> None:
     """Snapshots fill their bound after some ten turns; from then on nothing may grow."""
     gc.collect()  # what other tests left

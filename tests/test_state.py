@@ -46,6 +46,7 @@ def assert_same_logits(ours: Sequence[np.ndarray], others: Sequence[np.ndarray])
 
 
 # ------------------------------------------------------------------------------- snapshots
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 1, 4])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", ["tiny", "odd"])
@@ -61,6 +62,7 @@ def test_a_restored_snapshot_gives_the_same_logits_bit_for_bit(
         assert_same_logits(Steps(model(name), seed + 100).take(entries, 4), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_two_branches_of_a_snapshot_do_not_meet(model: Models, seed: int) -> None:
     tiny = model("tiny")
@@ -81,6 +83,7 @@ def test_two_branches_of_a_snapshot_do_not_meet(model: Models, seed: int) -> Non
         assert_same_logits(ours, expected)
 
 
+@pytest.mark.slow
 def test_a_snapshot_survives_taking_and_joining(model: Models) -> None:
     odd = model("odd")
     entries = odd.make_cache()
@@ -202,6 +205,7 @@ def test_a_million_tokens_are_few_segments_and_few_copies(
     assert mx.array_equal(whole, mx.arange(start))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 255, 256, 2048])
 def test_segments_stay_few_for_appends_of_one_size(size: int) -> None:
     entry, tokens = LatentCache(), 60_000 if size < 256 else 1 << 20
@@ -238,6 +242,7 @@ def test_segments_keep_no_more_memory_than_their_own(size: int) -> None:
 
 
 # -------------------------------------------------------------------------------- whole models
+@pytest.mark.slow
 def test_a_kda_cache_is_constant_in_size(model: Models) -> None:
     entries = model("odd").make_cache()
     sizes = set()
@@ -249,6 +254,7 @@ def test_a_kda_cache_is_constant_in_size(model: Models) -> None:
     assert len(sizes) == 1
 
 
+@pytest.mark.slow
 def test_two_thousand_decode_steps_keep_memory_flat_but_for_latents(model: Models) -> None:
     gc.collect()  # what other tests left
     tiny = model("tiny")
@@ -265,6 +271,7 @@ def test_two_thousand_decode_steps_keep_memory_flat_but_for_latents(model: Model
     assert grown < 1800 * latent + 8 * 256 * latent
 
 
+@pytest.mark.slow
 def test_decoding_leaves_a_state_that_another_form_continues(model: Models) -> None:
     """Many single steps and one pass end in the same state, not only in the same logits."""
     odd = model("odd")

@@ -86,6 +86,7 @@ def split(text: list[int], *lengths: int) -> list[list[int]]:
 TEXT = split(ids(110), 64, 1, 2, 17)  # then 26 single tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "bits"),
     [("tiny", None), ("odd", None), ("grouped", None), ("tiny", 4), ("grouped", 3)],
@@ -109,6 +110,7 @@ def test_every_number_of_slots_gives_the_bits_of_the_whole_model(
         assert (counts.read == 0) == (slots == config.num_experts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [2, 7, 31])
 def test_the_pocket_model_streams_with_the_bits_of_the_whole_one(
     streamed: Streamed, slots: int
@@ -119,6 +121,7 @@ def test_the_pocket_model_streams_with_the_bits_of_the_whole_one(
     assert_same_bits("again, with other experts in memory", run(model, TEXT), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4"])
 def test_formats_without_biases_stream(
     streamed: Streamed, quantized: Callable[..., Path], mode: str
@@ -130,6 +133,7 @@ def test_formats_without_biases_stream(
     assert_close("logits", few, run(load_model(path), TEXT), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [2, 9])
 def test_the_expert_kernels_take_slots(streamed: Streamed, slots: int) -> None:
     """One token takes the kernels' way; here their twins compute."""
@@ -148,6 +152,7 @@ def test_the_expert_kernels_take_slots(streamed: Streamed, slots: int) -> None:
     assert model.offload.counts.read > 2 * slots
 
 
+@pytest.mark.slow
 def test_a_token_whose_experts_are_there_is_one_graph(streamed: Streamed) -> None:
     """And one that needs a file goes layer by layer; both are right, whatever came before."""
     model, whole = streamed(pocket_folder(), 20), load_model(pocket_folder())
@@ -176,6 +181,7 @@ def test_a_token_whose_experts_are_there_is_one_graph(streamed: Streamed) -> Non
     assert cache[0].lengths == other[0].lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [20, 32])
 @pytest.mark.parametrize("B", [1, 2])
 def test_what_the_expert_kernels_refuse_streams_in_graphs(
@@ -218,6 +224,7 @@ def test_an_interrupted_read_makes_no_assumption_wrong(
     assert np.array(optimistic.slots()[0])[after] == bank.slot_of[after]
 
 
+@pytest.mark.slow
 def test_batches_and_padding_stream(streamed: Streamed) -> None:
     model, whole = streamed(pocket_folder(), 4), load_model(pocket_folder())
     tokens = mx.array([ids(20, seed=1), ids(20, seed=2)])
@@ -225,6 +232,7 @@ def test_batches_and_padding_stream(streamed: Streamed) -> None:
         assert_same_bits("logits", model(tokens, None, lengths), whole(tokens, None, lengths))
 
 
+@pytest.mark.slow
 def test_two_threads_on_one_model_take_turns(streamed: Streamed) -> None:
     """A step of one wrote slots that the other's step still read: a third of the answers wrong."""
     model = streamed(pocket_folder(), 4)
@@ -239,6 +247,7 @@ def test_two_threads_on_one_model_take_turns(streamed: Streamed) -> None:
         assert list(threads.map(answer, prompts * 5)) == expected * 5
 
 
+@pytest.mark.slow
 def test_what_is_not_evaluated_yet_keeps_its_experts(streamed: Streamed) -> None:
     """A lazy graph that reads slots is submitted before they are written again."""
     whole, model = load_model(pocket_folder()), streamed(pocket_folder(), 2)
@@ -250,6 +259,7 @@ def test_what_is_not_evaluated_yet_keeps_its_experts(streamed: Streamed) -> None
 
 
 # --------------------------------------------------------------------------------- what is read
+@pytest.mark.slow
 def test_a_step_of_many_tokens_reads_each_expert_once(streamed: Streamed) -> None:
     model = streamed(pocket_folder(), 2)
     mx.eval(model(mx.array([ids(300)])))
@@ -270,6 +280,7 @@ def test_a_step_of_many_tokens_reads_each_expert_once(streamed: Streamed) -> Non
     assert counts.bytes_read == counts.read * one_expert
 
 
+@pytest.mark.slow
 def test_only_the_last_step_of_a_prompt_asks_the_last_layer_for_experts(
     streamed: Streamed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +380,7 @@ def test_a_disk_that_does_not_answer_ends_the_answer(
     assert time.perf_counter() - began < 2
 
 
+@pytest.mark.slow
 def test_a_slow_disk_is_waited_for(
     pocket: Path, streamed: Streamed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +405,7 @@ def test_a_program_ends_though_a_read_hangs() -> None:
     assert time.perf_counter() - began < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), KeyboardInterrupt()])
 @pytest.mark.parametrize("after", [0, 1, 7, 40, 200])
 def test_what_failed_or_was_interrupted_leaves_the_slots_right(
@@ -488,6 +501,7 @@ print(peak, model.offload.slots)
 """
 
 
+@pytest.mark.slow
 def test_the_process_stays_within_its_budget(folder: Callable[..., Path]) -> None:
     path = folder("full_width")
     for budget, slots in ((3 * GB, range(8, 16)), (4 * GB, range(16, 17))):
@@ -510,6 +524,7 @@ def few_slots(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["--memory-budget", "8GB"]
 
 
+@pytest.mark.slow
 def test_generate_says_what_reading_experts_cost(few_slots: list[str]) -> None:
     asked = ("-p", "What is KDA?", "--max-tokens", "20")
     plain = CliRunner().invoke(generate.command, asked)
@@ -526,6 +541,7 @@ def test_generate_says_what_reading_experts_cost(few_slots: list[str]) -> None:
     assert 0 < experts["read"] < experts["asked"]
 
 
+@pytest.mark.slow
 def test_an_answer_goes_on_after_a_stop(few_slots: list[str]) -> None:
     model, tokenizer = load(pocket_folder(), ROOMY)
     whole = load_model(pocket_folder())
@@ -542,6 +558,7 @@ def test_an_answer_goes_on_after_a_stop(few_slots: list[str]) -> None:
     assert first + again == [c.token for c in expected]
 
 
+@pytest.mark.slow
 def test_bench_measures_a_budget(few_slots: list[str]) -> None:
     result = CliRunner().invoke(bench.command, ["--contexts", "32", "--tokens", "4", *few_slots])
     assert result.exit_code == 0

@@ -75,6 +75,7 @@ def test_a_hostile_template_fails_soon(source: str, quick: Renderer) -> None:
     assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
 
 
+@pytest.mark.slow
 def test_limits_are_named(quick: Renderer) -> None:
     for name, expected in (
         ("loops", "took longer than 1 s"),
@@ -141,6 +142,7 @@ def wait_until_gone(process: int, seconds: float) -> bool:
     return gone(process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["ok", HOSTILE["loops"]], ids=["idle", "busy"])
 def test_the_child_dies_with_its_parent(source: str) -> None:
     script = (

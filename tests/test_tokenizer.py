@@ -142,6 +142,7 @@ def test_long_runs_are_cut_as_published(text: str) -> None:
     assert "".join(cut(text)) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [" " * 1_000_000, "a" * 1_000_000, ("x" + " " * (RUN_CHARACTERS - 1)) * 40, "\u0301" * 500_000],
