@@ -33,7 +33,7 @@ from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model import moe
 from mlx_kimi.model.kimi_linear import KimiLinear
-from mlx_kimi.offload import offload as streaming
+from mlx_kimi.offload import offload
 from mlx_kimi.offload.expert_cache import LRFU, ExpertCache
 from mlx_kimi.offload.expert_files import OpenFile
 from mlx_kimi.offload.read_pool import ReadPool
@@ -461,13 +461,14 @@ def test_a_budget_has_room_for_a_context_and_no_more() -> None:
 def test_mlx_keeps_few_buffers_as_long_as_a_budget_lasts(
     streamed: Streamed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "FEW_BUFFERS", streaming.CacheLimit())
+    monkeypatch.setattr(offload, "CACHE_LIMIT", offload.CacheLimit())
 
     def limit() -> int:
         now = mx.set_cache_limit(0)
         mx.set_cache_limit(now)
         return now
 
+    gc.collect()  # models that other tests left: the limit is the process's
     before = mx.set_cache_limit(3 * BUFFERS)
     try:
         first, second = streamed(pocket_folder(), 2), streamed(pocket_folder(), 2)
