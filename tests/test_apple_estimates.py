@@ -104,6 +104,7 @@ MATHEMATICS: dict[str, Work] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MATHEMATICS)
 def test_counts_are_what_the_mathematics_says(name: str) -> None:
     each = counted(name).each

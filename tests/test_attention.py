@@ -139,6 +139,7 @@ def test_16_bits_go_in_and_come_out() -> None:
 FORMS = {"absorbed": 10**9, "expanded": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 5, 200])
 @pytest.mark.parametrize("past", [0, 300])
 def test_the_absorbed_and_the_expanded_form_agree(

@@ -76,6 +76,7 @@ def test_every_answer_has_the_tokens_that_were_asked_for(loaded, answers) -> Non
     assert lengths == [warm_up, (20, 1), *repeats[:3], (50, 1), *repeats[3:]]
 
 
+@pytest.mark.slow
 def test_nothing_is_read_twice(loaded, answers) -> None:
     bench = Bench(*loaded, tokens=TOKENS, repeats=REPEATS)
     assert [bench.row(length).read_tokens for length in (20, 50, 51)] == [20, 30, 1]
@@ -93,6 +94,7 @@ def test_every_repeat_answers_as_a_fresh_run_does(loaded, answers) -> None:
         assert [chunk.token for chunk in chunks] == [chunk.token for chunk in fresh]
 
 
+@pytest.mark.slow
 def test_the_state_after_a_row_is_that_of_its_context_alone(loaded) -> None:
     model = loaded[0]
     bench = Bench(*loaded, tokens=TOKENS, repeats=REPEATS)
@@ -248,6 +250,7 @@ def test_json_holds_everything(talker: Path, tmp_path: Path) -> None:
         assert 0 < measured["active_memory"] < measured["peak_memory"]
 
 
+@pytest.mark.slow
 def test_json_has_stdout_for_itself(talker: Path) -> None:
     done = run(talker, "--contexts", "16", "--tokens", "2", "--repeats", "1", "--json", "-")
     assert [measured["context"] for measured in json.loads(done.stdout)["rows"]] == [16]
@@ -326,6 +329,7 @@ def test_a_mistake_is_one_clear_line(talker: Path, arguments: tuple[str, ...], s
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_without_matplotlib_one_line_says_what_to_install(talker: Path, tmp_path: Path) -> None:
     script = (
         "import importlib.util as util; found = util.find_spec; "

@@ -228,6 +228,7 @@ def test_the_pocket_model_calls_a_function_and_uses_its_result(weather, tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_a_call_cut_by_the_limit_is_no_part_of_the_conversation(weather, tmp_path) -> None:
     chat = pocket_chat(weather, tmp_path, max_tokens=8)
     chat.say("What is the weather in Paris?")

@@ -40,6 +40,7 @@ def test_stdout_is_the_answer_and_stderr_the_speeds(talker: Path) -> None:
         assert part in line
 
 
+@pytest.mark.slow
 def test_json_is_one_object_with_everything(talker: Path) -> None:
     answer = json.loads(generated(talker, "-p", PROMPT, "--max-tokens", "6", "--json"))
     assert len(answer["token_ids"]) == answer["generated_tokens"] == 6
@@ -104,6 +105,7 @@ def test_info_says_what_a_model_is_and_what_runs_it() -> None:
 
 
 # ----------------------------------------------------------------------------------- early endings
+@pytest.mark.slow
 def test_a_closed_pipe_ends_quietly(talker: Path) -> None:
     command = [*PROGRAM, "generate", "--model", str(talker), "-p", PROMPT, "--max-tokens", "3000"]
     with subprocess.Popen(
@@ -116,6 +118,7 @@ def test_a_closed_pipe_ends_quietly(talker: Path) -> None:
         assert process.stderr.read() == b""
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_quietly(talker: Path) -> None:
     command = [*PROGRAM, "generate", "--model", str(talker), "-p", PROMPT, "--max-tokens", "4000"]
     with subprocess.Popen(
@@ -161,6 +164,7 @@ def test_a_mistake_is_one_clear_line(talker, arguments, stdin, code, said) -> No
         assert errors.startswith("Error: ") and errors.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "said"),
     [
@@ -210,6 +214,7 @@ def test_a_closed_or_full_stream_is_no_traceback(talker: Path, streams, code, sa
     assert said in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_check_finds_damaged_weights(talker: Path, tmp_path: Path) -> None:
     for file in talker.iterdir():
         if file.suffix != ".safetensors":

@@ -162,6 +162,7 @@ def test_a_state_on_disk_holds_no_spare_rows(
     assert_close("logits", one_by_one(pocket, tokens, again.entries), expected, SAME)
 
 
+@pytest.mark.slow
 def test_a_step_goes_on_from_many_tokens_and_they_from_a_step(
     pocket: KimiLinear, launched: list[str]
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_step_goes_on_from_many_tokens_and_they_from_a_step(
     assert_close("logits", mx.concatenate(logits, axis=1), expected, SAME)
 
 
+@pytest.mark.slow
 def test_projections_apart_are_projections_in_one(
     pocket: KimiLinear, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from mlx_kimi.convert.journal import Journal
 from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.errors import KimiError
 
-KILLS = 20
+KILLS = 10
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,7 @@ def test_kill_9_at_random_moments_changes_no_byte(
     assert [path.name for path in tmp_path.iterdir()] in (["out"], ["out", "out.partial"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["deleted", "cut"])
 def test_weights_that_were_lost_meanwhile_are_not_trusted(
     source: Path, tmp_path: Path, loss: str
@@ -176,6 +177,7 @@ def test_what_was_not_recorded_is_not_trusted(
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "rule"),
     [

@@ -149,6 +149,7 @@ def test_good_text_is_taken(name: str, dtype: mx.Dtype) -> None:
     check("Pair pair; float f = twice(pair) + first(a);\n" + GOOD[name], HEADER, dtype)
 
 
+@pytest.mark.slow
 def test_each_version_of_metal_is_read() -> None:
     for condition in ("< 400", ">= 400"):
         with pytest.raises(LintError, match="wrong"):

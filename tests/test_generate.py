@@ -38,6 +38,7 @@ def naive_greedy(model: KimiLinear, ids: list[int], count: int) -> list[int]:
     return ids[start:]
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_the_model_without_a_cache(loaded) -> None:
     model, tokenizer = loaded
     chunks = list(stream_generate(*loaded, PROMPT, max_tokens=12))
@@ -68,6 +69,7 @@ def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(loaded, monkeypatch)
     assert "".join(c.text for c in chunks) == loaded[1].decode(ids_of(full)[:first])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3, 16, 100])
 def test_the_prefill_step_does_not_change_the_answer(loaded, step: int) -> None:
     whole = generate(*loaded, PROMPT, max_tokens=10)
@@ -132,6 +134,7 @@ def fresh(loaded, messages) -> list[int]:
     return ids_of(list(stream_generate(*loaded, messages, max_tokens=8)))
 
 
+@pytest.mark.slow
 def test_a_context_reads_a_conversation_once(loaded) -> None:
     context = TokenState(loaded[0])
     messages = [{"role": "user", "content": "the first question"}]

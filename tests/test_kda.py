@@ -41,6 +41,7 @@ def assert_is_recurrence(form: str, inputs: Inputs) -> None:
     assert (error / size).max() <= PER_TOKEN
 
 
+@pytest.mark.slow
 @of_form
 @pytest.mark.parametrize("gates", GATES)
 def test_equals_the_recurrence_at_gates_of_every_strength(form: str, gates: str) -> None:

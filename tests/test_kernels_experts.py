@@ -180,6 +180,7 @@ def test_metal_would_take_the_text(dtype: mx.Dtype, bits: int) -> None:
         expert_mlp(x, experts, weights, routed, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 4])
 def test_metal_would_take_the_text_of_the_choice(groups: int) -> None:
     with use_backend(linter()):

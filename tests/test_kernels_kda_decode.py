@@ -147,6 +147,7 @@ def test_rounds_once_in_16_bits(bits: int, dtype: mx.Dtype, rms: float) -> None:
     assert_is_oracle("kernel", case(B=2, bits=bits, dtype=dtype), 4e-3, rms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("bits", [0, 4, 8])
 def test_every_version_of_metal_takes_the_text(bits: int, dtype: mx.Dtype) -> None:

@@ -187,6 +187,7 @@ def test_equals_the_equations_however_the_work_is_divided(sizes: Sizes, shape: S
     assert_is_oracle("kernel", case(sizes, B=2), shape=shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [WIDE, NARROW, NVIDIA], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_takes_the_heads_of_the_48b(shape: Shape, packed: bool) -> None:

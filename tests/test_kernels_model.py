@@ -42,6 +42,7 @@ def test_kernels_give_the_same_logits(
     assert_close("logits", logits, model(name)(ids), SPLIT)
 
 
+@pytest.mark.slow
 def test_a_quantized_model_decodes_in_the_decode_kernels(quantized: Callable[..., Path]) -> None:
     model = load_model(quantized("tiny"))
     kernels = (kda_decode.KERNEL, mla_decode.QUERY, mla_decode.ATTEND, mla_decode.OUTPUT)

@@ -68,6 +68,7 @@ def after_a_token(model: KimiLinear) -> list[CacheEntry]:
     return cache
 
 
+@pytest.mark.slow
 def test_a_token_of_the_48b_is_few_launches(model: KimiLinear, counted: list[str]) -> None:
     cache = after_a_token(model)
     counted.clear()

@@ -229,6 +229,7 @@ def test_a_wheel_holds_every_file_of_the_package() -> None:
     assert len(files) > 20 and not left_out
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_at_import_but_constants() -> None:
     """No module-level state: no name is bound again through `global`."""
     for _, path in FILES:

@@ -64,6 +64,7 @@ def test_the_48b_has_the_published_shape_of(name: str, shape: tuple[int, ...]) -
     assert published(KIMI_48B)[name][0] == shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, shape",
     {

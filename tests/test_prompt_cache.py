@@ -93,6 +93,7 @@ def test_a_mistake_is_one_clear_line(talker, tmp_path, arguments, code, said) ->
     assert not (tmp_path / "file").exists(), "nothing half-done is left"
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_anything_else_is_refused_and_keeps_it(talker, tmp_path) -> None:
     """It deleted a model's weights: whatever `*.safetensors` no state was stored in."""
     model = Path(shutil.copytree(talker, tmp_path / "model"))
@@ -124,6 +125,7 @@ def test_what_an_interrupted_run_left_is_in_nobodys_way(talker, tmp_path) -> Non
     assert not (file / "0-7-0123abcd.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_file_in_the_place_of_the_folder_is_one_clear_line(talker, tmp_path) -> None:
     (tmp_path / "file").write_text("mine")
     done = run("cache", "x", tmp_path / "file", "--model", talker)

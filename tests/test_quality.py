@@ -110,6 +110,7 @@ def test_errors_of_layers_are_those_of_the_ordinary_layers(
         assert 0 < layer.alone < 1
 
 
+@pytest.mark.slow
 def test_errors_of_weights_are_the_equation_in_float64(talker: Path, tmp_path: Path) -> None:
     out = quantized(talker, tmp_path / "out")
     found = measure(talker, out, [1, 2, 3])
@@ -160,6 +161,7 @@ def test_predictions_are_those_of_evaluate(talker: Path, tmp_path: Path, tokens:
         assert getattr(a, name) == pytest.approx(getattr(b, name), abs=1.6e-4)
 
 
+@pytest.mark.slow
 def test_a_conversion_that_changes_nothing_costs_nothing(talker: Path, tmp_path: Path) -> None:
     convert(talker, tmp_path / "out", None)
     found = measure(talker, tmp_path / "out", list(range(40)))

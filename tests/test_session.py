@@ -211,6 +211,7 @@ def test_a_long_conversation_is_few_files(loaded, tmp_path) -> None:
 
 
 # ------------------------------------------------------------------------------------ going back
+@pytest.mark.slow
 def test_going_back_reads_nothing_that_came_before(loaded, sessions) -> None:
     chat = new_chat(loaded, sessions)
     prompts = []
@@ -301,6 +302,7 @@ def _damaged(whole: bytes, damage: str, rng: Random) -> bytes:
     return whole[:place] if damage == "cut" else b""
 
 
+@pytest.mark.slow
 def test_with_both_texts_damaged_the_turns_that_are_whole_remain(loaded, sessions) -> None:
     chat = new_chat(loaded, sessions)
     talk(chat, "one", "two", "three")
@@ -422,6 +424,7 @@ def test_the_identity_of_a_folder_is_that_of_its_files(tmp_path: Path) -> None:
     assert identity(first, None)["model"] != before, "another tokenizer"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["shape", "missing", "ids"])
 def test_states_that_do_not_fit_the_model_are_not_used(loaded, sessions, change) -> None:
     chat = new_chat(loaded, sessions)
@@ -457,6 +460,7 @@ def test_files_outside_the_folder_are_never_read(loaded, sessions) -> None:
     assert again.context.ids == [] and again.conversation.turns[0].text == "one"
 
 
+@pytest.mark.slow
 def test_a_session_beyond_a_budget_is_refused_before_its_states_are_read(
     loaded, sessions, talker, monkeypatch
 ) -> None:
@@ -510,6 +514,7 @@ def test_a_session_is_open_in_one_chat_at_a_time(loaded, sessions) -> None:
     assert subprocess.run(command).returncode == 0
 
 
+@pytest.mark.slow
 def test_save_as_names_a_nameless_session_and_copies_a_named_one(loaded, sessions) -> None:
     chat = new_chat(loaded, sessions)
     talk(chat, "one")
@@ -537,6 +542,7 @@ def test_names_that_are_refused(sessions, name) -> None:
         sessions.path(name)
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_made_is_named(loaded, tmp_path) -> None:
     (tmp_path / "file").touch()
     chat = new_chat(loaded, Sessions(tmp_path / "file"))

@@ -100,6 +100,7 @@ def test_memory_is_watched_where_the_system_sets_no_limit(monkeypatch: pytest.Mo
     free.close()
 
 
+@pytest.mark.slow
 def test_a_long_chat_renders(renderer: Renderer) -> None:
     """Near both limits, of output and of memory: four bytes a character, escaped in twelve."""
     text = "中<|im_end|>\ud800😀"
