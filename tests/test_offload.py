@@ -399,7 +399,7 @@ def test_a_slow_disk_is_waited_for(
 
 @pytest.mark.alone
 def test_a_program_ends_though_a_read_hangs() -> None:
-    start = "Readers().start(lambda: time.sleep(60), [])"
+    start = "ReadPool().start(lambda: time.sleep(60), [])"
     program = f"import time; from mlx_kimi.offload.read_pool import ReadPool; {start}"
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
