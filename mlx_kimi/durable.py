@@ -10,6 +10,7 @@ from pathlib import Path
 
 # On macOS fsync hands the data to the drive, which may still lose it with the power.
 FULL_SYNC = getattr(fcntl, "F_FULLFSYNC", None)
+NEW = ".new"  # in the name of a file that is being made
 BLOCK = 1 << 22  # bytes read at once
 
 
@@ -18,7 +19,7 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
 
     The file made is private: conversations are nobody else's business.
     """
-    made = path.with_name(f".{path.stem}.new{path.suffix}")
+    made = path.with_name(f".{path.stem}{NEW}{path.suffix}")
     try:
         write(made)
         made.chmod(0o600)
@@ -27,6 +28,12 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         made.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def finished_name(name: str) -> str:
+    """The name that a file was to get if an interrupted `write_durably` left it; else `name`."""
+    stem, new, suffix = name.rpartition(NEW)
+    return stem[1:] + suffix if new and stem.startswith(".") else name
 
 
 def checksum(path: Path) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from mlx_kimi.chat import state_files as states
 from mlx_kimi.chat.conversation import Conversation, read_turn
 from mlx_kimi.chat.identity import differences
 from mlx_kimi.chat.state_files import StateFile
-from mlx_kimi.durable import write_durably
+from mlx_kimi.durable import finished_name, write_durably
 from mlx_kimi.errors import KimiError, beyond_budget
 from mlx_kimi.generation.context import TokenState, common_prefix
 
@@ -246,8 +245,7 @@ def refuse_used(folder: Path) -> None:
 
 def _is_unfinished(name: str) -> bool:
     """Whether a session that never got its text could have left a file of this name."""
-    left = re.fullmatch(r"\.(?P<stem>.+)\.new(?P<suffix>\.\w+)", name)  # durable.write_durably
-    name = left["stem"] + left["suffix"] if left else name
+    name = finished_name(name)
     return name in (LOCK, TEXT) or states.is_state_file(name)
 
 
