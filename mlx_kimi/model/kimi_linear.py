@@ -175,11 +175,11 @@ class KimiLinear(nn.Module):
             _count(cache, [ids.shape[1]] * ids.shape[0])
 
     def _finish(self, *results: mx.array) -> None:
-        """Wait for a step whose experts are in slots: the next one, of any thread, may write them.
+        """Wait for a step that reads slots which the next one, of any thread, may write.
 
         MLX gives every thread a stream of its own, and only work in one stream is in order.
         """
-        if self.offload:
+        if self.offload and not self.offload.holds_all:
             mx.eval(results)
 
     def run(self, ids: mx.array, cache: Sequence[CacheEntry], step: ForwardBatch) -> mx.array:

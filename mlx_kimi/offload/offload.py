@@ -50,6 +50,11 @@ class ExpertOffload:
         self.optimistic = OptimisticResidency(partial, self.counts, slot_of, worth)
 
     @property
+    def holds_all(self) -> bool:
+        """Whether every expert has a slot of its own, which is never written again."""
+        return all(bank.holds_all for bank in self.banks.values())
+
+    @property
     def arrays(self) -> dict[str, mx.array]:
         """The stacks of all banks by their names in the MLX layout."""
         return {name: array for bank in self.banks.values() for name, array in bank.arrays.items()}
