@@ -128,12 +128,12 @@ def sessions(loop: Loop, argument: str) -> None:
 
 def stats(loop: Loop, argument: str) -> None:
     chat, last = loop.chat, loop.stats
-    context = chat.context
-    cache = sum(array.nbytes for array in caches.arrays(context.entries))
+    state = chat.state
+    cache = sum(array.nbytes for array in caches.arrays(state.entries))
     lines = [
         f"context    {loop.used()}",
-        f"state      {human_size(cache)}, and {len(context.snapshots)} snapshots to go back to: "
-        f"{human_size(context.snapshot_bytes)} of at most {human_size(context.memory)}",
+        f"state      {human_size(cache)}, and {len(state.snapshots)} snapshots to go back to: "
+        f"{human_size(state.snapshot_bytes)} of at most {human_size(state.memory)}",
         f"memory     {human_size(mx.get_active_memory())} now, "
         f"{human_size(mx.get_peak_memory())} at most",
         f"session    {chat.session.name if chat.session else 'not kept'}",

@@ -12,7 +12,7 @@ from mlx_kimi.cli.chat_input import Input
 from mlx_kimi.cli.chat_screen import Screen, TerminalScreen
 from mlx_kimi.cli.options import check_utf8
 from mlx_kimi.errors import ContextFull, KimiError
-from mlx_kimi.generation.generate import Stats
+from mlx_kimi.generation.answer import Stats
 from mlx_kimi.units import human_size
 
 ROUNDS = 8  # answers in a row that may call tools, before the user is asked to go on
@@ -159,7 +159,7 @@ def toolbar(loop: Loop) -> str:
     if loop.stats:
         parts.append(f"{loop.stats.generation_speed:.1f} tok/s")
     parts.append(f"{human_size(mx.get_active_memory())} memory")
-    parts.append(f"{human_size(loop.chat.context.snapshot_bytes)} snapshots")
+    parts.append(f"{human_size(loop.chat.state.snapshot_bytes)} snapshots")
     if loop.attached:
         parts.append(f"{len(loop.attached)} files attached")
     return " · ".join(parts)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from mlx_kimi.cli import show
 from mlx_kimi.cli.chat_markdown import Block, Blocks
-from mlx_kimi.generation.generate import Chunk, Stats
+from mlx_kimi.generation.answer import Chunk, Stats
 
 REDRAW_SECONDS = 0.05  # at least, between two drawings of the block that grows
 REDRAW_SHARE = 5  # times what a drawing takes passes before the next: long blocks take longer

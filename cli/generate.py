@@ -24,8 +24,9 @@ from mlx_kimi.cli.options import (
     sampling_options,
     utf8,
 )
-from mlx_kimi.generation.context import TokenState
-from mlx_kimi.generation.generate import Chunk, Prompt, stream_generate
+from mlx_kimi.generation.answer import Chunk
+from mlx_kimi.generation.generate import Prompt, stream_generate
+from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.loading.load import load
 
@@ -73,17 +74,17 @@ def command(
         raise click.UsageError(f"{which} is part of a chat and --raw has none")
     folder = local_folder(model_or_pocket(model))
     network, tokenizer = load(folder, budget)
-    context = TokenState(network, options["latent_bits"], every=None)
+    state = TokenState(network, options["latent_bits"], every=None)
     conversation = Conversation(system)
     if prompt_cache:
-        conversation = _cached(prompt_cache, folder, context, system)
+        conversation = _cached(prompt_cache, folder, state, system)
     conversation.say(text)
     asked: Prompt = tokenizer.encode(text) if raw else conversation.messages
 
     chunks: list[Chunk] = []
     with show.prefill_progress() as progress:
         stream = stream_generate(
-            network, tokenizer, asked, stop=stop, progress=progress, context=context, **options
+            network, tokenizer, asked, stop=stop, progress=progress, state=state, **options
         )
         chunks.append(next(stream))
     if not as_json:
@@ -96,12 +97,12 @@ def command(
     click.echo(show.speeds(chunks[-1].stats), err=True)
 
 
-def _cached(file: Path, folder: Path, context: TokenState, system: str | None) -> Conversation:
-    """What `file` holds; `context` has read it if this model has."""
+def _cached(file: Path, folder: Path, state: TokenState, system: str | None) -> Conversation:
+    """What `file` holds; `state` has read it if this model has."""
     if system is not None:
         raise click.UsageError("--prompt-cache has its own system message, or none")
-    same = identity(folder, context.latent_bits)
-    conversation, notes = read_session(file, same, context)
+    same = identity(folder, state.latent_bits)
+    conversation, notes = read_session(file, same, state)
     for note in notes:
         click.echo(f"{file}: {note}", err=True)
     return conversation

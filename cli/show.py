@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_kimi.evaluation.evaluate import Distance
-from mlx_kimi.generation.generate import Stats
+from mlx_kimi.generation.answer import Stats
 from mlx_kimi.offload.expert_cache import Counts
 from mlx_kimi.units import human_size
 

@@ -20,6 +20,7 @@ from mlx_kimi.model.layers import RMSNorm
 from mlx_kimi.model.moe import Experts, MixtureOfExperts
 from mlx_kimi.model.step import ForwardBatch
 from mlx_kimi.model.weights import Weights
+from mlx_kimi.offload.optimistic import Residency
 
 EXPERTS = 128 * 2**20  # bytes of float32 of the experts that are in memory at once
 ROWS = 4096  # of the embedding, at once
@@ -47,14 +48,14 @@ class Layers:
             mx.eval(x)
         return x
 
-    def run(self, number: int, x: mx.array, step: ForwardBatch) -> mx.array:
+    def run(self, number: int, x: mx.array, batch: ForwardBatch) -> mx.array:
         """The residual stream before a layer -> after it, [B, T, hidden]."""
         layer = self._layer(number)
         entry: CacheEntry = (
             KDACache() if self.config.layers[number].attention == "kda" else LatentCache()
         )
-        y, part = layer(x, None, entry, step, lambda part: part)
-        y = y + part
+        y, residual = layer(x, None, entry, batch)
+        y = residual + y
         mx.eval(y)
         mx.clear_cache()
         return y
@@ -89,13 +90,15 @@ class ExpertsInPieces:
         _, out, width = stacks[0].shape
         self.step = max(1, EXPERTS // (4 * len(stacks) * out * width))
 
-    def after(self, norm: RMSNorm, x: mx.array, part: mx.array) -> tuple[mx.array, mx.array]:
-        """As `MixtureOfExperts.after`."""
-        x, normed = norm.of_sum(x, part)
+    def after_norm(
+        self, norm: RMSNorm, x: mx.array, residual: mx.array, residency: Residency | None
+    ) -> tuple[mx.array, mx.array]:
+        """As `MixtureOfExperts.after_norm`, with all experts in turn."""
+        normed, residual = norm.add_norm(x, residual)
         rows = normed.reshape(-1, x.shape[-1])
         y = mx.zeros_like(rows) if self.shared_experts is None else self.shared_experts(rows)
         experts, weights = self.router(rows)
-        mx.eval(x, y, experts, weights)
+        mx.eval(residual, y, experts, weights)
         chosen = np.array(experts)  # [N, k]
         for first, some in self._pieces():
             token, place = map(
@@ -107,7 +110,7 @@ class ExpertsInPieces:
                 y = y.at[token].add(answers)
                 mx.eval(y)
             mx.clear_cache()
-        return x, y.reshape(x.shape)
+        return y.reshape(x.shape), residual
 
     def _pieces(self) -> Iterator[tuple[int, Experts]]:
         count = self.stacks[0].shape[0]

@@ -19,7 +19,8 @@ from mlx_kimi import load
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation import bench as module
 from mlx_kimi.evaluation.bench import Bench, Row
-from mlx_kimi.generation.generate import Chunk, stream_generate
+from mlx_kimi.generation.answer import Chunk
+from mlx_kimi.generation.generate import stream_generate
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
@@ -103,7 +104,7 @@ def test_the_state_after_a_row_is_that_of_its_context_alone(loaded) -> None:
     text, cache = bench._text.start(300), model.make_cache()
     for part in (text[:20], text[20:]):
         model(mx.array([part]), cache)
-    left, fresh = caches.arrays(bench._context.entries), caches.arrays(cache)
+    left, fresh = caches.arrays(bench._state.entries), caches.arrays(cache)
     assert len(left) == len(fresh)
     for ours, theirs in zip(left, fresh, strict=True):
         assert np.array_equal(np.array(ours), np.array(theirs))
@@ -133,7 +134,7 @@ def test_memory_is_that_of_the_row_and_its_context(loaded) -> None:
     for length in (20, 50, 2000, 2010):
         mx.eval(mx.zeros((50_000_000,)))  # the peak of before is no row's
         measured = bench.row(length)
-        held = sum(array.nbytes for array in caches.arrays(bench._context.entries))
+        held = sum(array.nbytes for array in caches.arrays(bench._state.entries))
         # Reused buffers are a little too large; states kept of earlier rows would be 0.2 MB more.
         assert held <= measured.active_memory < held + 100_000
         assert measured.peak_memory > bench.weights_memory + measured.active_memory

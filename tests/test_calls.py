@@ -214,7 +214,7 @@ def test_the_pocket_model_calls_a_function_and_uses_its_result(weather, tmp_path
     assert "".join(chunk.text for chunk in chat.answer()) == "", "no marker leaks as text"
     (call,) = chat.pending
     assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Paris"})
-    read_so_far = len(chat.context.ids)
+    read_so_far = len(chat.state.ids)
     assert chat.toolbox
     chat.tool_result(call, chat.toolbox.run(call))
     chunks = list(chat.answer())

@@ -15,7 +15,7 @@ from rich.console import Console
 from mlx_kimi.cli import show
 from mlx_kimi.cli.chat_markdown import Block, Blocks
 from mlx_kimi.cli.chat_screen import TerminalScreen, _GrowingAnswer, _whole
-from mlx_kimi.generation.generate import Chunk, Stats
+from mlx_kimi.generation.answer import Chunk, Stats
 
 TEXT = """\
 # A heading

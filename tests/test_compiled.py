@@ -13,7 +13,7 @@ from twins import twins
 
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.chat.state_files import restore_states, write_state
-from mlx_kimi.generation.context import TokenState
+from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, is_traced, use_backend
 from mlx_kimi.model import cache as caches
@@ -147,18 +147,18 @@ def test_a_snapshot_is_where_it_was(pocket: KimiLinear, launched: list[str]) -> 
 def test_a_state_on_disk_holds_no_spare_rows(
     pocket: KimiLinear, launched: list[str], tmp_path: Path
 ) -> None:
-    context = TokenState(pocket)
+    state = TokenState(pocket)
     with use_backend(None):
-        context.forward(ids(1, TAIL + 9))
+        state.read(ids(1, TAIL + 9)[0].tolist())
     for t in range(5):
-        context.forward(ids(1, 5)[:, t : t + 1])
-    context.ids = ids(1, TAIL + 9)[0].tolist() + ids(1, 5)[0].tolist()
-    stored = write_state(tmp_path, context, 0)
+        state.read(ids(1, 5)[0, t : t + 1].tolist())
+    assert state.ids == ids(1, TAIL + 9)[0].tolist() + ids(1, 5)[0].tolist()
+    stored = write_state(tmp_path, state, 0)
     again = TokenState(pocket)
     restore_states(again, tmp_path, [stored])
-    assert again.ids == context.ids
+    assert again.ids == state.ids
     tokens = ids(1, 3)
-    expected = one_by_one(pocket, tokens, context.entries)
+    expected = one_by_one(pocket, tokens, state.entries)
     assert_close("logits", one_by_one(pocket, tokens, again.entries), expected, SAME)
 
 

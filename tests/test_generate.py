@@ -13,8 +13,9 @@ import pytest
 
 from mlx_kimi import load
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generation.context import TokenState
-from mlx_kimi.generation.generate import Chunk, StopStrings, generate, prompt_ids, stream_generate
+from mlx_kimi.generation.answer import Chunk, StopStrings
+from mlx_kimi.generation.generate import generate, prompt_ids, stream_generate
+from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
 
@@ -124,7 +125,7 @@ def test_a_prompt_may_be_text_messages_or_ids(loaded) -> None:
     assert prompt_ids(*loaded, messages) == prompt_ids(*loaded, ids) == ids
 
 
-# --------------------------------------------------------------------------------------- context
+# --------------------------------------------------------------------------------------- state
 def conversation(turns: int) -> list[dict[str, str]]:
     said = [f"word {n} and sentence {n * n}" for n in range(2 * turns - 1)]
     return [{"role": "assistant" if n % 2 else "user", "content": s} for n, s in enumerate(said)]
@@ -135,11 +136,11 @@ def fresh(loaded, messages) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_context_reads_a_conversation_once(loaded) -> None:
-    context = TokenState(loaded[0])
+def test_a_state_reads_a_conversation_once(loaded) -> None:
+    state = TokenState(loaded[0])
     messages = [{"role": "user", "content": "the first question"}]
     for turn in range(4):
-        chunks = list(stream_generate(*loaded, messages, max_tokens=8, context=context))
+        chunks = list(stream_generate(*loaded, messages, max_tokens=8, state=state))
         assert ids_of(chunks) == fresh(loaded, messages)
         if turn:
             assert chunks[0].stats.cached_tokens > 0
@@ -149,39 +150,39 @@ def test_a_context_reads_a_conversation_once(loaded) -> None:
 
 @pytest.mark.slow
 def test_an_edited_conversation_goes_on_from_what_is_still_true(loaded) -> None:
-    context, rng = TokenState(loaded[0]), Random(1)
+    state, rng = TokenState(loaded[0]), Random(1)
     for _ in range(12):
         messages = conversation(rng.randint(1, 5))
         messages[-1]["content"] += " again" * rng.randint(0, 2)
-        chunks = list(stream_generate(*loaded, messages, max_tokens=8, context=context))
+        chunks = list(stream_generate(*loaded, messages, max_tokens=8, state=state))
         assert ids_of(chunks) == fresh(loaded, messages)
 
 
 def test_the_same_prompt_twice_is_read_once(loaded) -> None:
-    context = TokenState(loaded[0])
-    first = list(stream_generate(*loaded, PROMPT, max_tokens=6, context=context))
-    second = list(stream_generate(*loaded, PROMPT, max_tokens=6, context=context))
+    state = TokenState(loaded[0])
+    first = list(stream_generate(*loaded, PROMPT, max_tokens=6, state=state))
+    second = list(stream_generate(*loaded, PROMPT, max_tokens=6, state=state))
     assert ids_of(first) == ids_of(second)
     assert second[0].stats.cached_tokens == second[0].stats.prompt_tokens
 
 
 @pytest.mark.parametrize("after", [1, 2, 5])
-def test_an_answer_that_is_broken_off_leaves_the_context_sound(loaded, after: int) -> None:
-    context, (model, tokenizer) = TokenState(loaded[0]), loaded
-    stream = stream_generate(*loaded, PROMPT, max_tokens=20, context=context)
+def test_an_answer_that_is_broken_off_leaves_the_state_sound(loaded, after: int) -> None:
+    state, (model, tokenizer) = TokenState(loaded[0]), loaded
+    stream = stream_generate(*loaded, PROMPT, max_tokens=20, state=state)
     said = [next(stream).token for _ in range(after)]
     stream.close()
-    assert context.ids == prompt_ids(model, tokenizer, PROMPT) + said
-    longer = [*context.ids, 40, 41]
-    chunks = list(stream_generate(*loaded, longer, max_tokens=6, context=context))
+    assert state.ids == prompt_ids(model, tokenizer, PROMPT) + said
+    longer = [*state.ids, 40, 41]
+    chunks = list(stream_generate(*loaded, longer, max_tokens=6, state=state))
     assert chunks[0].stats.cached_tokens == len(longer) - 2
     assert ids_of(chunks) == naive_greedy(model, longer, 6)
 
 
-def test_an_interrupt_within_a_step_leaves_the_context_as_it_was(loaded, monkeypatch) -> None:
-    context, model = TokenState(loaded[0]), loaded[0]
-    list(stream_generate(*loaded, PROMPT, max_tokens=3, context=context))
-    before = list(context.ids)
+def test_an_interrupt_within_a_step_leaves_the_state_as_it_was(loaded, monkeypatch) -> None:
+    state, model = TokenState(loaded[0]), loaded[0]
+    list(stream_generate(*loaded, PROMPT, max_tokens=3, state=state))
+    before = list(state.ids)
     last = type(model.layers[-1])
     whole, calls = last.attend, []
 
@@ -194,21 +195,21 @@ def test_an_interrupt_within_a_step_leaves_the_context_as_it_was(loaded, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(last, "attend", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            list(stream_generate(*loaded, [*before, 40], max_tokens=3, context=context))
-    assert context.ids == before
-    chunks = list(stream_generate(*loaded, [*before, 40], max_tokens=6, context=context))
+            list(stream_generate(*loaded, [*before, 40], max_tokens=3, state=state))
+    assert state.ids == before
+    chunks = list(stream_generate(*loaded, [*before, 40], max_tokens=6, state=state))
     assert ids_of(chunks) == naive_greedy(model, [*before, 40], 6)
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_waiting_for_a_token_leaves_the_context_sound(loaded) -> None:
+def test_ctrl_c_while_waiting_for_a_token_leaves_the_state_sound(loaded) -> None:
     model, _ = loaded
     delays = [0.002 * n for n in range(1, 12)]
     interrupted = 0
     for delay in delays:
-        context = TokenState(model)
+        state = TokenState(model)
         timer = threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGINT))
-        stream = stream_generate(*loaded, PROMPT, max_tokens=400, context=context)
+        stream = stream_generate(*loaded, PROMPT, max_tokens=400, state=state)
         next(stream)
         try:
             timer.start()
@@ -217,9 +218,9 @@ def test_ctrl_c_while_waiting_for_a_token_leaves_the_context_sound(loaded) -> No
         except KeyboardInterrupt:
             interrupted += 1
         timer.join()
-        assert context.entries[0].lengths == (len(context.ids),)
-        longer = [*context.ids, 40, 41]
-        chunks = list(stream_generate(*loaded, longer, max_tokens=2, context=context))
+        assert state.entries[0].lengths == (len(state.ids),)
+        longer = [*state.ids, 40, 41]
+        chunks = list(stream_generate(*loaded, longer, max_tokens=2, state=state))
         assert ids_of(chunks) == naive_greedy(model, longer, 2)
     assert interrupted == len(delays)
 

@@ -85,10 +85,10 @@ def test_a_layer_with_experts_is_few_launches(
     model: KimiLinear, counted: list[str], number: int, most: int, expected: int
 ) -> None:
     cache = after_a_token(model)
-    x, part = (mx.ones((1, 1, model.config.hidden_size)) for _ in range(2))
-    mx.eval(x, part)
+    x, residual = (mx.ones((1, 1, model.config.hidden_size)) for _ in range(2))
+    mx.eval(x, residual)
     counted.clear()
     layer = model.layers[number]
-    results = layer(x, part, cache[number], ForwardBatch(), lambda y: y)
+    results = layer(x, residual, cache[number], ForwardBatch())
     found = launches(*results, *cache[number].arrays())
     assert sum(found.values()) + len(counted) == expected <= most, (found, counted)

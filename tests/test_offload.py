@@ -25,8 +25,8 @@ from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cli import bench, generate
 from mlx_kimi.defaults import BUFFERS
 from mlx_kimi.errors import ContextFull, KimiError
-from mlx_kimi.generation.context import TokenState
-from mlx_kimi.generation.generate import prefill
+from mlx_kimi.generation.decode import prefill
+from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
@@ -204,7 +204,7 @@ def test_an_interrupted_read_makes_no_assumption_wrong(
 ) -> None:
     """Some of a token's experts arrived, others did not: the table that graphs get must be new."""
     model = streamed(pocket_folder(), 20)
-    optimistic, bank = model.offload.optimistic, next(iter(model.offload.banks.values()))
+    optimistic, bank = model.offload.optimistic, next(iter(model.offload.expert_caches.values()))
     bank.slots_of(np.array([0, 1]))
     before = np.array(optimistic.slots()[0])
     wait, calls = ReadPool.wait, iter(range(100))
@@ -264,7 +264,7 @@ def test_a_step_of_many_tokens_reads_each_expert_once(streamed: Streamed) -> Non
     model = streamed(pocket_folder(), 2)
     mx.eval(model(mx.array([ids(300)])))
     counts = model.offload.counts
-    layers = len(model.offload.banks)
+    layers = len(model.offload.expert_caches)
     assert counts.asked <= 32 * layers  # every expert of every layer at most
     assert counts.read == counts.asked
     mx.eval(model(mx.array([ids(300)])))  # what was worth most is there now
@@ -272,7 +272,7 @@ def test_a_step_of_many_tokens_reads_each_expert_once(streamed: Streamed) -> Non
     one_expert = (
         sum(
             part.nbytes // (2 if part.stored != part.dtype else 1)
-            for bank in model.offload.banks.values()
+            for bank in model.offload.expert_caches.values()
             for part in bank.parts
         )
         // layers
@@ -294,7 +294,7 @@ def test_only_the_last_step_of_a_prompt_asks_the_last_layer_for_experts(
     monkeypatch.setattr(ExpertCache, "for_each_expert", noted)
     text = ids(70)
     last, _ = prefill(TokenState(model, every=None), text, step=30)
-    assert [visited.count(bank) for bank in model.offload.banks.values()] == [3] * 6 + [1]
+    assert [visited.count(bank) for bank in model.offload.expert_caches.values()] == [3] * 6 + [1]
     assert_same_bits("hidden", last, prefill(TokenState(whole, every=None), text, step=30)[0])
     assert_close("hidden", last, whole.hidden(mx.array([text]))[:, -1:], 1e-4)
 
@@ -315,7 +315,7 @@ def test_what_is_worth_most_stays() -> None:
 
 def test_the_least_worth_makes_room(streamed: Streamed) -> None:
     model = streamed(pocket_folder(), 3)
-    bank = next(iter(model.offload.banks.values()))
+    bank = next(iter(model.offload.expert_caches.values()))
     for pair in ((0, 1), (0, 1), (0, 2), (5, 0)):
         bank.slots_of(np.array(pair))
     assert sorted(bank.expert_in.tolist()) == [0, 1, 5]  # 1 was used twice, 2 once
@@ -430,7 +430,7 @@ def test_what_failed_or_was_interrupted_leaves_the_slots_right(
         patch.setattr(*place, failing)
         with pytest.raises((KimiError, KeyboardInterrupt)):
             run(model, TEXT)
-    for bank in model.offload.banks.values():
+    for bank in model.offload.expert_caches.values():
         check_tables(bank)
     assert_same_bits("logits", run(model, TEXT[:6]), expected)
 
@@ -549,14 +549,13 @@ def test_generate_says_what_reading_experts_cost(few_slots: list[str]) -> None:
 def test_an_answer_goes_on_after_a_stop(few_slots: list[str]) -> None:
     model, tokenizer = load(pocket_folder(), ROOMY)
     whole = load_model(pocket_folder())
-    context = TokenState(model)
-    stream = stream_generate(model, tokenizer, "Sort: pear, fig, kiwi", context=context)
+    state = TokenState(model)
+    stream = stream_generate(model, tokenizer, "Sort: pear, fig, kiwi", state=state)
     first = [next(stream).token for _ in range(4)]
     stream.close()
-    assert context.ids[-3:] == first[:3]  # the fourth is not read before it is asked for
+    assert state.ids[-3:] == first[:3]  # the fourth is not read before it is asked for
     again = [
-        c.token
-        for c in stream_generate(model, tokenizer, [*context.ids, first[3]], context=context)
+        c.token for c in stream_generate(model, tokenizer, [*state.ids, first[3]], state=state)
     ]
     expected = stream_generate(whole, tokenizer, "Sort: pear, fig, kiwi")
     assert first + again == [c.token for c in expected]

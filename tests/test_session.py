@@ -27,8 +27,8 @@ from mlx_kimi.chat.identity import identity
 from mlx_kimi.chat.session import PREVIOUS, RETURN_POINTS, TEXT, Session
 from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.errors import ContextFull, KimiError
-from mlx_kimi.generation.context import TokenState
 from mlx_kimi.generation.generate import prompt_ids, stream_generate
+from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.model import cache as caches
 
@@ -90,7 +90,7 @@ def test_any_sequence_of_commands_leaves_the_logits_of_the_same_conversation(
         for _ in range(12):
             chat = _random_command(rng, chat, loaded)
             ids = next_prompt(chat)
-            ours = _logits(chat.context, ids)
+            ours = _logits(chat.state, ids)
             # The tiny model is float32: ways to split a sequence differ by rounding alone.
             assert_close("logits", ours, model(mx.array([ids]))[:, -1], 1e-4)
 
@@ -126,30 +126,29 @@ def _random_command(rng: Random, chat: Chat, loaded) -> Chat:
     return chat
 
 
-def _logits(context: TokenState, ids: list[int]) -> mx.array:
-    last = context.rewind_to_prefix_of(ids)
+def _logits(state: TokenState, ids: list[int]) -> mx.array:
+    last = state.rewind_to_prefix_of(ids)
     if last is None:
-        last = context.forward(mx.array([ids[len(context.ids) :]]))
-        context.ids[:] = ids
-    return context.model.logits(last[:, -1])
+        last = state.read(ids[len(state.ids) :])
+    return state.model.logits(last[:, -1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_state_is_stored_turn_by_turn_and_comes_back_whole(loaded, tmp_path, bits) -> None:
     model, _ = loaded
-    context, files, rng = TokenState(model, bits), [], Random(3)
+    state, files, rng = TokenState(model, bits), [], Random(3)
     for _ in range(9):
-        ids = [*context.ids, *(rng.randrange(1, 300) for _ in range(rng.choice((3, 90, 700))))]
-        list(stream_generate(*loaded, ids, max_tokens=3, context=context))
+        ids = [*state.ids, *(rng.randrange(1, 300) for _ in range(rng.choice((3, 90, 700))))]
+        list(stream_generate(*loaded, ids, max_tokens=3, state=state))
         start = files[-1].end if files else 0
-        files.append(states.write_state(tmp_path, context, start))
+        files.append(states.write_state(tmp_path, state, start))
         files = states.compacted(tmp_path, files, 4)
     assert len(files) < 9 and [f.has_kda for f in files[-4:]] == [True] * 4
     again = TokenState(model, bits)
     states.restore_states(again, tmp_path, files)
-    assert again.ids == context.ids
-    for ours, theirs in zip(again.entries, context.entries, strict=True):
+    assert again.ids == state.ids
+    for ours, theirs in zip(again.entries, state.entries, strict=True):
         for name in ("conv_tail", "state"):
             if hasattr(theirs, name):
                 assert mx.array_equal(getattr(ours, name), getattr(theirs, name))
@@ -159,11 +158,11 @@ def test_a_state_is_stored_turn_by_turn_and_comes_back_whole(loaded, tmp_path, b
             assert mx.array_equal(a, b) and mx.array_equal(ours.tail.latents, theirs.tail.latents)
     ends = [f.end for f in files if f.has_kda]
     assert [s.length for s in again.snapshots] == ends
-    ids = [*context.ids[: ends[0]], 7]
+    ids = [*state.ids[: ends[0]], 7]
     assert again.rewind_to_prefix_of(ids) is None and len(again.ids) == ends[0]
     assert ends[0] > 256, "some latents are frozen"
     # The same state in memory; segments that are cut elsewhere add up in another order.
-    assert_close("logits", _logits(again, ids), _logits(context, ids), 1e-4)
+    assert_close("logits", _logits(again, ids), _logits(state, ids), 1e-4)
 
 
 @pytest.mark.slow
@@ -185,7 +184,7 @@ def test_only_the_latest_turns_keep_their_kda_states_on_disk(loaded, sessions) -
     kept = [f.has_kda for f in chat.session._files]
     assert kept[-RETURN_POINTS:] == [True] * RETURN_POINTS and not any(kept[:-RETURN_POINTS])
     again, notes = reopened(loaded, chat)
-    assert not notes and again.context.ids == chat.context.ids
+    assert not notes and again.state.ids == chat.state.ids
     listed = {f.file for f in again.session._files}
     on_disk = {p.name for p in again.session.folder.glob("*.safetensors")}
     assert listed <= on_disk and len(on_disk) <= len(listed) + 2, "only the last version's remain"
@@ -194,20 +193,20 @@ def test_only_the_latest_turns_keep_their_kda_states_on_disk(loaded, sessions) -
 @pytest.mark.slow
 def test_a_long_conversation_is_few_files(loaded, tmp_path) -> None:
     """Small merges into as small: the number of files grows with the logarithm of the turns."""
-    context, files = TokenState(loaded[0]), []
+    state, files = TokenState(loaded[0]), []
     written = 0
     for turn in range(100):
-        ids = [*context.ids, *[turn % 50 + 1] * 12]
-        list(stream_generate(*loaded, ids, max_tokens=2, context=context))
-        files.append(states.write_state(tmp_path, context, files[-1].end if files else 0))
+        ids = [*state.ids, *[turn % 50 + 1] * 12]
+        list(stream_generate(*loaded, ids, max_tokens=2, state=state))
+        files.append(states.write_state(tmp_path, state, files[-1].end if files else 0))
         before = {f.file for f in files}
         files = states.compacted(tmp_path, files, RETURN_POINTS)
         written += sum(f.end - f.start for f in files if f.file not in before)
     assert len(files) <= RETURN_POINTS + 8
-    assert written <= 8 * len(context.ids), "a token is rewritten as often as 100 doubles, or once"
+    assert written <= 8 * len(state.ids), "a token is rewritten as often as 100 doubles, or once"
     again = TokenState(loaded[0])
     states.restore_states(again, tmp_path, files)
-    assert again.ids == context.ids
+    assert again.ids == state.ids
 
 
 # ------------------------------------------------------------------------------------ going back
@@ -289,7 +288,7 @@ def test_any_damage_of_one_file_costs_at_most_the_last_turn(loaded, sessions) ->
                 assert len(notes) == 1, (path.name, damage)
             ids = next_prompt(again)
             fresh = again.model(mx.array([ids]))[:, -1]
-            assert_close("logits", _logits(again.context, ids), fresh, 1e-4)
+            assert_close("logits", _logits(again.state, ids), fresh, 1e-4)
             assert again.session
             again.session.close()
             path.write_bytes(whole)
@@ -375,17 +374,17 @@ def test_a_full_disk_ends_no_conversation_and_loses_nothing(loaded, sessions, mo
 
 @pytest.mark.slow
 def test_a_state_that_could_not_be_gone_back_to_is_stored_again(loaded, sessions) -> None:
-    """Stopped while a message is read, the context stands at an old turn's end."""
+    """Stopped while a message is read, the state stands at an old turn's end."""
     chat = new_chat(loaded, sessions)
     talk(chat, *(f"turn {n}" for n in range(RETURN_POINTS + 4)))
     assert chat.session
     ends = [f.end for f in chat.session._files if not f.has_kda]
-    old = next(s for s in chat.context.snapshots if s.length == ends[-1])
-    chat.context.rewind_to_prefix_of([*chat.context.ids[: old.length], 7])
-    assert len(chat.context.ids) == ends[-1]
+    old = next(s for s in chat.state.snapshots if s.length == ends[-1])
+    chat.state.rewind_to_prefix_of([*chat.state.ids[: old.length], 7])
+    assert len(chat.state.ids) == ends[-1]
     chat.save()
     again, notes = reopened(loaded, chat)
-    assert not notes and again.context.ids == chat.context.ids
+    assert not notes and again.state.ids == chat.state.ids
 
 
 # ------------------------------------------------------------------------------------ other models
@@ -405,7 +404,7 @@ def test_what_another_model_stored_is_read_again(loaded, sessions, field, said) 
     talk(chat, "one", "two")
     again, notes = reopened(loaded, chat, identity=IDENTITY | {field: "other"})
     assert notes == [f"the text is read again, since {said}"]
-    assert again.context.ids == []
+    assert again.state.ids == []
     assert again.conversation.messages == chat.conversation.messages
     talk(again, "three")
     _, notes = reopened(loaded, again, identity=IDENTITY | {field: "other"})
@@ -457,7 +456,7 @@ def test_files_outside_the_folder_are_never_read(loaded, sessions) -> None:
     head = json.dumps(json.loads(head) | {"checksum": zlib.crc32(body.encode())})
     text.write_text(head + "\n" + body)
     again, _ = reopened(loaded, chat)
-    assert again.context.ids == [] and again.conversation.turns[0].text == "one"
+    assert again.state.ids == [] and again.conversation.turns[0].text == "one"
 
 
 @pytest.mark.slow
@@ -467,7 +466,7 @@ def test_a_session_beyond_a_budget_is_refused_before_its_states_are_read(
     chat = new_chat(loaded, sessions)
     talk(chat, "one", "two")
     chat.session.close()
-    tokens, name = len(chat.context.ids), chat.session.name
+    tokens, name = len(chat.state.ids), chat.session.name
     monkeypatch.setattr(states, "restore_states", None)
     small = Budget(8 * 10**9, context=tokens - 1)
     again = new_chat((load_model(talker, budget=small), loaded[1]), sessions)
@@ -478,7 +477,7 @@ def test_a_session_beyond_a_budget_is_refused_before_its_states_are_read(
     monkeypatch.undo()
     roomy = Budget(8 * 10**9, context=tokens)
     again = new_chat((load_model(talker, budget=roomy), loaded[1]), sessions)
-    assert again.load(name) == [] and len(again.context.ids) == tokens
+    assert again.load(name) == [] and len(again.state.ids) == tokens
     with pytest.raises(ContextFull, match=r"^--context must be more than the \d+ tokens of the pr"):
         talk(again, "three")
 
@@ -592,17 +591,14 @@ def test_resuming_20000_tokens_costs_under_one_percent_of_reading_them(
     long_model, tmp_path
 ) -> None:
     ids = np.random.default_rng(0).integers(1, TINY["vocab_size"], LONG).tolist()
-    context = TokenState(long_model)
+    state = TokenState(long_model, every=None)
     began = time.perf_counter()
     for start in range(0, LONG, 2048):
-        part = ids[start : start + 2048]
-        context.forward(mx.array([part]))
-        context.ids += part
-        mx.eval(caches.arrays(context.entries))
+        state.read(ids[start : start + 2048], output_wanted=False)
     reading = time.perf_counter() - began
 
     session = Session(tmp_path / "long", IDENTITY)
-    session.save(Conversation(), context)
+    session.save(Conversation(), state)
     session.close()
     began = time.perf_counter()
     again, session = TokenState(long_model), Session(tmp_path / "long", IDENTITY)
@@ -633,12 +629,12 @@ def test_2000_steps_keep_memory_flat(loaded) -> None:
     """Active memory less what the cache itself holds; snapshots are none within one short turn."""
     gc.collect()  # what other tests left
     model, tokenizer = loaded
-    context, held = TokenState(model), []
+    state, held = TokenState(model), []
     for step, _ in enumerate(
-        stream_generate(model, tokenizer, [1] * 8, max_tokens=2001, context=context)
+        stream_generate(model, tokenizer, [1] * 8, max_tokens=2001, state=state)
     ):
         if step % 100 == 99:
-            cache = sum(a.nbytes for a in caches.arrays(context.entries))
+            cache = sum(a.nbytes for a in caches.arrays(state.entries))
             held.append(mx.get_active_memory() - cache)
     assert len(held) == 20
     assert max(held) - min(held) < 500_000, (
@@ -654,9 +650,9 @@ def test_50_turns_keep_memory_flat(loaded, sessions) -> None:
     chat, held = new_chat(loaded, sessions, snapshot_memory=bound), []
     for turn in range(50):
         talk(chat, f"turn number {turn}")
-        cache = sum(a.nbytes for a in caches.arrays(chat.context.entries))
+        cache = sum(a.nbytes for a in caches.arrays(chat.state.entries))
         held.append(mx.get_active_memory() - cache)
-        assert chat.context.snapshot_bytes <= bound
+        assert chat.state.snapshot_bytes <= bound
     settled = held[15:]
     # How many tokens the snapshots' tails hold, up to 256 each, varies from turn to turn.
     assert max(settled) - min(settled) < 300_000, held

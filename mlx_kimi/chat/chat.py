@@ -13,8 +13,9 @@ from mlx_kimi.chat.tool_calls import Call, CallReader
 from mlx_kimi.chat.tools import Toolbox
 from mlx_kimi.defaults import SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generation.context import TokenState
-from mlx_kimi.generation.generate import Chunk, FinishReason, prompt_ids, stream_generate
+from mlx_kimi.generation.answer import Chunk, FinishReason
+from mlx_kimi.generation.generate import prompt_ids, stream_generate
+from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
 
@@ -22,7 +23,7 @@ from mlx_kimi.text.tokenizer import Tokenizer
 class Chat:
     """Says, answers, takes back and keeps.
 
-    Going back changes the text alone: the context finds by the tokens of the next prompt which of
+    Going back changes the text alone: `state` finds by the tokens of the next prompt which of
     its states is still true, and goes on from there.
 
     Attributes:
@@ -31,6 +32,7 @@ class Chat:
         ended: why the last answer did; None if it was stopped.
         unsaved: why the conversation is not saved as it is; empty if it is.
         cut: the name of a call that was cut off in the last answer, and is not part of it.
+        state: what of it the model has read.
         session: where it is kept; None until something is said, or if nothing is kept.
     """
 
@@ -51,7 +53,7 @@ class Chat:
         self.sessions, self.identity, self.autosave = sessions, dict(identity), autosave
         self.options = dict(options)
         self.latent_bits, self.snapshot_memory = latent_bits, snapshot_memory
-        self.conversation, self.context = Conversation(), self._new_context()
+        self.conversation, self.state = Conversation(), self._new_state()
         self.session: Session | None = None
         self.pending: list[Call] = []
         self.cut = self.unsaved = ""
@@ -59,7 +61,7 @@ class Chat:
         self._retries = 0
         self._before: list[Turn] = []  # the turns before the last message, retry or edit
 
-    def _new_context(self) -> TokenState:
+    def _new_state(self) -> TokenState:
         return TokenState(self.model, self.latent_bits, memory=self.snapshot_memory)
 
     # ------------------------------------------------------------------------------------ talking
@@ -98,7 +100,7 @@ class Chat:
             self.model,
             self.tokenizer,
             self._prompt(),
-            context=self.context,
+            state=self.state,
             progress=progress,
             **{**self.options, "seed": self._seed()},
         )
@@ -117,7 +119,7 @@ class Chat:
             message["tool_calls"] = [call.message for call in self.pending]
         turn = self.conversation.turns[-1]
         turn.replies.append(message)
-        turn.tokens = len(self.context.ids)
+        turn.tokens = len(self.state.ids)
         self._leave_what_stays_true()
         self.save()
 
@@ -128,7 +130,7 @@ class Chat:
         end within a character. A state after such tokens would be stored, and never used.
         """
         try:
-            self.context.rewind_to_prefix_of(self._prompt())
+            self.state.rewind_to_prefix_of(self._prompt())
         except KimiError:  # the context is full: nothing can follow
             pass
 
@@ -179,16 +181,16 @@ class Chat:
     # -------------------------------------------------------------------------------------- keeping
     def save(self) -> None:
         """Keep text and state."""
-        self._save(self.context)
+        self._save(self.state)
 
-    def _save(self, context: TokenState | None) -> None:
+    def _save(self, state: TokenState | None) -> None:
         """A session is made when something has been said. A full disk ends no conversation."""
         self.unsaved = ""
         try:
             if self.session is None and self.autosave and self.conversation.turns:
                 self.session = Session(self.sessions.unused(), self.identity)
             if self.session:
-                self.session.save(self.conversation, context)
+                self.session.save(self.conversation, state)
         except KimiError as error:
             self.unsaved = str(error)
 
@@ -221,24 +223,24 @@ class Chat:
         folder = self.sessions.existing(name)
         if self.session and self.session.folder == folder:
             return []
-        session, context = Session(folder, self.identity), self._new_context()
+        session, state = Session(folder, self.identity), self._new_state()
         try:
-            conversation = session.load(context)
+            conversation = session.load(state)
         except BaseException:
             session.close()
             raise
-        self._switch(session, conversation, context)
+        self._switch(session, conversation, state)
         return session.notes
 
     def reset(self) -> None:
         """Begin a new conversation, with the same system message; the present one stays saved."""
         system = self.conversation.system
-        self._switch(None, Conversation(system), self._new_context())
+        self._switch(None, Conversation(system), self._new_state())
 
     def _switch(
-        self, session: Session | None, conversation: Conversation, context: TokenState
+        self, session: Session | None, conversation: Conversation, state: TokenState
     ) -> None:
         if self.session:
             self.session.close()
-        self.session, self.conversation, self.context = session, conversation, context
+        self.session, self.conversation, self.state = session, conversation, state
         self._retries, self.pending = 0, []

@@ -11,8 +11,10 @@ import mlx.core as mx
 from mlx_kimi.chat.conversation import Conversation
 from mlx_kimi.chat.session import Session, refuse_used
 from mlx_kimi.defaults import PREFILL_STEP
-from mlx_kimi.generation.context import TokenState, common_prefix
-from mlx_kimi.generation.generate import not_finite, prefill, prompt_ids
+from mlx_kimi.generation.decode import prefill
+from mlx_kimi.generation.generate import prompt_ids
+from mlx_kimi.generation.not_finite import not_finite
+from mlx_kimi.generation.token_state import TokenState, common_prefix
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
 
@@ -35,12 +37,12 @@ def write_prompt_cache(
     """
     refuse_used(folder)
     ids = _before_any_question(model, tokenizer, conversation)
-    context = TokenState(model, latent_bits, every=None)
-    last, _ = prefill(context, ids, prefill_step, progress)
+    state = TokenState(model, latent_bits, every=None)
+    last, _ = prefill(state, ids, prefill_step, progress)
     if not mx.isfinite(last).all().item():
         raise not_finite(model, ids)
     session = Session(folder, identity)
-    session.save(conversation, context)
+    session.save(conversation, state)
     session.close()
     return len(ids)
 

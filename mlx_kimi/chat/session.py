@@ -27,7 +27,7 @@ from mlx_kimi.chat.identity import differences
 from mlx_kimi.chat.state_files import StateFile
 from mlx_kimi.durable import finished_name, write_durably
 from mlx_kimi.errors import KimiError, beyond_budget
-from mlx_kimi.generation.context import TokenState, common_prefix
+from mlx_kimi.generation.token_state import TokenState, common_prefix
 
 TEXT, PREVIOUS, LOCK = "chat.jsonl", "chat.previous.jsonl", "lock"
 FORMAT = 1
@@ -61,31 +61,31 @@ class Session:
     def name(self) -> str:
         return self.folder.name
 
-    def load(self, context: TokenState) -> Conversation:
-        """Read the conversation, and bring `context`, which is empty, to its end if that is stored.
+    def load(self, state: TokenState) -> Conversation:
+        """Read the conversation, and bring `state`, which is empty, to its end if that is stored.
 
         Raises:
             KimiError: nothing of the conversation can be read, or its states are of more tokens
                 than the model's memory budget leaves room for.
         """
-        conversation, self._files, self.notes = _read(self.folder, self.identity, context)
-        self._ids = list(context.ids)
+        conversation, self._files, self.notes = _read(self.folder, self.identity, state)
+        self._ids = list(state.ids)
         return conversation
 
-    def save(self, conversation: Conversation, context: TokenState | None = None) -> None:
-        """Store the text and, with a `context`, the states that are not stored yet.
+    def save(self, conversation: Conversation, state: TokenState | None = None) -> None:
+        """Store the text and, with a `state`, the states that are not stored yet.
 
         Raises:
             KimiError: the files cannot be written.
         """
         try:
-            self._save(conversation, context)
+            self._save(conversation, state)
         except (OSError, RuntimeError) as error:  # MLX raises the latter
             raise KimiError(f"{self.folder}: cannot be saved: {error}") from None
 
-    def _save(self, conversation: Conversation, context: TokenState | None) -> None:
-        if context is not None:
-            self._store_states(context)
+    def _save(self, conversation: Conversation, state: TokenState | None) -> None:
+        if state is not None:
+            self._store_states(state)
         about = {
             "identity": self.identity,
             "states": [asdict(stored) for stored in self._files],
@@ -116,15 +116,15 @@ class Session:
         """Let others open it."""
         self._lock.close()
 
-    def _store_states(self, context: TokenState) -> None:
-        shared = common_prefix(self._ids, context.ids)
+    def _store_states(self, state: TokenState) -> None:
+        shared = common_prefix(self._ids, state.ids)
         self._files = [stored for stored in self._files if stored.end <= shared]
-        if self._files and not self._files[-1].has_kda and self._files[-1].end == len(context.ids):
+        if self._files and not self._files[-1].has_kda and self._files[-1].end == len(state.ids):
             self._files.pop()  # its end could not be gone back to
         start = self._files[-1].end if self._files else 0
-        if len(context.ids) > start:
-            self._files.append(states.write_state(self.folder, context, start))
-        self._ids = list(context.ids)
+        if len(state.ids) > start:
+            self._files.append(states.write_state(self.folder, state, start))
+        self._ids = list(state.ids)
         self._files = states.compacted(self.folder, self._files, RETURN_POINTS)
 
     def _keep_previous(self) -> None:
@@ -148,7 +148,7 @@ class Session:
 
 
 def read_session(
-    folder: Path, identity: Mapping[str, Any], context: TokenState
+    folder: Path, identity: Mapping[str, Any], state: TokenState
 ) -> tuple[Conversation, list[str]]:
     """What `Session.load` reads, and its notes, of a session that is not changed.
 
@@ -159,7 +159,7 @@ def read_session(
         raise KimiError(f"{folder}: no saved conversation or prompt cache")
     lock = _locked(folder, fcntl.LOCK_SH) if (folder / LOCK).exists() else None
     try:
-        conversation, _, notes = _read(folder, identity, context)
+        conversation, _, notes = _read(folder, identity, state)
         return conversation, notes
     finally:
         if lock:
@@ -167,10 +167,10 @@ def read_session(
 
 
 def _read(
-    folder: Path, identity: Mapping[str, Any], context: TokenState
+    folder: Path, identity: Mapping[str, Any], state: TokenState
 ) -> tuple[Conversation, list[StateFile], list[str]]:
-    if context.model.offload:
-        refuse_longer(folder, identity, context.model.config.model_max_length)
+    if state.model.offload:
+        refuse_longer(folder, identity, state.model.config.model_max_length)
     about, conversation, note = read_text(folder)
     notes = [note] if note else []
     unlike = differences(about.get("identity", {}), identity)
@@ -179,7 +179,7 @@ def _read(
     listed = _listed(about)
     files = states.whole_part(folder, listed)
     try:
-        states.restore_states(context, folder, files)
+        states.restore_states(state, folder, files)
     except KimiError as error:
         return conversation, [], [*notes, f"the text is read again: {error}"]
     if len(files) < len(listed):

@@ -21,7 +21,7 @@ import numpy as np
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.durable import checksum, write_durably
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generation.context import Snapshot, TokenState
+from mlx_kimi.generation.token_state import Snapshot, TokenState
 from mlx_kimi.metal_kernels.latents import is_packed, pack
 from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
 
@@ -47,16 +47,16 @@ def is_state_file(name: str) -> bool:
     return NAME.fullmatch(name) is not None
 
 
-def write_state(folder: Path, context: TokenState, start: int) -> StateFile:
-    """Store what `context` has read from token `start` on, and its present state."""
-    arrays = {"ids": mx.array(context.ids[start:], mx.int32)}
-    for layer, entry in enumerate(context.entries):
+def write_state(folder: Path, state: TokenState, start: int) -> StateFile:
+    """Store what `state` has read from token `start` on, and its present state."""
+    arrays = {"ids": mx.array(state.ids[start:], mx.int32)}
+    for layer, entry in enumerate(state.entries):
         if isinstance(entry, KDACache):
             assert entry.conv_tail is not None and entry.state is not None
             arrays |= {f"conv.{layer}": entry.conv_tail, f"state.{layer}": entry.state}
         else:
             arrays |= {f"{name}.{layer}": a for name, a in _latents_since(entry, start).items()}
-    return _write(folder, arrays, start, len(context.ids), has_kda=True)
+    return _write(folder, arrays, start, len(state.ids), has_kda=True)
 
 
 def without_kda(folder: Path, files: Sequence[StateFile]) -> StateFile:
@@ -105,8 +105,8 @@ def whole_part(folder: Path, files: Sequence[StateFile]) -> list[StateFile]:
     return whole
 
 
-def restore_states(context: TokenState, folder: Path, files: Sequence[StateFile]) -> None:
-    """Bring an empty context to the end of `files`, able to go back to the end of each.
+def restore_states(state: TokenState, folder: Path, files: Sequence[StateFile]) -> None:
+    """Bring an empty `state` to the end of `files`, able to go back to the end of each.
 
     Earlier ends take no memory and no time until they are gone back to.
 
@@ -115,22 +115,22 @@ def restore_states(context: TokenState, folder: Path, files: Sequence[StateFile]
     """
     if not files:
         return
-    context.ids, entries = _read(context, folder, files)
+    state.ids, entries = _read(state, folder, files)
     mx.eval([array for entry in entries for array in entry.arrays()])
-    context.entries = entries
+    state.entries = entries
     for count, stored in enumerate(files[:-1], start=1):
         if stored.has_kda:
-            load = partial(_load_again, context, folder, files[:count])
-            context.snapshots.append(Snapshot(stored.end, None, load=load))
-    context.keep()
+            load = partial(_load_again, state, folder, files[:count])
+            state.snapshots.append(Snapshot(stored.end, None, load=load))
+    state.keep()
 
 
 def _load_again(
-    context: TokenState, folder: Path, files: Sequence[StateFile]
+    state: TokenState, folder: Path, files: Sequence[StateFile]
 ) -> list[CacheEntry] | None:
     """An earlier state; None if its files have been replaced meanwhile."""
     try:
-        _, entries = _read(context, folder, files)
+        _, entries = _read(state, folder, files)
     except (KimiError, RuntimeError):  # MLX's own, for a file that is not there
         return None
     mx.eval([array for entry in entries for array in entry.arrays()])
@@ -164,7 +164,7 @@ def _load(path: Path) -> Arrays:
 
 
 def _read(
-    context: TokenState, folder: Path, files: Sequence[StateFile]
+    state: TokenState, folder: Path, files: Sequence[StateFile]
 ) -> tuple[list[int], list[CacheEntry]]:
     """The ids of `files` and the state after them, not yet read from disk."""
     loaded = [_load(folder / stored.file) for stored in files]
@@ -173,42 +173,42 @@ def _read(
     if len(ids) != files[-1].end:
         raise KimiError(f"{where}: ends at token {files[-1].end}, but {len(ids)} are stored")
     entries: list[CacheEntry] = []
-    for layer, empty in enumerate(context.entries):
+    for layer, empty in enumerate(state.entries):
         if isinstance(empty, KDACache):
-            entries.append(_kda(context, loaded[-1], layer, len(ids), where))
+            entries.append(_kda(state, loaded[-1], layer, len(ids), where))
         else:
-            entries.append(_latents(context, loaded, layer, len(ids), where))
+            entries.append(_latents(state, loaded, layer, len(ids), where))
     return ids, entries
 
 
-def _kda(context: TokenState, arrays: Arrays, layer: int, length: int, where: str) -> KDACache:
-    c = context.model.config
+def _kda(state: TokenState, arrays: Arrays, layer: int, length: int, where: str) -> KDACache:
+    c = state.model.config
     H, D, K = c.kda_num_heads, c.kda_head_dim, c.short_conv_kernel_size
     conv_tail = _array(arrays, f"conv.{layer}", (1, K - 1, 3 * H * D), where)
-    state = _array(arrays, f"state.{layer}", (1, H, D, D), where)
-    return KDACache((length,), conv_tail, state)
+    kda_state = _array(arrays, f"state.{layer}", (1, H, D, D), where)
+    return KDACache((length,), conv_tail, kda_state)
 
 
 def _latents(
-    context: TokenState, loaded: Sequence[Arrays], layer: int, length: int, where: str
+    state: TokenState, loaded: Sequence[Arrays], layer: int, length: int, where: str
 ) -> LatentCache:
     """The cache as it was: whole multiples of TAIL are frozen, the rest is the tail."""
     for arrays in loaded:
         for name in PARTS:
             if f"{name}.{layer}" in arrays:
                 part = arrays[f"{name}.{layer}"]
-                _check_latents(context.model.config, f"{name}.{layer}", part, where)
+                _check_latents(state.model.config, f"{name}.{layer}", part, where)
     frozen, tail = _split(loaded, str(layer), 0, length)
     held = sum(segment.size for segment in (*frozen, *tail))
     if held != length:
         raise KimiError(f"{where}: layer {layer} has latents of {held} tokens, not of {length}")
-    if context.latent_bits:
+    if state.latent_bits:
         frozen = [segment.packed() for segment in frozen]
     return LatentCache(
         (length,),
         (Segment.concatenate(frozen),) if frozen else (),
         Segment.concatenate(tail) if tail else None,
-        context.latent_bits,
+        state.latent_bits,
     )
 
 

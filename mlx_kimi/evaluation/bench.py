@@ -14,8 +14,9 @@ import mlx.core as mx
 
 from mlx_kimi.defaults import PREFILL_STEP
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generation.context import TokenState
-from mlx_kimi.generation.generate import Stats, check_lengths, stream_generate
+from mlx_kimi.generation.answer import Stats
+from mlx_kimi.generation.generate import check_lengths, stream_generate
+from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.offload.expert_cache import Counts
 from mlx_kimi.text.tokenizer import Tokenizer
@@ -99,7 +100,7 @@ class Bench:
         self.weights_memory = mx.get_active_memory()
         self.length, self._reading = 0, 0.0  # tokens, seconds
         self._text = _Text(tokenizer, seed)
-        self._context = TokenState(model, every=None)
+        self._state = TokenState(model, every=None)
 
     def row(self, length: int, progress: Progress = lambda what, done, total: None) -> Row:
         """Measure at `length` tokens.
@@ -117,7 +118,7 @@ class Bench:
 
         mx.reset_peak_memory()
         reading = self._answer(
-            self._context, length, 1, lambda done, total: progress("reading", done, total)
+            self._state, length, 1, lambda done, total: progress("reading", done, total)
         )
         self._reading += reading.time_to_first_token
         self._rewind()
@@ -126,7 +127,7 @@ class Bench:
         for repeat in range(self.repeats):
             progress("generating", repeat * self.tokens, self.repeats * self.tokens)
             # One token more is read, since a prompt needs one that its state has not read.
-            runs.append(self._answer(self._context, length + 1, self.tokens))
+            runs.append(self._answer(self._state, length + 1, self.tokens))
             self._rewind()
         steps = self.tokens - 1
         return Row(
@@ -143,7 +144,7 @@ class Bench:
 
     def _answer(
         self,
-        context: TokenState,
+        state: TokenState,
         length: int,
         tokens: int,
         progress: Callable[[int, int], None] | None = None,
@@ -155,14 +156,14 @@ class Bench:
             max_tokens=tokens,
             prefill_step=self.prefill_step,
             progress=progress,
-            context=context,
+            state=state,
         )
         return last.stats
 
     def _rewind(self) -> None:
         """Back to the end of the context, and keep no other state."""
-        self._context.rewind_to_prefix_of(self._text.start(self.length))
-        del self._context.snapshots[:-1]
+        self._state.rewind_to_prefix_of(self._text.start(self.length))
+        del self._state.snapshots[:-1]
 
 
 def _sum(counts: list[Counts]) -> Counts | None:

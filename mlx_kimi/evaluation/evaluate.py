@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generation.generate import not_finite
+from mlx_kimi.generation.not_finite import not_finite
 from mlx_kimi.loading.load import load
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -37,6 +38,13 @@ class Sampling:
         for name, kept, rule in rules:
             if not kept:
                 raise KimiError(f"{name} must be {rule} but is {getattr(self, name)}")
+
+
+class Draw(NamedTuple):
+    """A token that was drawn, and that the device may still be computing."""
+
+    token: mx.array  # [1]
+    lse: mx.array  # [1], the logsumexp of its logits: finite if all of them are
 
 
 class Sampler:

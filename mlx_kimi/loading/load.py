@@ -86,8 +86,8 @@ def load_model(
         wire()
     rank, ranks = shard
     first_expert = rank * (config.num_experts // ranks)
-    banks = offload.banks if offload else {}
-    weights = Weights(arrays, config, first_expert=first_expert, banks=banks)
+    caches = offload.expert_caches if offload else {}
+    weights = Weights(arrays, config, first_expert=first_expert, expert_caches=caches)
     model = KimiLinear(config, weights, reduce, offload)
     # Fused matrices are copies: their parts must not outlive each layer.
     del arrays, weights, reader

@@ -86,13 +86,13 @@ class CompiledStep:
             self._warm_up(ids, cache)
             graph = _compiled(self._model, plan.splits, bits)
         given = self._arrays(ids.shape[0], cache)
-        hidden, arrays, chosen = graph(ids, plan.arrays, given, self._optimistic.slots())
+        hidden, arrays, choices = graph(ids, plan.arrays, given, self._optimistic.slots())
         self._graphs[shapes] = graph
         if len(self._graphs) > KEPT:
             del self._graphs[next(iter(self._graphs))]
-        if chosen:
+        if choices:
             mx.async_eval(hidden, arrays)
-        if not self._optimistic.verify(chosen):
+        if not self._optimistic.verify(choices):
             return self._layer_by_layer(ids, cache)
         for entry, new in zip(cache, arrays, strict=True):
             if isinstance(entry, KDACache):
@@ -150,10 +150,11 @@ def _compiled(
         assert owner is not None
         cache = [entry(*pair) for pair in zip(owner.make_cache(), arrays, strict=True)]
         optimistic = owner.offload.optimistic if owner.offload else NOTHING_OFFLOADED
-        with optimistic.begin(slots) as chosen:
-            hidden = owner.run(ids, cache, ForwardBatch(plan=Plan(plan, splits)))
+        residency = optimistic.begin(slots)
+        batch = ForwardBatch(plan=Plan(plan, splits), residency=residency)
+        hidden = owner.run(ids, cache, batch)
         arrays = [e.arrays() if isinstance(e, KDACache) else e.arrays()[-1:] for e in cache]
-        return hidden, arrays, chosen
+        return hidden, arrays, residency.choices()
 
     graph: Graph = mx.compile(step)
     return graph

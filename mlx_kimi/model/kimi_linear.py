@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -26,19 +25,32 @@ if TYPE_CHECKING:
     from mlx_kimi.offload.offload import ExpertOffload
 
 # Tokens from which half a layer is submitted as soon as it is built: the device works while the
-# host builds the next half. Up to some tokens of context two halves may be submitted, and hold what
-# they need for their work; beyond, where latents take more, one.
+# host builds the next half. Two halves may be submitted at a time, and hold the memory they work
+# in; from a length on, where latents take more, one.
 SUBMITTED_FROM = 128
 ONE_BY_ONE_FROM = 16_384
 
 
 class DecoderLayer(nn.Module):
-    """h = x + Attention(RMSNorm(x));  y = h + FeedForward(RMSNorm(h))."""
+    """h = x + Attention(RMSNorm(x));  y = h + FeedForward(RMSNorm(h)).
 
-    def __init__(self, config: ModelConfig, layer: Layer, weights: Weights) -> None:
+    A sum is made where it is normalised, so that both take one launch: between layers and their
+    halves go `x`, what the latest half gave, and `residual`, the stream that x is still to be
+    added to; None before the first layer. Both are [B, T, hidden].
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: Layer,
+        weights: Weights,
+        reduce: Callable[[mx.array], mx.array] = lambda x: x,
+    ) -> None:
+        """`reduce` adds up x over the ranks of a sharded model."""
         super().__init__()
         eps = config.rms_norm_eps
         attention, mlp = weights.at("self_attn"), weights.at("mlp")
+        self.reduce = reduce
         self.input_layernorm = RMSNorm(weights.array("input_layernorm.weight"), eps)
         self.post_attention_layernorm = RMSNorm(
             weights.array("post_attention_layernorm.weight"), eps
@@ -52,48 +64,40 @@ class DecoderLayer(nn.Module):
             MixtureOfExperts(config, mlp) if layer.feed_forward == "moe" else MLP(mlp)
         )
 
-    def attend(self, normed: mx.array, entry: CacheEntry, step: ForwardBatch) -> mx.array:
-        """With a slice of the heads, its part of the sum over slices."""
+    def __call__(
+        self, x: mx.array, residual: mx.array | None, entry: CacheEntry, batch: ForwardBatch
+    ) -> tuple[mx.array, mx.array]:
+        """x and residual before the layer -> after it; `entry` moves on."""
+        x, residual = self.attention(x, residual, entry, batch)
+        return self.feed_forward(x, residual, batch)
+
+    def attention(
+        self, x: mx.array, residual: mx.array | None, entry: CacheEntry, batch: ForwardBatch
+    ) -> tuple[mx.array, mx.array]:
+        """The first half of a call."""
+        normed, residual = self.input_layernorm.add_norm(x, residual)
+        x = self.reduce(self.attend(normed, entry, batch))
+        # With the entry's arrays, which would keep alive what they are made of.
+        batch.submit(x, residual, *entry.arrays())
+        return x, residual
+
+    def attend(self, normed: mx.array, entry: CacheEntry, batch: ForwardBatch) -> mx.array:
+        """KDA or MLA alone: [B, T, hidden] -> the same; of some heads, their part of the sum."""
         if isinstance(self.self_attn, KimiDeltaAttention):
             assert isinstance(entry, KDACache)
-            return self.self_attn(normed, entry, step.lengths)
+            return self.self_attn(normed, entry, batch.lengths)
         assert isinstance(entry, LatentCache)
-        return self.self_attn(normed, entry, step.real, step.plan, step.ahead)
+        return self.self_attn(normed, entry, batch.valid, batch.plan, batch.submit_limit)
 
-    def __call__(
-        self,
-        x: mx.array,
-        part: mx.array | None,
-        entry: CacheEntry,
-        step: ForwardBatch,
-        reduce: Callable[[mx.array], mx.array],
+    def feed_forward(
+        self, x: mx.array, residual: mx.array, batch: ForwardBatch
     ) -> tuple[mx.array, mx.array]:
-        """The residual stream x, and the part that the layer before adds to it -> the same of y.
-
-        A sum is made where it is normalised, so that both take one launch.
-        """
-        return self.fed_forward(*self.attended(x, part, entry, step, reduce), reduce)
-
-    def attended(
-        self,
-        x: mx.array,
-        part: mx.array | None,
-        entry: CacheEntry,
-        step: ForwardBatch,
-        reduce: Callable[[mx.array], mx.array],
-    ) -> tuple[mx.array, mx.array]:
-        """The first half of a call: the same of h. `entry` moves on."""
-        x, normed = self.input_layernorm.of_sum(x, part)
-        part = reduce(self.attend(normed, entry, step))
-        step.submit(x, part, *entry.arrays())  # (which would keep what they are made of alive)
-        return x, part
-
-    def fed_forward(
-        self, x: mx.array, part: mx.array, reduce: Callable[[mx.array], mx.array]
-    ) -> tuple[mx.array, mx.array]:
-        """The second half of a call: the same of h -> the same of y."""
-        x, part = self.mlp.after(self.post_attention_layernorm, x, part)
-        return x, reduce(part)
+        """The second half of a call."""
+        norm = self.post_attention_layernorm
+        x, residual = self.mlp.after_norm(norm, x, residual, batch.residency)
+        x = self.reduce(x)
+        batch.submit(x, residual)
+        return x, residual
 
 
 class KimiLinear(nn.Module):
@@ -106,20 +110,19 @@ class KimiLinear(nn.Module):
         self,
         config: ModelConfig,
         weights: Weights,
-        reduce: Callable[[mx.array], mx.array] = lambda part: part,
+        reduce: Callable[[mx.array], mx.array] = lambda x: x,
         offload: ExpertOffload | None = None,
     ) -> None:
-        """`reduce` adds up the parts of a layer's output over the ranks of a sharded model.
+        """`reduce` adds up a layer's output over the ranks of a sharded model.
 
-        `offload` fills the banks that `weights` names; None: there are none.
+        `offload` fills the expert caches that `weights` names; None: there are none.
         """
         super().__init__()
         self.config = config
         self.offload = offload
-        self.reduce = reduce
         self.embed_tokens = weights.linear("model.embed_tokens")
         self.layers = [
-            DecoderLayer(config, layer, weights.at(f"model.layers.{number}"))
+            DecoderLayer(config, layer, weights.at(f"model.layers.{number}"), reduce)
             for number, layer in enumerate(config.layers)
         ]
         self.norm = RMSNorm(weights.array("model.norm.weight"), config.rms_norm_eps)
@@ -139,7 +142,7 @@ class KimiLinear(nn.Module):
 
         Args:
             cache: from `make_cache`; None reads the tokens from nothing.
-            lengths: [B], how many tokens of each row are real; the rest is padding on the right,
+            lengths: [B], how many tokens of each row are valid; the rest is padding on the right,
                 whose logits mean nothing. None: all T.
         """
         return self.logits(self.hidden(ids, cache, lengths))
@@ -152,26 +155,23 @@ class KimiLinear(nn.Module):
     ) -> mx.array:
         """Like a call, but up to the last norm: ids [B, T] -> [B, T, hidden]."""
         B, T = ids.shape
-        real = [T] * B if lengths is None else [int(length) for length in lengths]
+        valid = [T] * B if lengths is None else [int(length) for length in lengths]
         cache = self.make_cache() if cache is None else cache
         with self._turn:
-            if min(real) < T:
-                x = self.run(ids, cache, ForwardBatch.padded(T, real))
+            if min(valid) < T:
+                x = self.run(ids, cache, ForwardBatch.padded(T, valid))
             elif T == 1 and self.compiled.takes(cache):
                 x = self.compiled(ids, cache)
             else:
                 x = self.run(ids, cache, ForwardBatch())
             self._finish(x)
-            _count(cache, real)
+            _count(cache, valid)
         return x
 
     def advance(self, ids: mx.array, cache: list[CacheEntry]) -> None:
-        """Move `cache` on by ids [B, T], whose output nobody wants.
-
-        All ends with the last layer's attention: experts after it would be read for nothing.
-        """
+        """Move `cache` on by ids [B, T], whose output nobody wants."""
         with self._turn:
-            self._finish(*self._attended(ids, cache, ForwardBatch()))
+            self._finish(*self._through_layers(ids, cache, ForwardBatch(), output_wanted=False))
             _count(cache, [ids.shape[1]] * ids.shape[0])
 
     def _finish(self, *results: mx.array) -> None:
@@ -181,49 +181,51 @@ class KimiLinear(nn.Module):
         """
         if self.offload and not self.offload.holds_all:
             mx.eval(results)
+            self.offload.optimistic.end_step()
 
-    def run(self, ids: mx.array, cache: Sequence[CacheEntry], step: ForwardBatch) -> mx.array:
+    def run(self, ids: mx.array, cache: Sequence[CacheEntry], batch: ForwardBatch) -> mx.array:
         """ids [B, T] -> [B, T, hidden]; the entries' arrays move on, their lengths do not."""
-        x, part = self._attended(ids, cache, step)
-        x, part = self.layers[-1].fed_forward(x, part, self.reduce)
-        return self.norm.of_sum(x, part)[1]
+        x, residual = self._through_layers(ids, cache, batch)
+        return self.norm.add_norm(x, residual)[0]
 
-    def _attended(
-        self, ids: mx.array, cache: Sequence[CacheEntry], step: ForwardBatch
+    def _through_layers(
+        self,
+        ids: mx.array,
+        cache: Sequence[CacheEntry],
+        batch: ForwardBatch,
+        output_wanted: bool = True,
     ) -> tuple[mx.array, mx.array]:
-        """All but the last layer's MLP or MoE: the residual stream, and the part to add to it.
+        """ids [B, T] -> x and residual [B, T, hidden] after the last layer.
 
-        Many tokens are computed half a layer at a time.
+        Where no output is wanted, after its attention: its experts would be read for nothing.
         """
-        many = ids.shape[1] > 1 and ids.size >= SUBMITTED_FROM  # (one token may be in a graph)
-        if many:
-            columns = max(cache[0].lengths, default=0) + ids.shape[1]
-            step = replace(step, ahead=SubmitLimit(1 if columns < ONE_BY_ONE_FROM else 0))
-        x = self.embed_tokens.rows(ids)
-        x, part = self.layers[0].attended(x, None, cache[0], step, self.reduce)
-        for (before, layer), entry in zip(pairwise(self.layers), cache[1:], strict=True):
-            x, part = before.fed_forward(x, part, self.reduce)
-            step.submit(x, part)
-            x, part = layer.attended(x, part, entry, step, self.reduce)
-        return x, part
+        if ids.shape[1] > 1 and ids.size >= SUBMITTED_FROM:  # (one token may be in a graph)
+            batch = replace(batch, submit_limit=_submit_limit(cache, ids.shape[1]))
+        x, residual = self.embed_tokens.rows(ids), None
+        for layer, entry in zip(self.layers, cache, strict=True):
+            if layer is self.layers[-1] and not output_wanted:
+                return layer.attention(x, residual, entry, batch)
+            x, residual = layer(x, residual, entry, batch)
+        assert residual is not None, "a model has layers"
+        return x, residual
 
     def first_not_finite(self, ids: mx.array) -> str | None:
         """Where NaN or infinity first comes up when ids [B, T] are read from nothing.
 
         `layers.3.mlp`, or another module's path; None: nowhere.
         """
-        cache, step = self.make_cache(), ForwardBatch()
-        x, part = self.embed_tokens.rows(ids), None
+        cache, batch = self.make_cache(), ForwardBatch()
+        x, residual = self.embed_tokens.rows(ids), None
         if not _is_finite(x):
             return "embed_tokens"
         for number, (layer, entry) in enumerate(zip(self.layers, cache, strict=True)):
-            x, part = layer.attended(x, part, entry, step, self.reduce)
-            if not _is_finite(part):
+            x, residual = layer.attention(x, residual, entry, batch)
+            if not _is_finite(x):
                 return f"layers.{number}.self_attn"
-            x, part = layer.fed_forward(x, part, self.reduce)
-            if not _is_finite(part):
+            x, residual = layer.feed_forward(x, residual, batch)
+            if not _is_finite(x):
                 return f"layers.{number}.mlp"
-        hidden = self.norm.of_sum(x, part)[1]
+        hidden, _ = self.norm.add_norm(x, residual)
         if not _is_finite(hidden):
             return "norm"
         return None if _is_finite(self.logits(hidden)) else "lm_head"
@@ -247,8 +249,14 @@ def _is_finite(x: mx.array) -> bool:
     return bool(mx.isfinite(x).all().item())
 
 
-def _count(cache: Sequence[CacheEntry], real: Sequence[int]) -> None:
+def _submit_limit(cache: Sequence[CacheEntry], T: int) -> SubmitLimit:
+    """Of a step of T tokens after those in `cache`."""
+    length = max(cache[0].lengths, default=0) + T
+    return SubmitLimit(1 if length < ONE_BY_ONE_FROM else 0)
+
+
+def _count(cache: Sequence[CacheEntry], tokens: Sequence[int]) -> None:
     """Note that the entries have read so many more tokens of each row."""
     for entry in cache:
-        read = entry.lengths or (0,) * len(real)
-        entry.lengths = tuple(n + new for n, new in zip(read, real, strict=True))
+        before = entry.lengths or (0,) * len(tokens)
+        entry.lengths = tuple(n + new for n, new in zip(before, tokens, strict=True))

@@ -13,6 +13,7 @@ from mlx_kimi.model.linear import FusedLinear
 
 if TYPE_CHECKING:
     from mlx_kimi.model.weights import Weights
+    from mlx_kimi.offload.optimistic import Residency
 
 
 class RMSNorm(nn.Module):
@@ -26,9 +27,15 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, self.weight, self.eps)
 
-    def of_sum(self, x: mx.array, part: mx.array | None) -> tuple[mx.array, mx.array]:
-        """`x + part`, and the norm of it. None: there is nothing to add."""
-        return (x, self(x)) if part is None else add_norm(x, part, self.weight, self.eps)
+    def add_norm(self, x: mx.array, residual: mx.array | None) -> tuple[mx.array, mx.array]:
+        """x, residual [..., hidden] -> the norm of their sum, and the sum, in one launch.
+
+        residual: None before the first layer, where x alone is the sum.
+        """
+        if residual is None:
+            return self(x), x
+        total, normed = add_norm(residual, x, self.weight, self.eps)
+        return normed, total
 
 
 @partial(mx.compile, shapeless=True)
@@ -45,11 +52,14 @@ class MLP(nn.Module):
         self.gate_up = FusedLinear([[weights.linear("gate_proj")], [weights.linear("up_proj")]])
         self.down_proj = weights.linear("down_proj")
 
-    def after(self, norm: RMSNorm, x: mx.array, part: mx.array) -> tuple[mx.array, mx.array]:
-        """x, part [B, T, hidden] -> `x + part`, and the MLP of its norm."""
-        x, normed = norm.of_sum(x, part)
-        return x, self(normed)
+    def after_norm(
+        self, norm: RMSNorm, x: mx.array, residual: mx.array, residency: Residency | None
+    ) -> tuple[mx.array, mx.array]:
+        """x, residual [B, T, hidden] -> the MLP of the norm of their sum, and the sum."""
+        normed, residual = norm.add_norm(x, residual)
+        return self(normed), residual
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x [..., hidden] -> [..., hidden]. With a slice of the columns, a part of the sum."""
         gate, up = self.gate_up(x)
         return self.down_proj(swiglu(gate, up))

@@ -22,6 +22,7 @@ from mlx_kimi.metal_kernels.experts import (
 from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
 from mlx_kimi.model.layers import MLP, RMSNorm, swiglu
 from mlx_kimi.offload.expert_cache import ExpertCache
+from mlx_kimi.offload.optimistic import Residency
 
 if TYPE_CHECKING:
     from mlx_kimi.model.weights import Weights
@@ -51,15 +52,17 @@ class Router(nn.Module):
         """
         return _select(self.gate(x.astype(mx.float32)), *self._rule())
 
-    def after(
-        self, norm: RMSNorm, x: mx.array, part: mx.array
+    def after_norm(
+        self, norm: RMSNorm, x: mx.array, residual: mx.array
     ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """x, part [B, hidden] -> `x + part`, its norm, and of that experts and weights [B, k].
+        """The norm of `x + residual`, the sum, and the norm's experts and weights [B, k].
 
-        In two kernels.
+        x, residual [B, hidden]. In two kernels.
         """
-        x, normed, logits = add_norm_scores(x, part, norm.weight, norm.eps, self.gate.matrix)
-        return x, normed, *expert_select(logits, *self._rule())
+        total, normed, logits = add_norm_scores(
+            residual, x, norm.weight, norm.eps, self.gate.matrix
+        )
+        return normed, total, *expert_select(logits, *self._rule())
 
     def _rule(self) -> tuple[mx.array, int, int, int, bool, float]:
         bias, scale = self.e_score_correction_bias, self.scale
@@ -167,9 +170,9 @@ class DecodeMoE:
 class MixtureOfExperts(nn.Module):
     """The weighted sum of the chosen experts, plus the shared experts unweighted.
 
-    With a `bank` the stacks hold only some experts, and an expert's place in them is its slot. One
-    token then takes the way that it takes without; many tokens visit one expert after another, so
-    that each is read once. The form of a product never depends on what the bank holds.
+    With an `expert_cache` the stacks hold only some experts, and an expert's place in them is its
+    slot. One token is then computed as it is without; many tokens are computed one expert after
+    another, so that each is read once. The form of a product never depends on what is in memory.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
@@ -177,7 +180,7 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config, weights)
         self.switch_mlp = Experts(weights.at("switch_mlp"))
         self.first_expert = weights.first_expert
-        self.bank = weights.bank("switch_mlp")
+        self.expert_cache = weights.expert_cache("switch_mlp")
         self.shared_experts = (
             MLP(weights.at("shared_experts")) if config.num_shared_experts else None
         )
@@ -185,9 +188,10 @@ class MixtureOfExperts(nn.Module):
 
     def forms(self) -> list[tuple[str, str, str]]:
         """For a step of few and many tokens: how many, what runs, and why."""
-        few = "1 token" if self.bank else f"1 to {LARGEST_BATCH} tokens"
+        few, many = f"1 to {LARGEST_BATCH} tokens", "sorted by expert"
+        if self.expert_cache:
+            few, many = "1 token", "one expert after another, from the files"
         refused = self.kernels.refused(1)
-        many = "one expert after another, from the files" if self.bank else "sorted by expert"
         return [
             (few, "ops form", refused)
             if refused
@@ -198,28 +202,32 @@ class MixtureOfExperts(nn.Module):
     @property
     def _is_part(self) -> bool:
         """Whether other ranks have the other experts."""
-        return self.bank is None and self.switch_mlp.count < self.router.gate.out_features
+        return self.expert_cache is None and self.switch_mlp.count < self.router.gate.out_features
 
-    @property
-    def _waits(self) -> bool:
+    def _waits(self, residency: Residency | None) -> bool:
         """Whether the host waits for the router here, and maybe for files; never within a graph."""
-        return self.bank is not None and not self.bank.holds_all and self.bank.assumed is None
+        return not (self.expert_cache is None or self.expert_cache.holds_all or residency)
 
-    def after(self, norm: RMSNorm, x: mx.array, part: mx.array) -> tuple[mx.array, mx.array]:
-        """x, part [B, T, hidden] -> `x + part`, and the experts of its norm."""
+    def after_norm(
+        self, norm: RMSNorm, x: mx.array, residual: mx.array, residency: Residency | None
+    ) -> tuple[mx.array, mx.array]:
+        """x, residual [B, T, hidden] -> the experts of the norm of their sum, and the sum."""
         tokens = x.shape[0] * x.shape[1]
-        few = not self._is_part and (tokens == 1 or not self.bank)
+        few = not self._is_part and (tokens == 1 or not self.expert_cache)
         if few and self.kernels.refused(tokens) is None:
-            rows = (y.reshape(-1, x.shape[-1]) for y in (x, part))
-            total, normed, experts, weights = self.router.after(norm, *rows)
-            y = self.kernels(normed, self._slots(experts), weights)
-            self._submit(y)
-            return total.reshape(x.shape), y.reshape(x.shape)
-        x, normed = norm.of_sum(x, part)
-        return x, self(normed)
+            rows = (y.reshape(-1, x.shape[-1]) for y in (x, residual))
+            normed, total, experts, weights = self.router.after_norm(norm, *rows)
+            y = self.kernels(normed, self._slots(experts, residency), weights)
+            self._submit(y, residency)
+            return y.reshape(x.shape), total.reshape(x.shape)
+        normed, residual = norm.add_norm(x, residual)
+        return self(normed, residency), residual
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """x [B, T, hidden] -> [B, T, hidden]. With a range of the experts, its part of the sum."""
+    def __call__(self, x: mx.array, residency: Residency | None = None) -> mx.array:
+        """x [B, T, hidden] -> [B, T, hidden]. With a range of the experts, its part of the sum.
+
+        residency: where a graph takes the experts to be; None: they are looked up, and read.
+        """
         experts, weights = self.router(x)
         if self._is_part:
             here = self.switch_mlp.count
@@ -229,32 +237,36 @@ class MixtureOfExperts(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         shared = None if self.shared_experts is None else self.shared_experts(rows)
         experts, weights = (y.reshape(len(rows), -1) for y in (experts, weights))
-        if self._waits and shared is not None:
+        if self._waits(residency) and shared is not None:
             mx.async_eval(shared)  # while the host waits for files
-        if self.bank and len(rows) > 1:
-            y = self._by_expert(self.bank, rows, experts, weights, shared)
+        if self.expert_cache and len(rows) > 1:
+            y = self._by_expert(self.expert_cache, rows, experts, weights, shared)
         else:
-            y = self.switch_mlp(rows, self._slots(experts), weights, shared)
-            self._submit(y)
+            y = self.switch_mlp(rows, self._slots(experts, residency), weights, shared)
+            self._submit(y, residency)
         return y.reshape(x.shape)
 
-    def _slots(self, experts: mx.array) -> mx.array:
+    def _slots(self, experts: mx.array, residency: Residency | None) -> mx.array:
         """One token's experts [1, k] -> where they are in the stacks, once they are there."""
-        if self.bank is None or self.bank.holds_all:
+        if self.expert_cache is None or self.expert_cache.holds_all:
             return experts
-        if self.bank.assumed is not None:
-            return self.bank.assume(experts)
-        return mx.array(self.bank.slots_of(np.array(experts[0]).astype(np.int64))[None], mx.int32)
+        if residency:
+            return residency.slots_of(self.expert_cache, experts)
+        chosen = np.array(experts[0]).astype(np.int64)
+        return mx.array(self.expert_cache.slots_of(chosen)[None], mx.int32)
 
-    def _submit(self, y: mx.array) -> None:
-        """What reads slots is before all later work in the device's queue, so that whoever has
-        results of later work may write the slots."""
-        if self._waits:
+    def _submit(self, y: mx.array, residency: Residency | None) -> None:
+        """Queue the work that reads slots now, before any later step can be queued.
+
+        A device works in order: once a later result is there, the slots were read and may be
+        written.
+        """
+        if self._waits(residency):
             mx.async_eval(y)
 
     def _by_expert(
         self,
-        bank: ExpertCache,
+        cache: ExpertCache,
         rows: mx.array,
         experts: mx.array,
         weights: mx.array,
@@ -264,7 +276,7 @@ class MixtureOfExperts(nn.Module):
         chosen = np.array(experts).astype(np.int64)
         k, flat = chosen.shape[1], chosen.reshape(-1)
         order = np.argsort(flat, kind="stable")  # of (token, expert) pairs, by expert
-        ends = np.searchsorted(flat[order], np.arange(len(bank.slot_of) + 1))
+        ends = np.searchsorted(flat[order], np.arange(len(cache.slot_of) + 1))
 
         def pairs(expert: int) -> npt.NDArray[np.int64]:
             return order[ends[expert] : ends[expert + 1]]
@@ -272,7 +284,7 @@ class MixtureOfExperts(nn.Module):
         def compute(expert: int, slot: int) -> mx.array:
             return self.switch_mlp.one(rows[mx.array(pairs(expert) // k)], slot)
 
-        visited, outputs = bank.for_each_expert(chosen, compute)
+        visited, outputs = cache.for_each_expert(chosen, compute)
         places = np.empty_like(flat)
         places[np.concatenate([pairs(expert) for expert in visited])] = np.arange(len(flat))
         y, where = mx.concatenate(outputs), mx.array(places.reshape(-1, k), mx.int32)

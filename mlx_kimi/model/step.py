@@ -1,4 +1,4 @@
-"""What all layers are told of the tokens that they read together."""
+"""What all layers are told of the tokens that one step reads."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ import mlx.core as mx
 
 from mlx_kimi.metal_kernels.attention import SubmitLimit
 from mlx_kimi.metal_kernels.mla_decode import Plan
+from mlx_kimi.offload.optimistic import Residency
 
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """What all layers are told of the tokens that they read together."""
+    """What all layers are told of the tokens [B, T] that one step reads."""
 
-    real: mx.array | None = None  # [B, T] bool, of a right-padded batch; None: no padding
-    lengths: mx.array | None = None  # [B], the real tokens of each row; None: all T
+    valid: mx.array | None = None  # [B, T] bool, of a right-padded batch; None: no padding
+    lengths: mx.array | None = None  # [B], the valid tokens of each row; None: all T
     plan: Plan | None = None  # of one token's attention; None: each layer makes its own
-    ahead: SubmitLimit | None = None  # of many tokens; None: no limit
+    submit_limit: SubmitLimit | None = None  # of many tokens; None: nothing is submitted early
+    residency: Residency | None = None  # where a graph takes experts to be; None: layers look
 
     @staticmethod
     def padded(T: int, lengths: Sequence[int]) -> ForwardBatch:
+        """Rows of T tokens, of which the first `lengths` [B] are valid."""
         counts = mx.array(list(lengths))
         return ForwardBatch(mx.arange(T) < counts[:, None], counts)
 
     def submit(self, *results: mx.array) -> None:
-        if self.ahead is not None:
-            self.ahead.submit(*results)
+        """Let the device begin these, where this step has a `submit_limit`."""
+        if self.submit_limit is not None:
+            self.submit_limit.submit(*results)

@@ -21,20 +21,22 @@ class Weights:
         config: ModelConfig,
         path: str = "",
         first_expert: int = 0,
-        banks: Mapping[str, ExpertCache] = MappingProxyType({}),
+        expert_caches: Mapping[str, ExpertCache] = MappingProxyType({}),
     ) -> None:
-        """`first_expert` is the number of the first in the stacks. `banks`: of stacks that hold
-        only some experts at a time, by the stacks' path."""
+        """`first_expert` is the number of the first in the stacks.
+
+        `expert_caches`: of the stacks that hold only some experts at a time, by the stacks' path.
+        """
         self.arrays, self.config, self.path = arrays, config, path
-        self.first_expert, self.banks = first_expert, banks
+        self.first_expert, self.expert_caches = first_expert, expert_caches
 
     def at(self, name: str) -> Weights:
         path = f"{self.path}{name}."
-        return Weights(self.arrays, self.config, path, self.first_expert, self.banks)
+        return Weights(self.arrays, self.config, path, self.first_expert, self.expert_caches)
 
-    def bank(self, name: str) -> ExpertCache | None:
-        """The bank of the stacks below `name`; None: they hold all experts."""
-        return self.banks.get(self.path + name)
+    def expert_cache(self, name: str) -> ExpertCache | None:
+        """What fills the stacks below `name`; None: they hold all experts."""
+        return self.expert_caches.get(self.path + name)
 
     def array(self, name: str) -> mx.array:
         return self.arrays[self.path + name]

@@ -94,7 +94,7 @@ class ExpertCache:
     ) -> None:
         """`slots` of them, at least as many as a token has experts.
 
-        slot_of, worth: [experts], this layer's rows of two tables that all banks share.
+        slot_of, worth: [experts], this layer's rows of two tables that all expert caches share.
         """
         self.parts, self.readers, self.counts = parts, readers, counts
         self.slot_of, self.worth = slot_of, LRFU(worth)
@@ -106,9 +106,6 @@ class ExpertCache:
             array, view = _writable(part, slots)
             self.arrays[part.name] = array
             self._views.append(view)
-        # While a graph is made: `slot_of` as an array, and what the router chose.
-        self.assumed: mx.array | None = None
-        self.chosen: mx.array | None = None
         self._what = parts[0].name.rsplit(".", 2)[0].removesuffix(".mlp.switch_mlp")
 
     @property
@@ -136,12 +133,6 @@ class ExpertCache:
         if len(absent):
             self._finish(self._start(absent, needed=chosen), self.counts)
         return self.slot_of[chosen]
-
-    def assume(self, experts: mx.array) -> mx.array:
-        """Experts [1, k] -> their slots, right if they are in memory, which is verified later."""
-        assert self.assumed is not None
-        self.chosen = experts
-        return self.assumed[experts]
 
     # ---------------------------------------------------------------------------- many tokens
     def for_each_expert(

@@ -16,12 +16,12 @@ from mlx_kimi.offload.read_pool import ReadPool
 
 
 class ExpertOffload:
-    """The banks of all layers, the threads that fill them, and what that has cost.
+    """The expert caches of all layers, the threads that fill them, and what that has cost.
 
     Attributes:
         bounds_context: whether the budget, and not the model, says how long a text may be.
-        banks: by the path of the stacks, `model.layers.3.mlp.switch_mlp`.
-        slots: of each bank.
+        expert_caches: by the path of the stacks, `model.layers.3.mlp.switch_mlp`.
+        slots: of each expert cache.
         optimistic: that a token's experts are in memory, where not all are.
     """
 
@@ -39,25 +39,26 @@ class ExpertOffload:
         experts = max((len(p.places) for parts in layers.values() for p in parts), default=0)
         slot_of = np.full((len(layers), experts), EMPTY)
         worth = np.zeros((len(layers), experts))
-        self.banks = {
+        self.expert_caches = {
             path: ExpertCache(parts, slots, self.readers, self.counts, *rows)
             for (path, parts), *rows in zip(layers.items(), slot_of, worth, strict=True)
         }
-        for bank in self.banks.values():
-            if bank.holds_all:
-                bank.fill()
-        partial = [bank for bank in self.banks.values() if not bank.holds_all]
+        for cache in self.expert_caches.values():
+            if cache.holds_all:
+                cache.fill()
+        partial = [cache for cache in self.expert_caches.values() if not cache.holds_all]
         self.optimistic = OptimisticResidency(partial, self.counts, slot_of, worth)
 
     @property
     def holds_all(self) -> bool:
         """Whether every expert has a slot of its own, which is never written again."""
-        return all(bank.holds_all for bank in self.banks.values())
+        return all(cache.holds_all for cache in self.expert_caches.values())
 
     @property
     def arrays(self) -> dict[str, mx.array]:
-        """The stacks of all banks by their names in the MLX layout."""
-        return {name: array for bank in self.banks.values() for name, array in bank.arrays.items()}
+        """The stacks of all expert caches by their names in the MLX layout."""
+        caches = self.expert_caches.values()
+        return {name: array for cache in caches for name, array in cache.arrays.items()}
 
 
 class CacheLimit:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -12,8 +12,30 @@ import numpy.typing as npt
 from mlx_kimi.offload.expert_cache import EMPTY, LRFU, Counts, ExpertCache
 
 
+@dataclass
+class Residency:
+    """Where a graph takes every expert to be. It travels with the step, and notes what was chosen.
+
+    Attributes:
+        slots: of each layer, [experts] int32; of an expert that is nowhere, 0.
+        chosen: the experts [1, k] that each layer's router chose, in the order of the layers.
+    """
+
+    slots: Mapping[ExpertCache, mx.array]
+    chosen: list[mx.array] = field(default_factory=list)
+
+    def slots_of(self, cache: ExpertCache, experts: mx.array) -> mx.array:
+        """One token's experts [1, k] -> their slots [1, k], right if all of them are in memory."""
+        self.chosen.append(experts)
+        return self.slots[cache][experts]
+
+    def choices(self) -> list[mx.array]:
+        """What was chosen in one array, [layers, k]; nothing if no layer asked."""
+        return [mx.concatenate(self.chosen)] if self.chosen else []
+
+
 class OptimisticResidency:
-    """That every expert that a token chooses is in memory.
+    """Decodes a token as if every expert that it chooses were in memory, and verifies it after.
 
     A graph is given where each expert is, and gives back what was chosen. If all of that was there
     its result is right; else it is thrown away, and the token goes layer by layer.
@@ -21,53 +43,50 @@ class OptimisticResidency:
 
     def __init__(
         self,
-        banks: Sequence[ExpertCache],
+        caches: Sequence[ExpertCache],
         counts: Counts,
         slot_of: npt.NDArray[np.int64],
         worth: npt.NDArray[np.float64],
     ) -> None:
-        """`banks` of all layers in their order, or none: then there is nothing to assume.
+        """`caches` of all layers in their order, or none: then every expert is in memory.
 
-        slot_of, worth: [layers, experts], of which the banks have the rows.
+        slot_of, worth: [layers, experts], of which the caches have the rows.
         """
-        self._banks, self._counts = banks, counts
+        self._caches, self._counts = caches, counts
         self._slot_of, self._worth = slot_of, LRFU(worth)
-        self._layers = np.arange(len(banks))[:, None]
-        self._read = -1
+        self._layers = np.arange(len(caches))[:, None]
+        self._misses, self._missed = 0, True
         self._given = np.full_like(slot_of, EMPTY)  # what `_slots` were made of
         self._slots: list[mx.array] = []
 
     def should_try(self) -> bool:
-        """Whether nothing was read since this was asked last, before the step before."""
-        before, self._read = self._read, self._counts.read
-        return not self._banks or before == self._read
+        """Whether the latest step had no miss: then the next is likely to have none either."""
+        return not self._caches or not self._missed
+
+    def end_step(self) -> None:
+        """Note whether the step that ends here, of one token or many, had a miss."""
+        self._misses, before = self._counts.read, self._misses
+        self._missed = self._misses > before
 
     def slots(self) -> list[mx.array]:
-        """Of each layer where each expert is, [experts] int32; those that are nowhere: slot 0."""
-        if self._banks and not (self._slots and np.array_equal(self._given, self._slot_of)):
+        """Of each layer where each expert is, [experts] int32; of those that are nowhere, 0."""
+        if self._caches and not (self._slots and np.array_equal(self._given, self._slot_of)):
             self._given = self._slot_of.copy()
             self._slots = [mx.array(row, mx.int32) for row in np.maximum(self._given, 0)]
         return self._slots
 
-    @contextmanager
-    def begin(self, slots: Sequence[mx.array]) -> Iterator[list[mx.array]]:
-        """Within, layers believe `slots`; afterwards the list holds their choices, [layers, k]."""
-        chosen: list[mx.array] = []
-        for bank, where in zip(self._banks, slots, strict=True):
-            bank.assumed = where
-        try:
-            yield chosen
-            choices = [bank.chosen for bank in self._banks if bank.chosen is not None]
-            chosen += [mx.concatenate(choices)] if choices else []
-        finally:
-            for bank in self._banks:
-                bank.assumed = bank.chosen = None
+    def begin(self, slots: Sequence[mx.array]) -> Residency:
+        """The residency of one step, of `slots`."""
+        return Residency(dict(zip(self._caches, slots, strict=True)))
 
-    def verify(self, chosen: Sequence[mx.array]) -> bool:
-        """Whether it was right, once the device knows; if so, the uses of the experts are noted."""
-        if not chosen:
+    def verify(self, choices: Sequence[mx.array]) -> bool:
+        """Whether every expert was where it was taken to be; waits for the device.
+
+        If so, the uses of the experts are noted. `choices`: those of the step's residency.
+        """
+        if not choices:
             return True
-        experts = np.array(chosen[0])
+        experts = np.array(choices[0])
         where = self._given[self._layers, experts]
         if (where == EMPTY).any() or (where != self._slot_of[self._layers, experts]).any():
             return False

@@ -6,6 +6,8 @@ every prompt begins and ends, and every few thousand tokens between.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_kimi.defaults import SNAPSHOT_EVERY, SNAPSHOT_MEMORY
+from mlx_kimi.generation.not_finite import not_finite
+from mlx_kimi.generation.sample import Draw, Sampler
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import CacheEntry, KDACache
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -24,7 +28,7 @@ class Snapshot:
 
     length: int
     entries: list[CacheEntry] | None
-    last: mx.array | None = None  # [1, 1, hidden] of `forward`, if the prompt ended here
+    last: mx.array | None = None  # [1, 1, hidden] of `read`, if the prompt ended here
     load: Callable[[], list[CacheEntry] | None] = lambda: None
 
 
@@ -36,6 +40,7 @@ class TokenState:
         latent_bits: of `KimiLinear.make_cache`.
         every: tokens between two snapshots within a turn; None takes none there.
         memory: bytes that snapshots may take above the cache itself. The newest always stays.
+        host_time: seconds of this thread's processor that all calls of `step` took to submit work.
     """
 
     model: KimiLinear
@@ -45,6 +50,7 @@ class TokenState:
     ids: list[int] = field(default_factory=list)
     entries: list[CacheEntry] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
+    host_time: float = 0.0
 
     def __post_init__(self) -> None:
         self.entries = self.entries or self._empty()
@@ -52,17 +58,62 @@ class TokenState:
     def _empty(self) -> list[CacheEntry]:
         return self.model.make_cache(self.latent_bits)
 
-    def forward(self, ids: mx.array) -> mx.array:
-        """Feed ids [1, T] to `KimiLinear.hidden`. The caller adds them to `self.ids`."""
-        return self.model.hidden(ids, self.entries)
+    # ------------------------------------------------------------------------------- moving on
+    def read(self, ids: Sequence[int], output_wanted: bool = True) -> mx.array | None:
+        """Read more of a prompt: the last layer's output for the last token, [1, 1, hidden].
 
-    def advance(self, ids: mx.array) -> None:
-        """Feed ids [1, T] to `KimiLinear.advance`. The caller adds them to `self.ids`."""
-        self.model.advance(ids, self.entries)
+        None where it is not wanted. Interrupted, tokens and cache stay as they were.
+        """
+        last = None
+        with self.atomic():
+            if output_wanted:
+                last = mx.contiguous(self.model.hidden(mx.array([ids]), self.entries)[:, -1:])
+            else:
+                self.model.advance(mx.array([ids]), self.entries)
+            self.ids += ids
+        if last is not None:
+            self.keep(last)
+        else:
+            mx.eval(caches.arrays(self.entries))
+            self.keep_now_and_then()
+        return last
+
+    def draw(self, hidden: mx.array, sampler: Sampler) -> Draw:
+        """The token that follows `hidden` [1, T, hidden], submitted to the device."""
+        logits = self.model.logits(hidden[:, -1])
+        draw = Draw(sampler(logits), mx.logsumexp(logits, axis=-1))
+        mx.async_eval(*draw, *caches.arrays(self.entries))
+        return draw
+
+    def step(self, draw: Draw, sampler: Sampler) -> tuple[int, Draw]:
+        """Read a token, submit the drawing of the next, and wait for the number of the first.
+
+        Interrupted, tokens and cache stay as they were.
+        """
+        with self.atomic():
+            # Processor time: MLX lets a thread that is far ahead of the device wait in here.
+            began = time.thread_time()
+            following = self.draw(self.model.hidden(draw.token[:, None], self.entries), sampler)
+            self.host_time += time.thread_time() - began
+            token = self.token_of(draw)
+            self.ids.append(token)
+        self.keep_now_and_then()
+        return token, following
+
+    def token_of(self, draw: Draw) -> int:
+        """Wait for a token that was drawn.
+
+        Raises:
+            KimiError: its logits are not finite.
+        """
+        token = int(draw.token.item())  # type: ignore[arg-type]
+        if not math.isfinite(draw.lse.item()):  # type: ignore[arg-type]
+            raise not_finite(self.model, self.ids)
+        return token
 
     @contextmanager
     def atomic(self) -> Iterator[None]:
-        """Interrupted within, by Ctrl-C or anything else, tokens and cache stay as they were."""
+        """Within, whatever ends the work, Ctrl-C too, leaves tokens and cache as they were."""
         count, before = len(self.ids), caches.snapshot(self.entries)
         try:
             yield
@@ -71,8 +122,9 @@ class TokenState:
             caches.restore(self.entries, before)
             raise
 
+    # ------------------------------------------------------------------------------- snapshots
     def keep(self, last: mx.array | None = None) -> None:
-        """Take a snapshot; `last` is what `forward` gave for the latest token."""
+        """Take a snapshot; `last` is what `read` gave for the latest token."""
         length = len(self.ids)
         if self.snapshots and self.snapshots[-1].length == length:
             if last is None:
@@ -92,7 +144,7 @@ class TokenState:
         """Go to the longest known state that `ids` continues, and forget what it contradicts.
 
         Returns:
-            If all of `ids` has been read: what `forward` gave for the last, [1, 1, hidden], with
+            If all of `ids` has been read: what `read` gave for the last, [1, 1, hidden], with
             the present state as it was then. None if at least one token is left to read.
         """
         shared = common_prefix(self.ids, ids)

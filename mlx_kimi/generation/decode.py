@@ -1,0 +1,57 @@
+"""The two halves of generation: `prefill` reads a prompt, `decode` draws what follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.core as mx
+
+from mlx_kimi.defaults import PREFILL_STEP
+from mlx_kimi.generation.sample import Sampler
+from mlx_kimi.generation.token_state import TokenState
+
+
+def prefill(
+    state: TokenState,
+    ids: Sequence[int],
+    step: int = PREFILL_STEP,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[mx.array, int]:
+    """Read what `state` has not read of the prompt `ids`, `step` tokens at once.
+
+    Returns:
+        The last layer's output for the last token, [1, 1, hidden], and how many tokens had been
+        read before.
+    """
+    last = state.rewind_to_prefix_of(ids)
+    cached = len(state.ids)
+    state.keep(last)  # where the turn begins
+    while last is None:
+        done = len(state.ids)
+        if progress:
+            progress(done, len(ids))
+        last = state.read(ids[done : done + step], output_wanted=done + step >= len(ids))
+    return last, cached
+
+
+def decode(state: TokenState, hidden: mx.array, sampler: Sampler, limit: int) -> Iterator[int]:
+    """Draw up to `limit` tokens, each of which `state` reads before the next is drawn.
+
+    The device computes the next token while the caller handles this one. Under a memory budget a
+    step may wait for files: there it begins when the caller has handled the token.
+
+    Args:
+        hidden: [1, 1, hidden], the last layer's output for the last token of `state`.
+
+    Raises:
+        KimiError: the model's logits are NaN or infinity.
+    """
+    waits_for_files = state.model.offload is not None
+    draw = state.draw(hidden, sampler)
+    for _ in range(limit - 1):
+        if waits_for_files:
+            yield state.token_of(draw)
+        token, draw = state.step(draw, sampler)
+        if not waits_for_files:
+            yield token
+    yield state.token_of(draw)

@@ -1,0 +1,99 @@
+"""Contexts: what is kept, what may be gone back to, and what that costs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from assertions import assert_close
+
+from mlx_kimi import load
+from mlx_kimi.generation.generate import stream_generate
+from mlx_kimi.generation.token_state import TokenState, common_prefix
+from mlx_kimi.model import cache as caches
+from mlx_kimi.model.cache import LatentCache
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def loaded(talker: Path) -> tuple[KimiLinear, Tokenizer]:
+    return load(talker)
+
+
+def answer(loaded, state: TokenState, ids: list[int], count: int = 4, **options) -> int:
+    """Generate after `ids`; how many of them were not read again."""
+    *_, last = stream_generate(*loaded, ids, max_tokens=count, state=state, **options)
+    return last.stats.cached_tokens
+
+
+def test_common_prefix() -> None:
+    assert common_prefix([], [1]) == 0
+    assert common_prefix([1, 2, 3], [1, 2]) == 2
+    assert common_prefix([1, 2, 3], [1, 5, 3]) == 1
+
+
+def test_turns_begin_and_end_with_a_snapshot(loaded) -> None:
+    state = TokenState(loaded[0])
+    answer(loaded, state, [1] * 20)
+    end_of_answer = len(state.ids)
+    answer(loaded, state, [*state.ids, *[2] * 10])
+    assert [s.length for s in state.snapshots] == [20, end_of_answer, end_of_answer + 10]
+
+
+def test_any_kept_state_is_gone_back_to_without_reading(loaded) -> None:
+    state = TokenState(loaded[0])
+    ends = []
+    for turn in range(5):
+        answer(loaded, state, [*state.ids, *[turn + 1] * 10])
+        ends.append(list(state.ids))
+    for end in reversed(ends[:-1]):
+        assert answer(loaded, state, [*end, 70, 71]) == len(end)
+
+
+def test_long_turns_have_snapshots_within(loaded) -> None:
+    state = TokenState(loaded[0], every=16)
+    answer(loaded, state, [1] * 50, count=40, prefill_step=8)
+    assert [s.length for s in state.snapshots] == [16, 32, 48, 50, 66, 82]
+    assert answer(loaded, state, [*[1] * 40, 9]) == 32
+
+
+@pytest.mark.slow
+def test_the_memory_of_snapshots_is_bounded(loaded) -> None:
+    one = sum(a.nbytes for a in caches.arrays(_after(loaded, 40).entries))
+    state = TokenState(loaded[0], memory=3 * one)
+    for turn in range(30):
+        answer(loaded, state, [*state.ids, *[turn + 1] * 10], count=2)
+        assert state.snapshot_bytes <= state.memory
+    lengths = [s.length for s in state.snapshots]
+    assert 2 <= len(lengths) < 30
+    assert lengths[-1] > len(state.ids) - 12, "the newest is kept"
+
+
+def _after(loaded, count: int) -> TokenState:
+    state = TokenState(loaded[0])
+    answer(loaded, state, [1] * count, count=2)
+    return state
+
+
+def test_what_snapshots_share_counts_once(loaded) -> None:
+    state = _after(loaded, 600)
+    state.snapshots.clear()
+    state.keep()
+    state.snapshots.append(replace(state.snapshots[0], length=1))
+    held = [entry for entry in state.entries if isinstance(entry, LatentCache)]
+    frozen = sum(a.nbytes for entry in held for s in entry.frozen for a in s.arrays())
+    assert frozen > 0
+    everything = sum(a.nbytes for a in caches.arrays(state.entries))
+    assert state.snapshot_bytes == everything - frozen
+
+
+def test_a_state_gone_back_to_is_that_of_its_tokens(loaded) -> None:
+    model, _ = loaded
+    state = TokenState(model, every=8)
+    answer(loaded, state, list(range(1, 60)), prefill_step=4)
+    ids = [*range(1, 30), 80, 81, 82]
+    assert state.rewind_to_prefix_of(ids) is None
+    hidden = state.read(ids[len(state.ids) :])
+    # float32, and splits of a sequence differ by rounding alone
+    assert_close("logits", model.logits(hidden[:, -1]), model(mx.array([ids]))[:, -1], 1e-4)
