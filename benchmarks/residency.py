@@ -21,7 +21,7 @@ import numpy.typing as npt
 from mlx_kimi import generate, load
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.model.moe import MixtureOfExperts
-from mlx_kimi.offload.expert_cache import DECAY, LRFU
+from mlx_kimi.offload.lrfu import DECAY, LRFU
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.pocket.tasks import TASKS, prompts
@@ -70,12 +70,12 @@ class Recency:
     """LRU: worth is when an expert was last used."""
 
     def __init__(self, experts: int) -> None:
-        self.of, self.now = np.zeros(experts), 0
+        self.scores, self.now = np.zeros(experts), 0
 
     def note(self, chosen: Chosen) -> None:
         for token in chosen:
             self.now += 1
-            self.of[token] = self.now
+            self.scores[token] = self.now
 
 
 class Future:
@@ -86,14 +86,14 @@ class Future:
         for number, chosen in enumerate(steps):
             for expert in np.unique(chosen):
                 self.uses[expert].append(number)
-        self.step, self.of = -1, np.zeros(experts)
+        self.step, self.scores = -1, np.zeros(experts)
 
     def note(self, chosen: Chosen) -> None:
         self.step += 1
         for expert, uses in enumerate(self.uses):
             while uses and uses[0] <= self.step:
                 uses.pop(0)
-            self.of[expert] = 1 / (uses[0] - self.step) if uses else 0
+            self.scores[expert] = 1 / (uses[0] - self.step) if uses else 0
 
 
 Policy = Recency | Future | LRFU
@@ -109,11 +109,11 @@ def hit_rate(policy: Policy, steps: list[Chosen], slots: int) -> float:
         if len(chosen) == 1:
             asked += len(needed)
             hits += sum(int(expert) in kept for expert in needed)
-        absent = [int(e) for e in needed[np.argsort(policy.of[needed])] if int(e) not in kept]
+        absent = [int(e) for e in needed[np.argsort(policy.scores[needed])] if int(e) not in kept]
         for expert in absent:
             if len(kept) == slots:
                 safe = set(needed.tolist()) if len(needed) < slots else set()
-                kept.remove(min(kept - safe or kept, key=lambda e: policy.of[e]))
+                kept.remove(min(kept - safe or kept, key=lambda e: policy.scores[e]))
             kept.add(expert)
     return hits / asked
 

@@ -26,7 +26,7 @@ from mlx_kimi.loading.budget import Budget
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.kimi_linear import KimiLinear
-from mlx_kimi.offload.expert_cache import Counts
+from mlx_kimi.offload.stats import Counts
 
 PROMPT = 64  # tokens
 

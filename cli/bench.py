@@ -219,7 +219,7 @@ def _speed(tokens: float) -> str:
 
 def _json(row: Row) -> dict[str, Any]:
     return {
-        **asdict(row),
+        **show.json_fields(row),
         "prompt_tokens_per_second": row.prompt_speed,
         "generation_tokens_per_second": row.generation_speed,
         "token_time": row.token_time,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ def _cached(file: Path, folder: Path, state: TokenState, system: str | None) -> 
 
 def _json(chunks: list[Chunk]) -> str:
     last = chunks[-1]
-    stats = asdict(last.stats)
+    stats = show.json_fields(last.stats)
     stats["prompt_tokens_per_second"] = last.stats.prompt_speed
     stats["generation_tokens_per_second"] = last.stats.generation_speed
     return json.dumps(

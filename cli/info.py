@@ -113,7 +113,7 @@ def _forms(network: KimiLinear) -> dict[str, list[Row]]:
         attention = "KDA" if isinstance(layer.self_attn, KimiDeltaAttention) else "MLA"
         for part, name in ((layer.self_attn, attention), (layer.mlp, "experts")):
             if not isinstance(part, MLP):
-                alike.setdefault((name, tuple(part.forms())), []).append(number)
+                alike.setdefault((name, tuple(part.implementations())), []).append(number)
     return {
         f"{name} of layers {', '.join(map(str, numbers))}": list(rows)
         for (name, rows), numbers in alike.items()

@@ -6,14 +6,17 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mlx_kimi.evaluation.bench import Row
 from mlx_kimi.evaluation.evaluate import Distance
 from mlx_kimi.generation.answer import Stats
-from mlx_kimi.offload.expert_cache import Counts
+from mlx_kimi.offload.stats import Counts
 from mlx_kimi.units import human_size
 
 # Joiners of emoji and of Arabic and Indic scripts are format characters like those that turn the
@@ -54,8 +57,21 @@ def experts(counts: Counts, tokens: int) -> str:
     each = counts.bytes_read / max(tokens, 1)
     return (
         f"experts {counts.hit_rate:.1%} in memory, {human_size(each)} a token read, "
-        f"waited {counts.waited:.2f} s"
+        f"waited {counts.stall_time:.2f} s"
     )
+
+
+def json_fields(record: Stats | Row) -> dict[str, Any]:
+    """The fields for `--json`, whose keys for the counts of experts programs may know."""
+    fields = asdict(record)
+    if counts := record.experts:
+        fields["experts"] = {
+            "asked": counts.lookups,
+            "read": counts.misses,
+            "bytes_read": counts.bytes_read,
+            "waited": counts.stall_time,
+        }
+    return fields
 
 
 def distance(found: Distance) -> list[str]:

@@ -15,7 +15,6 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.checkpoint.tensors import Join, Tensor
 from mlx_kimi.checkpoint.weight_file import OpenFile
-from mlx_kimi.loading.load import join
 
 BLOCK = 32 * 2**20  # bytes of source that are read at once; 64 MB is no faster, 8 MB slower
 NUMPY = {  # numpy has no bfloat16
@@ -127,7 +126,7 @@ class Source:
         piece, stored = block.piece, self.checkpoint.tensors[block.piece.name]
         array = _in_mlx(values, stored.dtype)
         if self._is_half(piece.tensor, [piece.name]):
-            array = join(piece.tensor, [array.reshape(stored.shape)], self.config)
+            array = piece.tensor.joined([array.reshape(stored.shape)], self.config)
         return array.reshape(-1, piece.tensor.shape[-1])
 
     def array(self, name: str, first: int, count: int) -> mx.array:

@@ -35,7 +35,7 @@ from mlx_kimi.convert.shards import MAX_SHARD, lay_out, write_index
 from mlx_kimi.convert.steps import steps_of, written_bytes
 from mlx_kimi.convert.write import Progress, write_weights
 from mlx_kimi.errors import KimiError
-from mlx_kimi.loading.load import check
+from mlx_kimi.loading.match import check
 from mlx_kimi.units import human_size
 
 

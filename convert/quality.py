@@ -26,7 +26,7 @@ from mlx_kimi.convert.plan import PROCESS
 from mlx_kimi.convert.weight_error import Squares, weight_errors
 from mlx_kimi.defaults import PREFILL_STEP
 from mlx_kimi.evaluation.evaluate import Evaluation, first_tokens, windows
-from mlx_kimi.loading.load import check
+from mlx_kimi.loading.match import check
 from mlx_kimi.loading.memory import needs
 from mlx_kimi.model.step import ForwardBatch
 from mlx_kimi.text.tokenizer import load_tokenizer

@@ -171,7 +171,7 @@ def test_small_blocks_of_keys_change_nothing(
     expected = model("tiny")(ids)
     monkeypatch.setattr(mla, "EXPAND_FROM", FORMS[form])
     monkeypatch.setattr(mla, "LARGEST_BLOCK", largest)
-    monkeypatch.setattr(mla, "SCORES", scores)
+    monkeypatch.setattr(mla, "MOST_SCORES", scores)
     assert_close("logits", model("tiny")(ids), expected, 1e-4)
 
 

@@ -139,7 +139,7 @@ def test_frozen_latents_are_packed_and_come_back_in_order(seed: int) -> None:
     entry, latents = filled([rng.choice([1, 255, 256, 300, 2048]) for _ in range(20)])
     assert all(is_packed(segment.latents) for segment in entry.frozen)
     assert entry.tail is None or not is_packed(entry.tail.latents)
-    assert entry.columns == latents.shape[1]
+    assert entry.positions == latents.shape[1]
     assert_close("latents", whole(entry), latents, ERROR)
 
 
@@ -156,12 +156,12 @@ def test_rows_are_taken_and_joined() -> None:
     assert taken.bits == 8
     assert_same_bits("taken", whole(taken), whole(one)[1:])
     joined = LatentCache.join([two, taken])
-    assert joined.bits == 8 and joined.columns == 700 and joined.lengths == (301, 301, 700)
+    assert joined.bits == 8 and joined.positions == 700 and joined.lengths == (301, 301, 700)
     assert joined.is_masked and not one.is_masked
     for row, (count, expected) in enumerate([(301, b[0]), (301, b[1]), (700, a[1])]):
         assert_close(f"row {row}", whole(joined)[row, :count], expected[:count], ERROR)
     joined.append(mx.zeros((3, 300, WIDTH)), None)
-    assert joined.columns == 1000 and sum(s.size for s in joined.frozen) == 768
+    assert joined.positions == 1000 and sum(s.size for s in joined.frozen) == 768
 
 
 def test_a_restored_snapshot_keeps_its_bits(model: Callable[[str], KimiLinear]) -> None:

@@ -34,8 +34,9 @@ from mlx_kimi.model import cache as caches
 from mlx_kimi.model import moe
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.offload import offload
-from mlx_kimi.offload.expert_cache import LRFU, ExpertCache
+from mlx_kimi.offload.expert_cache import ExpertCache
 from mlx_kimi.offload.expert_files import OpenFile
+from mlx_kimi.offload.lrfu import LRFU
 from mlx_kimi.offload.read_pool import ReadPool
 from mlx_kimi.text.tokenizer import load_tokenizer
 
@@ -106,8 +107,8 @@ def test_every_number_of_slots_gives_the_bits_of_the_whole_model(
         model = streamed(path, slots)
         assert_same_bits(f"{slots} slots", run(model, TEXT), expected)
         counts = model.offload.counts
-        assert counts.asked > 0
-        assert (counts.read == 0) == (slots == config.num_experts)
+        assert counts.lookups > 0
+        assert (counts.misses == 0) == (slots == config.num_experts)
 
 
 @pytest.mark.slow
@@ -149,7 +150,7 @@ def test_the_expert_kernels_take_slots(streamed: Streamed, slots: int) -> None:
         ours = run(model, text)
         assert launched.count("expert_gate_up") == 7 * len(text)
         assert_same_bits("logits", ours, run(whole, text))
-    assert model.offload.counts.read > 2 * slots
+    assert model.offload.counts.misses > 2 * slots
 
 
 @pytest.mark.slow
@@ -166,11 +167,11 @@ def test_a_token_whose_experts_are_there_is_one_graph(streamed: Streamed) -> Non
     cache, other = model.make_cache(), whole.make_cache()
     with use_backend(backend, traced=True):
         for token in [*ids(4), *[7] * 12, *ids(6, seed=4), *[7] * 8]:
-            read, asked = counts.read, counts.asked
+            read, asked = counts.misses, counts.lookups
             launched.clear()
             logits = model(mx.array([[token]]), cache)
-            steps.append((counts.read > read, bool(launched)))
-            extra.append(counts.asked - asked - 2 * 7)
+            steps.append((counts.misses > read, bool(launched)))
+            extra.append(counts.lookups - asked - 2 * 7)
             mx.eval(logits, caches.arrays(cache))
             with use_backend(backend):
                 expected = whole(mx.array([[token]]), other)
@@ -265,10 +266,10 @@ def test_a_step_of_many_tokens_reads_each_expert_once(streamed: Streamed) -> Non
     mx.eval(model(mx.array([ids(300)])))
     counts = model.offload.counts
     layers = len(model.offload.expert_caches)
-    assert counts.asked <= 32 * layers  # every expert of every layer at most
-    assert counts.read == counts.asked
+    assert counts.lookups <= 32 * layers  # every expert of every layer at most
+    assert counts.misses == counts.lookups
     mx.eval(model(mx.array([ids(300)])))  # what was worth most is there now
-    assert counts.read <= 2 * (counts.asked // 2) - 2 * layers
+    assert counts.misses <= 2 * (counts.lookups // 2) - 2 * layers
     one_expert = (
         sum(
             part.nbytes // (2 if part.stored != part.dtype else 1)
@@ -277,7 +278,7 @@ def test_a_step_of_many_tokens_reads_each_expert_once(streamed: Streamed) -> Non
         )
         // layers
     )
-    assert counts.bytes_read == counts.read * one_expert
+    assert counts.bytes_read == counts.misses * one_expert
 
 
 @pytest.mark.slow
@@ -303,13 +304,13 @@ def test_what_is_worth_most_stays() -> None:
     worth = LRFU(np.zeros(5), decay=0.5)
     worth.note(np.array([[0, 1]]))
     worth.note(np.array([[0, 2], [3, 2]]))
-    assert worth.of.tolist() == [0.25 + 0.5, 0.25, 0.5 + 1, 1, 0]
+    assert worth.scores.tolist() == [0.25 + 0.5, 0.25, 0.5 + 1, 1, 0]
     together = LRFU(np.zeros(5), decay=0.5)
     together.note(np.array([[0, 1], [0, 2], [3, 2]]))
-    assert np.allclose(worth.of, together.of)
+    assert np.allclose(worth.scores, together.scores)
     layers = LRFU(np.zeros((2, 5)), decay=0.5)
     layers.note(np.array([[[0, 1], [0, 2], [3, 2]], [[4, 1], [0, 4], [3, 4]]]))
-    assert layers.of[0].tolist() == together.of.tolist()
+    assert layers.of[0].tolist() == together.scores.tolist()
     assert layers.of[1].tolist() == [0.5, 0.25, 0, 1, 0.25 + 0.5 + 1]
 
 
@@ -394,7 +395,7 @@ def test_a_slow_disk_is_waited_for(
 
     monkeypatch.setattr(OpenFile, "read", slowly)
     assert_same_bits("logits", run(model, TEXT[-4:]), expected)
-    assert model.offload.counts.waited > 0.1
+    assert model.offload.counts.stall_time > 0.1
 
 
 @pytest.mark.alone

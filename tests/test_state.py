@@ -123,12 +123,12 @@ def test_latents_come_back_in_order_however_they_came(seed: int, B: int) -> None
         held.append(latents)
         mask.append(real if masked else np.ones_like(real))
         start += size
-        assert entry.columns == start
+        assert entry.positions == start
         assert entry.tail is None or entry.tail.size < cache.TAIL
     whole = Segment.concatenate(entry.segments)
     assert_same_bits("latents", whole.latents, np.concatenate(held, axis=1))
-    assert whole.real is not None
-    assert_same_bits("real", whole.real, np.concatenate(mask, axis=1))
+    assert whole.valid is not None
+    assert_same_bits("valid", whole.valid, np.concatenate(mask, axis=1))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def decoded() -> tuple[list[float], list[int], int]:
         mx.async_eval(*entry.arrays())
         active.append(mx.get_active_memory())
     mx.eval(entry.arrays())
-    assert entry.columns == 20_000
+    assert entry.positions == 20_000
     return seconds, active, width * 4
 
 
@@ -215,7 +215,7 @@ def test_segments_stay_few_for_appends_of_one_size(size: int) -> None:
         if step % 500 == 0:
             mx.eval(entry.arrays())
             assert len(entry.segments) <= 32
-    assert entry.columns == tokens // size * size
+    assert entry.positions == tokens // size * size
 
 
 def test_frozen_segments_are_left_alone_by_an_append() -> None:

@@ -149,7 +149,7 @@ def _latents_since(entry: LatentCache, start: int) -> Arrays:
     parts: dict[str, list[mx.array]] = {"frozen": [], "tail": []}
     begin = 0
     for i, segment in enumerate(entry.segments):
-        assert segment.real is None  # a conversation is a batch of one, without padding
+        assert segment.valid is None  # a conversation is a batch of one, without padding
         first, size = max(start - begin, 0), segment.size
         if first < size:
             name = "frozen" if i < len(entry.frozen) else "tail"

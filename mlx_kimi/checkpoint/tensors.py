@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_kimi.checkpoint.config import Layer, ModelConfig
 
 
@@ -182,6 +184,19 @@ class Tensor:
             heads, width = config.kda_num_heads, config.kda_head_dim
             return (shape, (heads,)) if self.name.endswith("A_log") else (shape, (heads, width))
         return (shape,)
+
+    def joined(self, parts: list[mx.array], config: ModelConfig) -> mx.array:
+        """The published tensors that `found_in` names -> this one; `Join` says how."""
+        if self.join is Join.STACK:
+            return mx.stack(parts)
+        (whole,) = parts
+        if self.join in (Join.KEY_HALF, Join.VALUE_HALF):
+            nope = config.qk_nope_head_dim
+            heads = whole.reshape(config.num_attention_heads, -1, config.kv_lora_rank)
+            if self.join is Join.KEY_HALF:
+                return heads[:, :nope].swapaxes(-1, -2)
+            return heads[:, nope:]
+        return whole.reshape(self.shape)
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:

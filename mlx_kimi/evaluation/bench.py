@@ -18,7 +18,7 @@ from mlx_kimi.generation.answer import Stats
 from mlx_kimi.generation.generate import check_lengths, stream_generate
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.kimi_linear import KimiLinear
-from mlx_kimi.offload.expert_cache import Counts
+from mlx_kimi.offload.stats import Counts
 from mlx_kimi.text.tokenizer import Tokenizer
 
 WARM_UP = 512  # tokens at most: every kernel compiles, no weight is touched for the first time

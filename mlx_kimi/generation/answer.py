@@ -10,7 +10,7 @@ from typing import Literal
 import mlx.core as mx
 
 from mlx_kimi.generation.token_state import TokenState
-from mlx_kimi.offload.expert_cache import Counts
+from mlx_kimi.offload.stats import Counts
 from mlx_kimi.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]

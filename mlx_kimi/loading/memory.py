@@ -16,7 +16,7 @@ from mlx_kimi.defaults import BUFFERS, CONTEXT, PREFILL_STEP, SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
 from mlx_kimi.metal_kernels.attention import GPU_QUERY_BLOCK
 from mlx_kimi.metal_kernels.latents import GROUP, GROUP_WORDS
-from mlx_kimi.model.mla import EXPANDED, LARGEST_BLOCK, SCORES
+from mlx_kimi.model.mla import EXPANDED, LARGEST_BLOCK, MOST_SCORES
 from mlx_kimi.units import human_size
 
 ANY_SIZE = "MLX_KIMI_ANY_SIZE"  # set in the environment, models load whether they fit or not
@@ -117,7 +117,7 @@ def _work(config: ModelConfig, number: int) -> int:
         2 * config.hidden_size + 3 * config.moe_intermediate_size
     )
     feed_forward = number * max(experts, 3 * config.intermediate_size)
-    scores = min(SCORES, config.num_attention_heads * GPU_QUERY_BLOCK * LARGEST_BLOCK)
+    scores = min(MOST_SCORES, config.num_attention_heads * GPU_QUERY_BLOCK * LARGEST_BLOCK)
     expanded = EXPANDED * (config.qk_nope_head_dim + config.v_head_dim) * number
     outputs = 4 * PREFILL_STEP * config.num_attention_heads * config.v_head_dim
     block = max(scores * (8 + number), expanded + 2 * outputs)

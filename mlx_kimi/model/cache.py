@@ -64,7 +64,7 @@ class Segment:
     """Latents of consecutive tokens. NoPE attention needs no positions, so gaps may be masked."""
 
     latents: mx.array  # [B, S, latent | shared key], or packed: [B, S, words]
-    real: mx.array | None = None  # [B, S] bool; None: every token is real
+    valid: mx.array | None = None  # [B, S] bool, False for padding; None: there is none
     spare: int = 0  # rows at the end of the latents that hold no token yet; 0 where some are masked
 
     @property
@@ -73,7 +73,7 @@ class Segment:
         return self.latents.shape[1] - self.spare
 
     def arrays(self) -> list[mx.array]:
-        return [self.latents] if self.real is None else [self.latents, self.real]
+        return [self.latents] if self.valid is None else [self.latents, self.valid]
 
     def trimmed(self) -> Segment:
         """The same tokens without spare rows."""
@@ -88,23 +88,23 @@ class Segment:
         return Segment(latents, spare=self.spare + missing)
 
     def slice(self, start: int, stop: int) -> Segment:
-        real = None if self.real is None else self.real[:, start:stop]
-        return Segment(self.latents[:, start:stop], real)
+        valid = None if self.valid is None else self.valid[:, start:stop]
+        return Segment(self.latents[:, start:stop], valid)
 
     def packed(self) -> Segment:
         """The same tokens in 8 bits."""
-        return self if is_packed(self.latents) else Segment(pack(self.latents), self.real)
+        return self if is_packed(self.latents) else Segment(pack(self.latents), self.valid)
 
     def plain(self, width: int, dtype: mx.Dtype) -> Segment:
         """The same tokens as numbers, [B, S, width]."""
         if not is_packed(self.latents):
             return self
-        return Segment(unpack(self.latents, width, dtype), self.real)
+        return Segment(unpack(self.latents, width, dtype), self.valid)
 
     def copy(self) -> Segment:
         """The same tokens in arrays of their own: a slice keeps its whole parent alive."""
         return Segment(
-            mx.contiguous(self.latents), None if self.real is None else mx.contiguous(self.real)
+            mx.contiguous(self.latents), None if self.valid is None else mx.contiguous(self.valid)
         )
 
     @staticmethod
@@ -112,12 +112,12 @@ class Segment:
         if len(segments) == 1:
             return segments[0]
         latents = mx.concatenate([s.latents for s in segments], axis=1)
-        if all(s.real is None for s in segments):
+        if all(s.valid is None for s in segments):
             return Segment(latents)
-        real = [
-            mx.ones(s.latents.shape[:2], mx.bool_) if s.real is None else s.real for s in segments
+        valid = [
+            mx.ones(s.latents.shape[:2], mx.bool_) if s.valid is None else s.valid for s in segments
         ]
-        return Segment(latents, mx.concatenate(real, axis=1))
+        return Segment(latents, mx.concatenate(valid, axis=1))
 
 
 @dataclass
@@ -147,18 +147,18 @@ class LatentCache:
         return self.frozen if self.tail is None else (*self.frozen, self.tail)
 
     @property
-    def columns(self) -> int:
-        """Tokens held for each row, padding between them included."""
+    def positions(self) -> int:
+        """KV positions held for each row: its tokens, and padding between them."""
         return sum(segment.size for segment in self._kept)
 
     @property
     def is_masked(self) -> bool:
-        """Whether some columns may be padding."""
-        return any(segment.real is not None for segment in self._kept)
+        """Whether some KV positions may be padding."""
+        return any(segment.valid is not None for segment in self._kept)
 
-    def append(self, latents: mx.array, real: mx.array | None) -> None:
-        """Add [B, T, width] latents; `real` [B, T] marks the tokens that are not padding."""
-        new = Segment(latents, real)
+    def append(self, latents: mx.array, valid: mx.array | None) -> None:
+        """Add latents [B, T, width]; `valid` [B, T] is False for padding, None: there is none."""
+        new = Segment(latents, valid)
         tail = None if self.tail is None else self.tail.trimmed()
         self._settle(new if tail is None else Segment.concatenate([tail, new]))
 
@@ -205,8 +205,8 @@ class LatentCache:
         index = mx.array(list(rows))
 
         def chosen(segment: Segment) -> Segment:
-            real = None if segment.real is None else segment.real[index]
-            return replace(segment, latents=segment.latents[index], real=real)
+            valid = None if segment.valid is None else segment.valid[index]
+            return replace(segment, latents=segment.latents[index], valid=valid)
 
         return LatentCache(
             tuple(self.lengths[row] for row in rows),
@@ -219,18 +219,18 @@ class LatentCache:
     def join(entries: Sequence[LatentCache]) -> LatentCache:
         """The entry of one batch made of the rows of several. Each must have read a token.
 
-        Rows of different lengths are filled up with masked columns. All entries have the same
+        Rows of different lengths are padded with masked positions. All entries have the same
         `bits`; what was packed is not packed a second time, but for fewer than TAIL tokens.
         """
         _all_filled([e.segments[0].latents if e.segments else None for e in entries])
-        longest = max(entries, key=lambda entry: entry.columns)
+        longest = max(entries, key=lambda entry: entry.positions)
         parts = [
             [s.packed() for s in entry.segments] if entry.bits else entry.segments
             for entry in entries
         ]
-        wholes = [_filled(Segment.concatenate(segments), longest.columns) for segments in parts]
+        wholes = [_padded(Segment.concatenate(part), longest.positions) for part in parts]
         latents = mx.concatenate([whole.latents for whole in wholes])
-        whole = Segment(latents, mx.concatenate([_real(whole) for whole in wholes]))
+        whole = Segment(latents, mx.concatenate([_valid(whole) for whole in wholes]))
         joined = LatentCache(
             tuple(n for entry in entries for n in entry.lengths), bits=longest.bits
         )
@@ -298,15 +298,15 @@ def _frozen(frozen: tuple[Segment, ...], new: Segment) -> tuple[Segment, ...]:
         kept = kept[: len(kept) - len(peers)]
 
 
-def _filled(segment: Segment, columns: int) -> Segment:
-    missing = columns - segment.size
+def _padded(segment: Segment, positions: int) -> Segment:
+    missing = positions - segment.size
     if not missing:
         return segment
     latents = mx.pad(segment.latents, [(0, 0), (0, missing), (0, 0)])
-    return Segment(latents, mx.pad(_real(segment), [(0, 0), (0, missing)]))
+    return Segment(latents, mx.pad(_valid(segment), [(0, 0), (0, missing)]))
 
 
-def _real(segment: Segment) -> mx.array:
-    if segment.real is not None:
-        return segment.real
+def _valid(segment: Segment) -> mx.array:
+    if segment.valid is not None:
+        return segment.valid
     return mx.ones(segment.latents.shape[:2], mx.bool_)

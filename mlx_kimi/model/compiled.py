@@ -20,8 +20,8 @@ from mlx_kimi.metal_kernels.mla_decode import Plan
 from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
 from mlx_kimi.model.mla import MultiHeadLatentAttention
 from mlx_kimi.model.step import ForwardBatch
-from mlx_kimi.offload.expert_cache import Counts
 from mlx_kimi.offload.optimistic import OptimisticResidency
+from mlx_kimi.offload.stats import Counts
 
 if TYPE_CHECKING:
     from mlx_kimi.model.kimi_linear import KimiLinear
@@ -69,7 +69,7 @@ class CompiledStep:
     def _suited(self) -> bool:
         attentions = [layer.self_attn for layer in self._owner.layers]
         return all(
-            attention.decode_refused(LatentCache()) is None
+            attention.decode_unsupported_reason(LatentCache()) is None
             for attention in attentions
             if isinstance(attention, MultiHeadLatentAttention)
         )

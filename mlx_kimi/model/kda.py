@@ -56,15 +56,13 @@ class KimiDeltaAttention(nn.Module):
         cache.conv_tail, cache.state = given.tail, state
         return self.o_proj(kda_finish(o, g, self.o_norm.weight, self.o_norm.eps))
 
-    def forms(self) -> list[tuple[str, str, str]]:
+    def implementations(self) -> list[tuple[str, str, str]]:
         """For a step of one, few and many tokens: how many, what runs, and why."""
-        refused = decode_refused(self._for_decode, self.head_dim)
+        reason = decode_refused(self._for_decode, self.head_dim)
         few = chosen_form(2, self.head_dim, self.head_dim)
         many = chosen_form(CHUNKED_FROM, self.head_dim, self.head_dim)
         return [
-            ("1 token", "ops form", refused)
-            if refused
-            else ("1 token", "kda_decode", "its domain"),
+            ("1 token", "ops form", reason) if reason else ("1 token", "kda_decode", "its domain"),
             (f"2 to {CHUNKED_FROM - 1} tokens", few.name, few.why),
             (f"{CHUNKED_FROM} tokens or more", many.name, many.why),
             ("2 tokens or more", *prepared_by(self.in_proj.width, self.head_dim)),

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 EXPAND_FROM = 171  # queries
 # The published model builds this norm without passing rms_norm_eps on, as transformers does.
 KV_A_EPS = 1e-6
-SCORES = 1 << 24  # elements of the largest block of scores (64 MiB in float32)
-LARGEST_BLOCK = 4096  # keys
-# Columns, of all heads and texts, whose keys and values stand expanded for a kernel: 2048 and 34 MB
-# in 16 bits for a text in the 48B.
+MOST_SCORES = 1 << 24  # elements of the largest block of scores (64 MiB in float32)
+LARGEST_BLOCK = 4096  # KV positions
+# KV positions, times heads, times rows of a batch, whose keys and values are expanded at a time for
+# `mla_prefill`: 2048 positions of one row in the 48B, 34 MB in 16 bits.
 EXPANDED = 1 << 16
 
 
@@ -54,47 +54,47 @@ class MultiHeadLatentAttention(nn.Module):
         self,
         x: mx.array,
         cache: LatentCache,
-        real: mx.array | None,
+        valid: mx.array | None,
         plan: Plan | None = None,
-        ahead: SubmitLimit | None = None,
+        submit_limit: SubmitLimit | None = None,
     ) -> mx.array:
         """x [B, T, hidden] -> [B, T, hidden]; `cache` takes up T latents.
 
         Args:
-            real: [B, T], marks what is not padding; None: everything.
+            valid: [B, T] bool, False for padding; None: there is none.
             plan: that of `cache`, for one token; None: it is made here.
-            ahead: takes the work on each block of columns; None: one of this call's own.
+            submit_limit: takes the work on each block of KV positions; None: one of this call's.
         """
         B, T, _ = x.shape
-        if T == 1 and real is None and self.decode_refused(cache) is None:
+        if T == 1 and valid is None and self.decode_unsupported_reason(cache) is None:
             return self._decode(x, cache, plan or cache.plan())
         heads = self.embed_q.weight.shape[0]
         x = self.in_proj.joined(x)
         q, latent, shared = mx.split(x, [-self.width, self.lora - self.width], axis=-1)
-        past = cache.columns
-        cache.append(mx.concatenate([self.kv_a_layernorm(latent), shared], axis=-1), real)
-        ahead = ahead or SubmitLimit()
-        if T >= EXPAND_FROM and self.prefill_refused(cache) is None:
-            o = self._prefill(x, cache, past, ahead)  # [B, T, H, v]
+        past = cache.positions
+        cache.append(mx.concatenate([self.kv_a_layernorm(latent), shared], axis=-1), valid)
+        submit_limit = submit_limit or SubmitLimit()
+        if T >= EXPAND_FROM and self.prefill_unsupported_reason(cache) is None:
+            o = self._prefill(x, cache, past, submit_limit)  # [B, T, H, v]
             return self.o_proj(o.reshape(B, T, -1))
         q = q.reshape(B, T, heads, -1).transpose(0, 2, 1, 3)  # [B, H, T, nope + shared]
         attention = self._expanded if T >= EXPAND_FROM else self._absorbed
-        o = attention(q, cache, past, ahead)  # [B, H, T, v]
+        o = attention(q, cache, past, submit_limit)  # [B, H, T, v]
         return self.o_proj(o.transpose(0, 2, 1, 3).reshape(B, T, -1))
 
-    def forms(self) -> list[tuple[str, str, str]]:
+    def implementations(self) -> list[tuple[str, str, str]]:
         """For a step of one, few and many tokens: how many, what runs, and why."""
-        refused = self.decode_refused(LatentCache())
-        many_refused = self.prefill_refused(LatentCache())
+        reason = self.decode_unsupported_reason(LatentCache())
+        many_reason = self.prefill_unsupported_reason(LatentCache())
         return [
-            ("1 token", "ops form", refused)
-            if refused
+            ("1 token", "ops form", reason)
+            if reason
             else ("1 token", "mla_query, mla_attend, mla_output", "its domain"),
             (f"2 to {EXPAND_FROM - 1} tokens", "ops form", "absorbed"),
             (
                 f"{EXPAND_FROM} tokens or more",
-                "ops form" if many_refused else "mla_prefill",
-                many_refused or "latents expanded block by block",
+                "ops form" if many_reason else "mla_prefill",
+                many_reason or "latents expanded block by block",
             ),
         ]
 
@@ -107,17 +107,17 @@ class MultiHeadLatentAttention(nn.Module):
         cache.grow_tail(tail)
         return self.o_proj(y[:, None])
 
-    def decode_refused(self, cache: LatentCache) -> str | None:
+    def decode_unsupported_reason(self, cache: LatentCache) -> str | None:
         """Why one token takes the way of many; None: `mla_decode` takes it."""
-        return _unfit_for_kernels(cache) or self._unsuited
+        return _kernels_unsupported_reason(cache) or self._unsupported_reason
 
-    def prefill_refused(self, cache: LatentCache) -> str | None:
+    def prefill_unsupported_reason(self, cache: LatentCache) -> str | None:
         """Why many tokens take MLX operations; None: `mla_prefill` takes them."""
         sizes = (self.nope, self.width - self.lora, self.unembed_out.out_features)
-        return _unfit_for_kernels(cache) or mla_prefill.refused(self.lora, *sizes)
+        return _kernels_unsupported_reason(cache) or mla_prefill.refused(self.lora, *sizes)
 
     @cached_property
-    def _unsuited(self) -> str | None:
+    def _unsupported_reason(self) -> str | None:
         return refused(self._for_decode, self.in_proj.width)
 
     @cached_property
@@ -126,23 +126,25 @@ class MultiHeadLatentAttention(nn.Module):
         matrices = (self.embed_q.matrix, self.unembed_out.matrix)
         return LatentWeights(*matrices, norm.weight, norm.eps, self.scale)
 
-    def _prefill(self, x: mx.array, cache: LatentCache, past: int, ahead: SubmitLimit) -> mx.array:
+    def _prefill(
+        self, x: mx.array, cache: LatentCache, past: int, submit_limit: SubmitLimit
+    ) -> mx.array:
         """Each block of latents becomes keys and values, to which a kernel attends.
 
-        `x` [B, T, width of in_proj], whose tokens stand behind the `past` columns: [B, T, H, v].
+        `x` [B, T, width of in_proj], whose tokens follow `past` KV positions -> [B, T, H, v].
         """
-        sums: tuple[mx.array, mx.array] | None = None  # log of the total, output
+        sums: tuple[mx.array, mx.array] | None = None  # log-sum-exp, output
         start = 0
         size = max(1, EXPANDED // (x.shape[0] * self.embed_q.weight.shape[0]))
         for latents in _joined_blocks(cache, self.width, x.dtype, size):
-            dtype = x.dtype if latents.shape[1] == cache.columns else mx.float32
-            sums = self._meet(sums, x, latents, past - start, dtype)
-            ahead.submit(*sums)
+            dtype = x.dtype if latents.shape[1] == cache.positions else mx.float32
+            sums = self._attend_to_block(sums, x, latents, past - start, dtype)
+            submit_limit.submit(*sums)
             start += latents.shape[1]
-        assert sums is not None, "the queries' own columns are always in the cache"
+        assert sums is not None, "the queries' own positions are always in the cache"
         return sums[1].astype(x.dtype)
 
-    def _meet(
+    def _attend_to_block(
         self,
         sums: tuple[mx.array, mx.array] | None,
         x: mx.array,
@@ -150,17 +152,23 @@ class MultiHeadLatentAttention(nn.Module):
         offset: int,
         dtype: mx.Dtype,
     ) -> tuple[mx.array, mx.array]:
-        """The sums of a softmax over the columns so far and those of `latents`."""
+        """The softmax over the KV positions before and those of `latents` [B, S, width].
+
+        `sums`: the log-sum-exp [B, T, H, 1] and output [B, T, H, v] of those before; None: none.
+        `offset`: the KV position of x's first token, counted from the first of `latents`.
+        """
         latent = latents[:, None, :, : self.lora]
         # (Some modes of quantization know no float16: what they expand may be wider than x.)
         keys = self.embed_q.from_outputs(latent).astype(x.dtype)
         values = self.unembed_out(latent).astype(x.dtype)
         given = mla_prefill.Expanded(x, keys, latents, values, self.scale, offset)
-        output, log_total = mla_prefill.mla_prefill(given, dtype)
-        found = log_total[..., None], output
+        output, lse = mla_prefill.mla_prefill(given, dtype)
+        found = lse[..., None], output
         return found if sums is None else together(*sums, *found)
 
-    def _absorbed(self, q: mx.array, cache: LatentCache, past: int, ahead: SubmitLimit) -> mx.array:
+    def _absorbed(
+        self, q: mx.array, cache: LatentCache, past: int, submit_limit: SubmitLimit
+    ) -> mx.array:
         """Queries go through kv_b's key half into latent space, results through its value half."""
         q = mx.concatenate([self.embed_q(q[..., : self.nope]), q[..., self.nope :]], axis=-1)
 
@@ -168,10 +176,12 @@ class MultiHeadLatentAttention(nn.Module):
             keys = segment.plain(self.width, q.dtype).latents[:, None]  # [B, 1, S, lora + shared]
             return keys, keys[..., : self.lora]
 
-        o = attend(q, _blocks(q, cache, latents), self.scale, past, ahead)
+        o = attend(q, _blocks(q, cache, latents), self.scale, past, submit_limit)
         return self.unembed_out(o)
 
-    def _expanded(self, q: mx.array, cache: LatentCache, past: int, ahead: SubmitLimit) -> mx.array:
+    def _expanded(
+        self, q: mx.array, cache: LatentCache, past: int, submit_limit: SubmitLimit
+    ) -> mx.array:
         """Each block of latents becomes the keys and values of every head."""
 
         def per_head(segment: Segment) -> tuple[mx.array, mx.array]:
@@ -181,11 +191,11 @@ class MultiHeadLatentAttention(nn.Module):
             shared = mx.broadcast_to(shared, (*keys.shape[:3], shared.shape[-1]))
             return mx.concatenate([keys, shared], axis=-1), self.unembed_out(latent)
 
-        return attend(q, _blocks(q, cache, per_head), self.scale, past, ahead)
+        return attend(q, _blocks(q, cache, per_head), self.scale, past, submit_limit)
 
 
-def _unfit_for_kernels(cache: LatentCache) -> str | None:
-    """Why no kernel attends to these columns, whatever the layer's sizes."""
+def _kernels_unsupported_reason(cache: LatentCache) -> str | None:
+    """Why no kernel attends to this cache, whatever the layer's sizes; None: one may."""
     if backend() is None:
         return NO_BACKEND
     return "some columns are padding" if cache.is_masked else None
@@ -196,21 +206,21 @@ def _blocks(
     cache: LatentCache,
     keys_and_values: Callable[[Segment], tuple[mx.array, mx.array]],
 ) -> Iterator[Block]:
-    """The cached columns in blocks whose scores stay small."""
+    """The cached KV positions in blocks whose scores stay small."""
     B, H, T, _ = q.shape
-    size = min(LARGEST_BLOCK, max(1, SCORES // (B * H * min(T, query_block()))))
+    size = min(LARGEST_BLOCK, max(1, MOST_SCORES // (B * H * min(T, query_block()))))
     start = 0
     for segment in cache.segments:
         for first in range(0, segment.size, size):
             part = segment.slice(first, min(first + size, segment.size))
-            yield Block(start, *keys_and_values(part), part.real)
+            yield Block(start, *keys_and_values(part), part.valid)
             start += part.size
 
 
 def _joined_blocks(
     cache: LatentCache, width: int, dtype: mx.Dtype, size: int
 ) -> Iterator[mx.array]:
-    """The cached latents [B, S, width], `size` columns at a time, whatever the segments."""
+    """The cached latents [B, S, width], `size` KV positions at a time, whatever the segments."""
     parts: list[mx.array] = []
     room = size
     for segment in cache.segments:

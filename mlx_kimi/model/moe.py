@@ -152,15 +152,17 @@ class DecodeMoE:
         if shared is not None:
             gate, up = shared.gate_up.members()
             self.shared = SwiGLUWeights(gate.matrix, up.matrix, shared.down_proj.matrix)
-        self._unsuited = refused(router.gate.matrix, self.routed, self.shared, router.top_k)
+        self._unsupported_reason = refused(
+            router.gate.matrix, self.routed, self.shared, router.top_k
+        )
 
-    def refused(self, tokens: int) -> str | None:
+    def unsupported_reason(self, tokens: int) -> str | None:
         """Why the ops form runs instead; None: it does not."""
         if backend() is None:
             return NO_BACKEND
         if tokens > LARGEST_BATCH:
             return f"{tokens} tokens are more than {LARGEST_BATCH}: sorted by expert"
-        return self._unsuited
+        return self._unsupported_reason
 
     def __call__(self, normed: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
         """normed [B, hidden]; experts, weights [B, k] -> [B, hidden]."""
@@ -186,15 +188,15 @@ class MixtureOfExperts(nn.Module):
         )
         self.kernels = DecodeMoE(self.router, self.switch_mlp, self.shared_experts)
 
-    def forms(self) -> list[tuple[str, str, str]]:
+    def implementations(self) -> list[tuple[str, str, str]]:
         """For a step of few and many tokens: how many, what runs, and why."""
         few, many = f"1 to {LARGEST_BATCH} tokens", "sorted by expert"
         if self.expert_cache:
             few, many = "1 token", "one expert after another, from the files"
-        refused = self.kernels.refused(1)
+        reason = self.kernels.unsupported_reason(1)
         return [
-            (few, "ops form", refused)
-            if refused
+            (few, "ops form", reason)
+            if reason
             else (few, "add_norm_scores, expert_select, expert_gate_up, expert_down", "its domain"),
             ("more tokens", "ops form", f"{many}, then expert_combine"),
         ]
@@ -214,7 +216,7 @@ class MixtureOfExperts(nn.Module):
         """x, residual [B, T, hidden] -> the experts of the norm of their sum, and the sum."""
         tokens = x.shape[0] * x.shape[1]
         few = not self._is_part and (tokens == 1 or not self.expert_cache)
-        if few and self.kernels.refused(tokens) is None:
+        if few and self.kernels.unsupported_reason(tokens) is None:
             rows = (y.reshape(-1, x.shape[-1]) for y in (x, residual))
             normed, total, experts, weights = self.router.after_norm(norm, *rows)
             y = self.kernels(normed, self._slots(experts, residency), weights)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
@@ -15,65 +14,12 @@ import numpy.typing as npt
 from mlx_kimi.checkpoint.weight_file import Bytes
 from mlx_kimi.errors import KimiError
 from mlx_kimi.offload.expert_files import Part
+from mlx_kimi.offload.lrfu import LRFU
 from mlx_kimi.offload.read_pool import ReadPool
+from mlx_kimi.offload.stats import Counts
 
-# How much of its worth an expert keeps from one token to the next. Measured on the pocket model's
-# routing (benchmarks/residency.py): between LRU, which a small number is, and LFU, which 1 is.
-DECAY = 0.95
 WAVE = 16  # experts that are read together while those before them compute
 EMPTY = -1
-
-
-@dataclass
-class Counts:
-    """What finding the experts of all layers cost. Times are in seconds."""
-
-    asked: int = 0  # experts that a token chose, or that a prefill step needed
-    read: int = 0  # of these, those that were in no slot
-    bytes_read: int = 0
-    waited: float = 0.0  # for files
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.asked + other.asked,
-            self.read + other.read,
-            self.bytes_read + other.bytes_read,
-            self.waited + other.waited,
-        )
-
-    def __sub__(self, before: Counts) -> Counts:
-        """What it cost since `before`."""
-        return Counts(
-            self.asked - before.asked,
-            self.read - before.read,
-            self.bytes_read - before.bytes_read,
-            self.waited - before.waited,
-        )
-
-    @property
-    def hit_rate(self) -> float:
-        """The share of the experts asked for that were in memory; 1 before any was."""
-        return 1 - self.read / self.asked if self.asked else 1.0
-
-
-@dataclass
-class LRFU:
-    """What each expert is worth keeping: its uses, each decay with every token since.
-
-    That is LRFU with a decay of `DECAY` (Lee et al., 2001, "LRFU: a spectrum of policies that
-    subsumes the LRU and LFU policies").
-    """
-
-    of: npt.NDArray[np.float64]  # by expert; or of several layers, [layers, experts]
-    decay: float = DECAY
-
-    def note(self, chosen: npt.NDArray[np.int64]) -> None:
-        """Tokens in turn chose these experts: [tokens, k], or [layers, tokens, k]."""
-        tokens = chosen.shape[-2]
-        faded = self.decay ** np.arange(tokens - 1, -1, -1.0)
-        self.of *= self.decay**tokens
-        layers = () if self.of.ndim == 1 else (np.arange(len(self.of))[:, None, None],)
-        np.add.at(self.of, (*layers, chosen), faded[:, None])
 
 
 class ExpertCache:
@@ -90,14 +36,14 @@ class ExpertCache:
         readers: ReadPool,
         counts: Counts,
         slot_of: npt.NDArray[np.int64],
-        worth: npt.NDArray[np.float64],
+        scores: npt.NDArray[np.float64],
     ) -> None:
         """`slots` of them, at least as many as a token has experts.
 
-        slot_of, worth: [experts], this layer's rows of two tables that all expert caches share.
+        slot_of, scores: [experts], this layer's rows of two tables that all expert caches share.
         """
         self.parts, self.readers, self.counts = parts, readers, counts
-        self.slot_of, self.worth = slot_of, LRFU(worth)
+        self.slot_of, self.lrfu = slot_of, LRFU(scores)
         self.expert_in = np.full(slots, EMPTY)
         self.arrays: dict[str, mx.array] = {}
         self._views: list[Bytes] = []
@@ -127,9 +73,9 @@ class ExpertCache:
         Whoever knows what this token chose has waited for the step that chose it. All that reads
         slots was submitted before it, to the same queue: nothing reads the ones written now.
         """
-        self.worth.note(chosen[None])
+        self.lrfu.note(chosen[None])
         absent = chosen[self.slot_of[chosen] == EMPTY]
-        self.counts.asked += len(chosen)
+        self.counts.lookups += len(chosen)
         if len(absent):
             self._finish(self._start(absent, needed=chosen), self.counts)
         return self.slot_of[chosen]
@@ -147,12 +93,12 @@ class ExpertCache:
         Returns:
             The experts in the order they were visited, and what was computed for each.
         """
-        self.worth.note(chosen)
+        self.lrfu.note(chosen)
         needed = np.unique(chosen)
         present = needed[self.slot_of[needed] != EMPTY]
         absent = needed[self.slot_of[needed] == EMPTY]
-        absent = absent[np.argsort(self.worth.of[absent], kind="stable")]
-        self.counts.asked += len(needed)
+        absent = absent[np.argsort(self.lrfu.scores[absent], kind="stable")]
+        self.counts.lookups += len(needed)
         visited: list[int] = []
         outputs: list[mx.array] = []
         from_slot: dict[int, mx.array] = {}
@@ -185,7 +131,7 @@ class ExpertCache:
     ) -> list[tuple[int, int, list[Future[int]]]]:
         """Begin to read `experts` into the slots worth least, but none of what is `needed`."""
         self.readers.settle(self._reads)  # (of a step that failed or was interrupted)
-        slots = self._least_worth(len(experts), needed)
+        slots = self._to_evict(len(experts), needed)
         if from_slot:
             mx.eval([from_slot.pop(slot) for slot in slots if slot in from_slot])
         started = []
@@ -210,14 +156,15 @@ class ExpertCache:
             counts.bytes_read += self.readers.wait(reads, what)
             self.slot_of[expert], self.expert_in[slot] = slot, expert
         self._reads.clear()
-        counts.read += len(started)
-        counts.waited += time.perf_counter() - began
+        counts.misses += len(started)
+        counts.stall_time += time.perf_counter() - began
 
-    def _least_worth(self, count: int, needed: npt.NDArray[np.int64]) -> list[int]:
-        worth = np.where(self.expert_in == EMPTY, -1.0, self.worth.of[self.expert_in])
+    def _to_evict(self, count: int, needed: npt.NDArray[np.int64]) -> list[int]:
+        """The slots whose experts are worth least, empty ones first, and none of what is needed."""
+        scores = np.where(self.expert_in == EMPTY, -1.0, self.lrfu.scores[self.expert_in])
         kept = self.slot_of[needed]
-        worth[kept[kept != EMPTY]] = np.inf
-        return np.argsort(worth, kind="stable")[:count].tolist()
+        scores[kept[kept != EMPTY]] = np.inf
+        return np.argsort(scores, kind="stable")[:count].tolist()
 
 
 def _writable(part: Part, slots: int) -> tuple[mx.array, Bytes]:

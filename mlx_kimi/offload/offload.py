@@ -9,10 +9,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.defaults import BUFFERS
-from mlx_kimi.offload.expert_cache import EMPTY, Counts, ExpertCache
+from mlx_kimi.offload.expert_cache import EMPTY, ExpertCache
 from mlx_kimi.offload.expert_files import ExpertFiles, Part
 from mlx_kimi.offload.optimistic import OptimisticResidency
 from mlx_kimi.offload.read_pool import ReadPool
+from mlx_kimi.offload.stats import Counts
 
 
 class ExpertOffload:
@@ -38,16 +39,16 @@ class ExpertOffload:
         CACHE_LIMIT.while_alive(self)
         experts = max((len(p.places) for parts in layers.values() for p in parts), default=0)
         slot_of = np.full((len(layers), experts), EMPTY)
-        worth = np.zeros((len(layers), experts))
+        scores = np.zeros((len(layers), experts))
         self.expert_caches = {
             path: ExpertCache(parts, slots, self.readers, self.counts, *rows)
-            for (path, parts), *rows in zip(layers.items(), slot_of, worth, strict=True)
+            for (path, parts), *rows in zip(layers.items(), slot_of, scores, strict=True)
         }
         for cache in self.expert_caches.values():
             if cache.holds_all:
                 cache.fill()
         partial = [cache for cache in self.expert_caches.values() if not cache.holds_all]
-        self.optimistic = OptimisticResidency(partial, self.counts, slot_of, worth)
+        self.optimistic = OptimisticResidency(partial, self.counts, slot_of, scores)
 
     @property
     def holds_all(self) -> bool:

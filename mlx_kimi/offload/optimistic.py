@@ -9,7 +9,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_kimi.offload.expert_cache import EMPTY, LRFU, Counts, ExpertCache
+from mlx_kimi.offload.expert_cache import EMPTY, ExpertCache
+from mlx_kimi.offload.lrfu import LRFU
+from mlx_kimi.offload.stats import Counts
 
 
 @dataclass
@@ -46,14 +48,14 @@ class OptimisticResidency:
         caches: Sequence[ExpertCache],
         counts: Counts,
         slot_of: npt.NDArray[np.int64],
-        worth: npt.NDArray[np.float64],
+        scores: npt.NDArray[np.float64],
     ) -> None:
         """`caches` of all layers in their order, or none: then every expert is in memory.
 
-        slot_of, worth: [layers, experts], of which the caches have the rows.
+        slot_of, scores: [layers, experts], of which the caches have the rows.
         """
         self._caches, self._counts = caches, counts
-        self._slot_of, self._worth = slot_of, LRFU(worth)
+        self._slot_of, self._lrfu = slot_of, LRFU(scores)
         self._layers = np.arange(len(caches))[:, None]
         self._misses, self._missed = 0, True
         self._given = np.full_like(slot_of, EMPTY)  # what `_slots` were made of
@@ -65,7 +67,7 @@ class OptimisticResidency:
 
     def end_step(self) -> None:
         """Note whether the step that ends here, of one token or many, had a miss."""
-        self._misses, before = self._counts.read, self._misses
+        self._misses, before = self._counts.misses, self._misses
         self._missed = self._misses > before
 
     def slots(self) -> list[mx.array]:
@@ -90,6 +92,6 @@ class OptimisticResidency:
         where = self._given[self._layers, experts]
         if (where == EMPTY).any() or (where != self._slot_of[self._layers, experts]).any():
             return False
-        self._worth.note(experts[:, None])  # [layers, one token, k]
-        self._counts.asked += experts.size
+        self._lrfu.note(experts[:, None])  # [layers, one token, k]
+        self._counts.lookups += experts.size
         return True
