@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mlx_kimi.chat.conversation import Conversation
-from mlx_kimi.chat.identity import identity
+from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.prompt_cache import write_prompt_cache
 from mlx_kimi.chat.session import refuse_used
 from mlx_kimi.checkpoint.hub import local_folder
@@ -49,7 +49,7 @@ def command(prompt: str, file: Path, model: str | None, system: str | None, **op
             network,
             tokenizer,
             conversation,
-            identity(folder, options["latent_bits"]),
+            fingerprint(folder, options["latent_bits"]),
             progress=progress,
             **options,
         )

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from mlx_kimi.chat.chat import Chat
-from mlx_kimi.chat.identity import identity
+from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.session import refuse_longer
 from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.chat.tools import load_tools
@@ -96,14 +96,14 @@ def command(
         budget = replace(budget, snapshots=int(snapshot_memory * 1e9))
     toolbox = load_tools(tools_file) if tools_file else None
     folder = local_folder(model_or_pocket(model))
-    same = identity(folder, latent_bits, toolbox.schemas if toolbox else None)
+    same = fingerprint(folder, latent_bits, toolbox.schemas if toolbox else None)
     if budget and resume is not None:  # likewise
         longest = budget.tokens(ModelConfig.read(folder))
         refuse_longer(Sessions(sessions).existing(resume), same, longest)
     chat = Chat(
         *load(folder, budget),
         sessions=Sessions(sessions),
-        identity=same,
+        fingerprint=same,
         options=options,
         autosave=is_terminal,
         toolbox=toolbox,

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mlx_kimi.chat.conversation import Conversation
-from mlx_kimi.chat.identity import identity
+from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.session import read_session
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
@@ -100,7 +100,7 @@ def _cached(file: Path, folder: Path, state: TokenState, system: str | None) -> 
     """What `file` holds; `state` has read it if this model has."""
     if system is not None:
         raise click.UsageError("--prompt-cache has its own system message, or none")
-    same = identity(folder, state.latent_bits)
+    same = fingerprint(folder, state.latent_bits)
     conversation, notes = read_session(file, same, state)
     for note in notes:
         click.echo(f"{file}: {note}", err=True)

@@ -194,7 +194,7 @@ def pocket_chat(module: Path, tmp_path: Path, **options: Any) -> Chat:
     return Chat(
         *load(pocket_folder()),
         sessions=Sessions(tmp_path),
-        identity={},
+        fingerprint={},
         options={"max_tokens": 100, **options},
         autosave=False,
         toolbox=load_tools(module),

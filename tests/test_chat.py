@@ -17,7 +17,7 @@ from terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, TAB, UP, Terminal
 from mlx_kimi import load
 from mlx_kimi.chat.chat import Chat
 from mlx_kimi.chat.conversation import Conversation, Turn
-from mlx_kimi.chat.identity import identity
+from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.session import Session, read_text
 from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.chat.tool_calls import Call
@@ -347,7 +347,7 @@ def test_a_tool_is_called_with_consent_and_not_without(start, folder, tmp_path) 
 
 def test_a_call_where_there_are_no_tools_is_answered_with_that(loaded, tmp_path) -> None:
     """A model may write one all the same."""
-    chat = Chat(*loaded, sessions=Sessions(tmp_path), identity={}, options={}, autosave=False)
+    chat = Chat(*loaded, sessions=Sessions(tmp_path), fingerprint={}, options={}, autosave=False)
     loop = Loop(chat, PlainScreen(), PipedLines())
     assert loop._result(Call("functions.add:0", "{}", True)) == "error: there are no tools here"
 
@@ -465,8 +465,10 @@ def test_a_pipe_can_save_and_resume(talker: Path, folder: Path) -> None:
 def test_a_session_beyond_the_budget_is_refused_before_a_model_is_loaded(
     talker: Path, loaded, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    same, options = identity(talker, None), {"max_tokens": 4}
-    talk = Chat(*loaded, sessions=Sessions(folder), identity=same, options=options, autosave=False)
+    same, options = fingerprint(talker, None), {"max_tokens": 4}
+    talk = Chat(
+        *loaded, sessions=Sessions(folder), fingerprint=same, options=options, autosave=False
+    )
     talk.say("one")
     list(talk.answer())
     talk.save_as("mine")

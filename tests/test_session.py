@@ -23,7 +23,7 @@ from mlx_kimi import load, load_model
 from mlx_kimi.chat import state_files as states
 from mlx_kimi.chat.chat import Chat
 from mlx_kimi.chat.conversation import Conversation
-from mlx_kimi.chat.identity import identity
+from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.session import PREVIOUS, RETURN_POINTS, TEXT, Session
 from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.errors import ContextFull, KimiError
@@ -32,7 +32,7 @@ from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.model import cache as caches
 
-IDENTITY = {"model": "m", "runtime": "0", "device": "cpu", "latent_bits": None}
+FINGERPRINT = {"model": "m", "runtime": "0", "device": "cpu", "latent_bits": None}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def sessions(tmp_path: Path) -> Sessions:
 
 def new_chat(loaded, sessions: Sessions, **changes: Any) -> Chat:
     options = {"max_tokens": 6, "temp": 1.0, "seed": 1}
-    settings = {"sessions": sessions, "identity": IDENTITY, "options": options} | changes
+    settings = {"sessions": sessions, "fingerprint": FINGERPRINT, "options": options} | changes
     return Chat(*loaded, **settings)
 
 
@@ -402,12 +402,12 @@ def test_a_state_that_could_not_be_gone_back_to_is_stored_again(loaded, sessions
 def test_what_another_model_stored_is_read_again(loaded, sessions, field, said) -> None:
     chat = new_chat(loaded, sessions)
     talk(chat, "one", "two")
-    again, notes = reopened(loaded, chat, identity=IDENTITY | {field: "other"})
+    again, notes = reopened(loaded, chat, fingerprint=FINGERPRINT | {field: "other"})
     assert notes == [f"the text is read again, since {said}"]
     assert again.state.ids == []
     assert again.conversation.messages == chat.conversation.messages
     talk(again, "three")
-    _, notes = reopened(loaded, again, identity=IDENTITY | {field: "other"})
+    _, notes = reopened(loaded, again, fingerprint=FINGERPRINT | {field: "other"})
     assert not notes, "it is stored anew"
 
 
@@ -416,11 +416,11 @@ def test_the_identity_of_a_folder_is_that_of_its_files(tmp_path: Path) -> None:
     for folder, seed in ((first, 1), (second, 2)):
         folder.mkdir()
         write_checkpoint(folder, TINY, seed)
-    assert identity(first, None) == identity(first, None)
-    assert identity(first, None)["model"] != identity(second, None)["model"], "other weights"
-    before = identity(first, None)["model"]
+    assert fingerprint(first, None) == fingerprint(first, None)
+    assert fingerprint(first, None)["model"] != fingerprint(second, None)["model"], "other weights"
+    before = fingerprint(first, None)["model"]
     (first / "tokenizer_config.json").write_text("{}")
-    assert identity(first, None)["model"] != before, "another tokenizer"
+    assert fingerprint(first, None)["model"] != before, "another tokenizer"
 
 
 @pytest.mark.slow
@@ -597,11 +597,11 @@ def test_resuming_20000_tokens_costs_under_one_percent_of_reading_them(
         state.read(ids[start : start + 2048], output_wanted=False)
     reading = time.perf_counter() - began
 
-    session = Session(tmp_path / "long", IDENTITY)
+    session = Session(tmp_path / "long", FINGERPRINT)
     session.save(Conversation(), state)
     session.close()
     began = time.perf_counter()
-    again, session = TokenState(long_model), Session(tmp_path / "long", IDENTITY)
+    again, session = TokenState(long_model), Session(tmp_path / "long", FINGERPRINT)
     session.load(again)
     resuming = time.perf_counter() - began
     print(f"reading {reading:.2f} s, resuming {resuming * 1e3:.1f} ms")

@@ -42,7 +42,7 @@ class Chat:
         tokenizer: Tokenizer,
         *,
         sessions: Sessions,
-        identity: Mapping[str, Any],
+        fingerprint: Mapping[str, Any],
         options: Mapping[str, Any],
         autosave: bool = True,
         toolbox: Toolbox | None = None,
@@ -50,7 +50,7 @@ class Chat:
         snapshot_memory: int = SNAPSHOT_MEMORY,
     ) -> None:
         self.model, self.tokenizer, self.toolbox = model, tokenizer, toolbox
-        self.sessions, self.identity, self.autosave = sessions, dict(identity), autosave
+        self.sessions, self.fingerprint, self.autosave = sessions, dict(fingerprint), autosave
         self.options = dict(options)
         self.latent_bits, self.snapshot_memory = latent_bits, snapshot_memory
         self.conversation, self.state = Conversation(), self._new_state()
@@ -188,7 +188,7 @@ class Chat:
         self.unsaved = ""
         try:
             if self.session is None and self.autosave and self.conversation.turns:
-                self.session = Session(self.sessions.unused(), self.identity)
+                self.session = Session(self.sessions.unused(), self.fingerprint)
             if self.session:
                 self.session.save(self.conversation, state)
         except KimiError as error:
@@ -206,7 +206,7 @@ class Chat:
         if folder.exists():
             raise KimiError(f"there is a session {name} already")
         if self.session is None:
-            self.session = Session(folder, self.identity)
+            self.session = Session(folder, self.fingerprint)
         elif is_automatic(self.session.folder) and folder.parent == self.session.folder.parent:
             self.session.rename(folder)
         else:
@@ -223,7 +223,7 @@ class Chat:
         folder = self.sessions.existing(name)
         if self.session and self.session.folder == folder:
             return []
-        session, state = Session(folder, self.identity), self._new_state()
+        session, state = Session(folder, self.fingerprint), self._new_state()
         try:
             conversation = session.load(state)
         except BaseException:

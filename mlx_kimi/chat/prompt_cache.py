@@ -24,7 +24,7 @@ def write_prompt_cache(
     model: KimiLinear,
     tokenizer: Tokenizer,
     conversation: Conversation,
-    identity: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     *,
     latent_bits: int | None = None,
     prefill_step: int = PREFILL_STEP,
@@ -41,7 +41,7 @@ def write_prompt_cache(
     last, _ = prefill(state, ids, prefill_step, progress)
     if not mx.isfinite(last).all().item():
         raise not_finite(model, ids)
-    session = Session(folder, identity)
+    session = Session(folder, fingerprint)
     session.save(conversation, state)
     session.close()
     return len(ids)

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from mlx_kimi.chat import state_files as states
 from mlx_kimi.chat.conversation import Conversation, read_turn
-from mlx_kimi.chat.identity import differences
+from mlx_kimi.chat.fingerprint import differences
 from mlx_kimi.chat.state_files import StateFile
 from mlx_kimi.durable import finished_name, write_durably
 from mlx_kimi.errors import KimiError, beyond_budget
@@ -41,7 +41,7 @@ class Session:
         notes: what the user should know about how it was opened, one line each.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         """Open a folder, made if need be.
 
         Raises:
@@ -51,7 +51,7 @@ class Session:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise KimiError(f"{folder}: {error.strerror}") from None
-        self.folder, self.identity = folder, dict(identity)
+        self.folder, self.fingerprint = folder, dict(fingerprint)
         self.notes: list[str] = []
         self._files: list[StateFile] = []
         self._ids: list[int] = []  # the tokens of these files
@@ -68,7 +68,7 @@ class Session:
             KimiError: nothing of the conversation can be read, or its states are of more tokens
                 than the model's memory budget leaves room for.
         """
-        conversation, self._files, self.notes = _read(self.folder, self.identity, state)
+        conversation, self._files, self.notes = _read(self.folder, self.fingerprint, state)
         self._ids = list(state.ids)
         return conversation
 
@@ -87,7 +87,7 @@ class Session:
         if state is not None:
             self._store_states(state)
         about = {
-            "identity": self.identity,
+            "identity": self.fingerprint,  # (its name in the file format)
             "states": [asdict(stored) for stored in self._files],
             "system": conversation.system,
         }
@@ -99,7 +99,7 @@ class Session:
 
     def fork(self, folder: Path) -> Session:
         """The same session in another folder. State files never change, so they are linked."""
-        other = Session(folder, self.identity)
+        other = Session(folder, self.fingerprint)
         for stored in self._files:
             try:
                 os.link(self.folder / stored.file, folder / stored.file)
@@ -148,7 +148,7 @@ class Session:
 
 
 def read_session(
-    folder: Path, identity: Mapping[str, Any], state: TokenState
+    folder: Path, fingerprint: Mapping[str, Any], state: TokenState
 ) -> tuple[Conversation, list[str]]:
     """What `Session.load` reads, and its notes, of a session that is not changed.
 
@@ -159,7 +159,7 @@ def read_session(
         raise KimiError(f"{folder}: no saved conversation or prompt cache")
     lock = _locked(folder, fcntl.LOCK_SH) if (folder / LOCK).exists() else None
     try:
-        conversation, _, notes = _read(folder, identity, state)
+        conversation, _, notes = _read(folder, fingerprint, state)
         return conversation, notes
     finally:
         if lock:
@@ -167,13 +167,13 @@ def read_session(
 
 
 def _read(
-    folder: Path, identity: Mapping[str, Any], state: TokenState
+    folder: Path, fingerprint: Mapping[str, Any], state: TokenState
 ) -> tuple[Conversation, list[StateFile], list[str]]:
     if state.model.offload:
-        refuse_longer(folder, identity, state.model.config.model_max_length)
+        refuse_longer(folder, fingerprint, state.model.config.model_max_length)
     about, conversation, note = read_text(folder)
     notes = [note] if note else []
-    unlike = differences(about.get("identity", {}), identity)
+    unlike = differences(about.get("identity", {}), fingerprint)
     if unlike:
         return conversation, [], [*notes, f"the text is read again, since {unlike} changed"]
     listed = _listed(about)
@@ -208,7 +208,7 @@ def read_text(folder: Path) -> tuple[dict[str, Any], Conversation, str]:
     raise KimiError(f"{folder}: no session can be read: {'; '.join(problems)}")
 
 
-def refuse_longer(folder: Path, identity: Mapping[str, Any], limit: int) -> None:
+def refuse_longer(folder: Path, fingerprint: Mapping[str, Any], limit: int) -> None:
     """Refuse a session whose states are of more tokens than a memory budget leaves room for.
 
     Raises:
@@ -216,7 +216,7 @@ def refuse_longer(folder: Path, identity: Mapping[str, Any], limit: int) -> None
     """
     about, _, _ = read_text(folder)
     listed = _listed(about)
-    is_used = not differences(about.get("identity", {}), identity)
+    is_used = not differences(about.get("identity", {}), fingerprint)
     if is_used and listed and listed[-1].end > limit:
         raise KimiError(beyond_budget(f"the session {folder.name}", listed[-1].end, limit))
 

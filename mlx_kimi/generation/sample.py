@@ -83,7 +83,10 @@ class Sampler:
 
 
 def _filtered(logits: mx.array, s: Sampling) -> mx.array:
-    """-inf for the tokens that top-k, top-p or min-p exclude. The most likely one always stays."""
+    """logits [1, vocab] float32 with -inf where top-k, top-p or min-p exclude a token.
+
+    The most likely token always stays.
+    """
     order = mx.argsort(-logits, axis=-1)
     p = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)  # most likely first
     keep = mx.ones(p.shape, mx.bool_)

@@ -31,14 +31,14 @@ MEANINGS = {
 }
 
 
-def identity(folder: Path, latent_bits: int | None, tools: Any = None) -> dict[str, Any]:
+def fingerprint(folder: Path, latent_bits: int | None, tools: Any = None) -> dict[str, Any]:
     """What must agree for a stored state to be used. Reads headers and samples, in milliseconds.
 
     `tools` are the schemas that the conversation begins with, as JSON.
     """
     declared = json.dumps(tools, sort_keys=True).encode()
     return {
-        "model": _fingerprint(folder),
+        "model": _model_hash(folder),
         "runtime": __version__,
         "device": "cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu",
         "latent_bits": latent_bits,
@@ -47,13 +47,13 @@ def identity(folder: Path, latent_bits: int | None, tools: Any = None) -> dict[s
 
 
 def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
-    """What of a model's identity is not as it was, in words; empty when all is."""
+    """What of a model's fingerprint is not as it was, in words; empty when all is."""
     return " and ".join(
         meaning for key, meaning in MEANINGS.items() if stored.get(key) != present.get(key)
     )
 
 
-def _fingerprint(folder: Path) -> str:
+def _model_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in FILES:
         if (folder / name).is_file():
