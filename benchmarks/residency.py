@@ -2,7 +2,7 @@
 
     python benchmarks/residency.py [--conversations N]
 
-Records which experts each token of real conversations chooses, then plays them to banks of every
+Records which experts each token of real conversations chooses, then plays them to expert caches of every
 size. `best` is what a policy would reach that knew the future (Belady, 1966).
 """
 

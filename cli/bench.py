@@ -27,7 +27,7 @@ from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli import show
 from mlx_kimi.cli.options import budget_options, model_or_pocket, prefill_step_option
 from mlx_kimi.errors import KimiError
-from mlx_kimi.evaluation.bench import Bench, Row, check_fits, check_settings
+from mlx_kimi.evaluation.bench import Bench, BenchRow, check_fits, check_settings
 from mlx_kimi.evaluation.bench import Progress as OnProgress
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.loading.load import load
@@ -102,7 +102,7 @@ def command(
     facts = _facts(model or "pocket", network, bench)
     for line in (*_heading(facts), LEGEND.format(tokens=tokens, repeats=repeats), *_titles()):
         click.echo(line, err=json_file == DASH)  # then stdout is for JSON alone
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     try:
         for length in lengths:
             with _bar(length) as progress:
@@ -190,7 +190,7 @@ def _titles() -> list[str]:
     return [_aligned([column[line] for column in COLUMNS]) for line in (0, 1)]
 
 
-def _line(row: Row) -> str:
+def _line(row: BenchRow) -> str:
     return _aligned(
         [
             f"{row.context:,}",
@@ -217,7 +217,7 @@ def _speed(tokens: float) -> str:
     return f"{tokens:.1f}" if tokens < 1000 else f"{tokens:.0f}"
 
 
-def _json(row: Row) -> dict[str, Any]:
+def _json(row: BenchRow) -> dict[str, Any]:
     return {
         **show.json_fields(row),
         "prompt_tokens_per_second": row.prompt_speed,
@@ -236,7 +236,7 @@ def _write(file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def _plot(file: Path, title: str, rows: Sequence[Row]) -> None:
+def _plot(file: Path, title: str, rows: Sequence[BenchRow]) -> None:
     """Tokens a second against context; of answers, with the range of the repeats."""
     from matplotlib.figure import Figure  # here: it takes half a second, and few ask
 

@@ -25,7 +25,7 @@ from mlx_kimi.model.layers import MLP
 from mlx_kimi.units import human_size
 
 LENGTHS = (4096, 32_768, 131_072)  # tokens of context
-Row = tuple[str, str, str]  # how many tokens, what runs, why
+Implementation = tuple[str, str, str]  # how many tokens, what runs, why
 
 
 @click.command("info")
@@ -100,15 +100,15 @@ def _kernels(network: KimiLinear) -> Iterator[str]:
         yield f"kernels run on {mx.default_device()}; {OFF}=1 in the environment turns them off"
     else:
         yield f"no kernels run on {mx.default_device()}"
-    for name, rows in _forms(network).items():
+    for name, rows in _implementations(network).items():
         yield name
         for tokens, form, why in rows:
             yield f"  {tokens:<18} {form}: {why}"
 
 
-def _forms(network: KimiLinear) -> dict[str, list[Row]]:
+def _implementations(network: KimiLinear) -> dict[str, list[Implementation]]:
     """The choices of each kind of layer; layers that choose alike stand together."""
-    alike: dict[tuple[str, tuple[Row, ...]], list[int]] = {}
+    alike: dict[tuple[str, tuple[Implementation, ...]], list[int]] = {}
     for number, layer in enumerate(network.layers, start=1):
         attention = "KDA" if isinstance(layer.self_attn, KimiDeltaAttention) else "MLA"
         for part, name in ((layer.self_attn, attention), (layer.mlp, "experts")):

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlx_kimi.evaluation.bench import Row
+from mlx_kimi.evaluation.bench import BenchRow
 from mlx_kimi.evaluation.evaluate import Distance
 from mlx_kimi.generation.answer import Stats
 from mlx_kimi.offload.stats import Counts
@@ -61,7 +61,7 @@ def experts(counts: Counts, tokens: int) -> str:
     )
 
 
-def json_fields(record: Stats | Row) -> dict[str, Any]:
+def json_fields(record: Stats | BenchRow) -> dict[str, Any]:
     """The fields for `--json`, whose keys for the counts of experts programs may know."""
     fields = asdict(record)
     if counts := record.experts:

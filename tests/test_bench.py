@@ -18,7 +18,7 @@ import pytest
 from mlx_kimi import load
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation import bench as module
-from mlx_kimi.evaluation.bench import Bench, Row
+from mlx_kimi.evaluation.bench import Bench, BenchRow
 from mlx_kimi.generation.answer import Chunk
 from mlx_kimi.generation.generate import stream_generate
 from mlx_kimi.model import cache as caches
@@ -52,7 +52,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[Chunk
     return seen
 
 
-def row(**changed: Any) -> Row:
+def row(**changed: Any) -> BenchRow:
     fields = {
         "context": 100,
         "read_tokens": 40,
@@ -63,7 +63,7 @@ def row(**changed: Any) -> Row:
         "active_memory": 1,
         "peak_memory": 2,
     }
-    return Row(**fields | changed)
+    return BenchRow(**fields | changed)
 
 
 # ------------------------------------------------------------------------------------- measurement

@@ -205,8 +205,8 @@ def test_an_interrupted_read_makes_no_assumption_wrong(
 ) -> None:
     """Some of a token's experts arrived, others did not: the table that graphs get must be new."""
     model = streamed(pocket_folder(), 20)
-    optimistic, bank = model.offload.optimistic, next(iter(model.offload.expert_caches.values()))
-    bank.slots_of(np.array([0, 1]))
+    optimistic, cache = model.offload.optimistic, next(iter(model.offload.expert_caches.values()))
+    cache.slots_of(np.array([0, 1]))
     before = np.array(optimistic.slots()[0])
     wait, calls = ReadPool.wait, iter(range(100))
 
@@ -218,11 +218,11 @@ def test_an_interrupted_read_makes_no_assumption_wrong(
     with monkeypatch.context() as patch:
         patch.setattr(ReadPool, "wait", failing)
         with pytest.raises(KeyboardInterrupt):
-            bank.slots_of(np.array([after, after + 1]))
-    assert bank.slot_of[after] != before[after]
+            cache.slots_of(np.array([after, after + 1]))
+    assert cache.slot_of[after] != before[after]
     chosen = np.full((7, 2), after)
     assert not optimistic.verify([mx.array(chosen)])  # of a graph that was given the old table
-    assert np.array(optimistic.slots()[0])[after] == bank.slot_of[after]
+    assert np.array(optimistic.slots()[0])[after] == cache.slot_of[after]
 
 
 @pytest.mark.slow
@@ -272,9 +272,9 @@ def test_a_step_of_many_tokens_reads_each_expert_once(streamed: Streamed) -> Non
     assert counts.misses <= 2 * (counts.lookups // 2) - 2 * layers
     one_expert = (
         sum(
-            part.nbytes // (2 if part.stored != part.dtype else 1)
-            for bank in model.offload.expert_caches.values()
-            for part in bank.parts
+            stack.nbytes // (2 if stack.stored != stack.dtype else 1)
+            for cache in model.offload.expert_caches.values()
+            for stack in cache.stacks
         )
         // layers
     )
@@ -288,14 +288,14 @@ def test_only_the_last_step_of_a_prompt_asks_the_last_layer_for_experts(
     model, whole = streamed(pocket_folder(), 4), load_model(pocket_folder())
     for_each, visited = ExpertCache.for_each_expert, []
 
-    def noted(bank, *arguments):  # type: ignore[no-untyped-def]
-        visited.append(bank)
-        return for_each(bank, *arguments)
+    def noted(cache, *arguments):  # type: ignore[no-untyped-def]
+        visited.append(cache)
+        return for_each(cache, *arguments)
 
     monkeypatch.setattr(ExpertCache, "for_each_expert", noted)
     text = ids(70)
     last, _ = prefill(TokenState(model, every=None), text, step=30)
-    assert [visited.count(bank) for bank in model.offload.expert_caches.values()] == [3] * 6 + [1]
+    assert [visited.count(cache) for cache in model.offload.expert_caches.values()] == [3] * 6 + [1]
     assert_same_bits("hidden", last, prefill(TokenState(whole, every=None), text, step=30)[0])
     assert_close("hidden", last, whole.hidden(mx.array([text]))[:, -1:], 1e-4)
 
@@ -316,17 +316,17 @@ def test_what_is_worth_most_stays() -> None:
 
 def test_the_least_worth_makes_room(streamed: Streamed) -> None:
     model = streamed(pocket_folder(), 3)
-    bank = next(iter(model.offload.expert_caches.values()))
+    cache = next(iter(model.offload.expert_caches.values()))
     for pair in ((0, 1), (0, 1), (0, 2), (5, 0)):
-        bank.slots_of(np.array(pair))
-    assert sorted(bank.expert_in.tolist()) == [0, 1, 5]  # 1 was used twice, 2 once
-    check_tables(bank)
+        cache.slots_of(np.array(pair))
+    assert sorted(cache.expert_in.tolist()) == [0, 1, 5]  # 1 was used twice, 2 once
+    check_tables(cache)
 
 
-def check_tables(bank: ExpertCache) -> None:
-    for slot, expert in enumerate(bank.expert_in):
-        assert expert < 0 or bank.slot_of[expert] == slot
-    assert (bank.slot_of >= 0).sum() == (bank.expert_in >= 0).sum()
+def check_tables(cache: ExpertCache) -> None:
+    for slot, expert in enumerate(cache.expert_in):
+        assert expert < 0 or cache.slot_of[expert] == slot
+    assert (cache.slot_of >= 0).sum() == (cache.expert_in >= 0).sum()
 
 
 # ------------------------------------------------------------------------------ when files fail
@@ -431,8 +431,8 @@ def test_what_failed_or_was_interrupted_leaves_the_slots_right(
         patch.setattr(*place, failing)
         with pytest.raises((KimiError, KeyboardInterrupt)):
             run(model, TEXT)
-    for bank in model.offload.expert_caches.values():
-        check_tables(bank)
+    for cache in model.offload.expert_caches.values():
+        check_tables(cache)
     assert_same_bits("logits", run(model, TEXT[:6]), expected)
 
 

@@ -29,7 +29,7 @@ class Join(Enum):
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRow:
     """One family of tensors. Names are relative to `model.layers.{i}.` except in TOP."""
 
     name: str  # in the MLX layout; `.weight` of a matrix may come with `.scales` and `.biases`
@@ -40,12 +40,14 @@ class Row:
     split: int | None = None  # the axis that a rank of a sharded model owns a range of
 
 
-def _row(name: str, *shape: str, published: str | tuple[str, ...] | None = None, **how: Any) -> Row:
+def _row(
+    name: str, *shape: str, published: str | tuple[str, ...] | None = None, **how: Any
+) -> TensorRow:
     sources = (published,) if isinstance(published, str) else published or (name,)
-    return Row(name, sources, shape, **how)
+    return TensorRow(name, sources, shape, **how)
 
 
-def _matrix(name: str, *shape: str, split: int | None = None, **how: Any) -> Row:
+def _matrix(name: str, *shape: str, split: int | None = None, **how: Any) -> TensorRow:
     return _row(f"{name}.weight", *shape, matrix=True, split=split, **how)
 
 
@@ -102,8 +104,8 @@ MLA = (
 )
 
 
-def _mlp(prefix: str, published: tuple[str, ...], width: str) -> tuple[Row, ...]:
-    def one(name: str, *shape: str, split: int) -> Row:
+def _mlp(prefix: str, published: tuple[str, ...], width: str) -> tuple[TensorRow, ...]:
+    def one(name: str, *shape: str, split: int) -> TensorRow:
         sources = tuple(f"{place}.{name}.weight" for place in published)
         return _matrix(f"{prefix}.{name}", *shape, published=sources, split=split)
 
@@ -224,7 +226,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def layer_rows(layer: Layer, config: ModelConfig) -> tuple[Row, ...]:
+def layer_rows(layer: Layer, config: ModelConfig) -> tuple[TensorRow, ...]:
     """The rows that one decoder layer consists of."""
     attention = KDA if layer.attention == "kda" else MLA
     if layer.feed_forward == "dense":
@@ -236,7 +238,7 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     """Every tensor of the model that `config` describes, in the order of the computation."""
     numbers = sizes(config)
 
-    def fill(row: Row, prefix: str) -> Tensor:
+    def fill(row: TensorRow, prefix: str) -> Tensor:
         shape = tuple(numbers[size] for size in row.shape)
         sources = tuple(prefix + source for source in row.sources)
         return Tensor(prefix + row.name, sources, shape, row.join, row.matrix, row.split)

@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]  # what is done, tokens done, tokens 
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """What was measured at one context length. Times are in seconds, memory in bytes."""
 
     context: int  # tokens
@@ -102,7 +102,7 @@ class Bench:
         self._text = _Text(tokenizer, seed)
         self._state = TokenState(model, every=None)
 
-    def row(self, length: int, progress: Progress = lambda what, done, total: None) -> Row:
+    def row(self, length: int, progress: Progress = lambda what, done, total: None) -> BenchRow:
         """Measure at `length` tokens.
 
         Raises:
@@ -130,7 +130,7 @@ class Bench:
             runs.append(self._answer(self._state, length + 1, self.tokens))
             self._rewind()
         steps = self.tokens - 1
-        return Row(
+        return BenchRow(
             context=length,
             read_tokens=length - before,
             read_time=reading.time_to_first_token,

@@ -10,7 +10,7 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.defaults import CONTEXT, PREFILL_STEP
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.memory import ANY_SIZE, Machine, needs, non_expert_bytes
-from mlx_kimi.offload.expert_files import Part
+from mlx_kimi.offload.expert_files import ExpertStack
 from mlx_kimi.units import human_size
 
 
@@ -31,7 +31,7 @@ class Budget:
 
 
 def slots_for(
-    budget: Budget, config: ModelConfig, resident: int, layers: Mapping[str, list[Part]]
+    budget: Budget, config: ModelConfig, resident: int, layers: Mapping[str, list[ExpertStack]]
 ) -> int:
     """How many slots a layer gets.
 
@@ -48,7 +48,7 @@ def slots_for(
     wanted = needs(config, resident, budget.latent_bits)
     fixed = non_expert_bytes(wanted, context, budget.snapshots, budget.prefill_step)
     # In every layer; 1 of a model without routed experts.
-    one_slot = max(1, sum(part.nbytes for parts in layers.values() for part in parts))
+    one_slot = max(1, sum(stack.nbytes for stacks in layers.values() for stack in stacks))
     slots = min(config.num_experts, (budget.memory - fixed) // one_slot)
     least = min(config.num_experts, config.num_experts_per_token)
     if slots < least:

@@ -18,7 +18,7 @@ from mlx_kimi.loading.match import TensorMatcher
 from mlx_kimi.loading.memory import refuse_what_does_not_fit, wire
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.weights import Weights
-from mlx_kimi.offload.expert_files import ExpertFiles, Part
+from mlx_kimi.offload.expert_files import ExpertFiles, ExpertStack
 from mlx_kimi.offload.offload import ExpertOffload
 from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -105,15 +105,15 @@ def _offload(
 ) -> ExpertOffload:
     """Expert caches with the slots that the budget has room for beside the rest of `arrays`."""
     files = ExpertFiles()
-    layers: dict[str, list[Part]] = {}
+    layers: dict[str, list[ExpertStack]] = {}
     try:
         for tensor in tensors(matcher.config):
             if tensor.join is Join.STACK:
                 path = tensor.module.rsplit(".", 1)[0]
                 for name, stored in matcher.stored(tensor).items():
-                    part = files.part(matcher.checkpoint, name, stored, dtype)
-                    layers.setdefault(path, []).append(part)
-        routed = {part.name for parts in layers.values() for part in parts}
+                    stack = files.stack(matcher.checkpoint, name, stored, dtype)
+                    layers.setdefault(path, []).append(stack)
+        routed = {stack.name for stacks in layers.values() for stack in stacks}
         resident = sum(array.nbytes for name, array in arrays.items() if name not in routed)
         slots = slots_for(budget, matcher.config, resident, layers)
     except BaseException:

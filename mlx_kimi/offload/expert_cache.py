@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mlx_kimi.checkpoint.weight_file import Bytes
 from mlx_kimi.errors import KimiError
-from mlx_kimi.offload.expert_files import Part
+from mlx_kimi.offload.expert_files import ExpertStack
 from mlx_kimi.offload.lrfu import LRFU
 from mlx_kimi.offload.read_pool import ReadPool
 from mlx_kimi.offload.stats import Counts
@@ -31,7 +31,7 @@ class ExpertCache:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        stacks: Sequence[ExpertStack],
         slots: int,
         readers: ReadPool,
         counts: Counts,
@@ -42,17 +42,17 @@ class ExpertCache:
 
         slot_of, scores: [experts], this layer's rows of two tables that all expert caches share.
         """
-        self.parts, self.readers, self.counts = parts, readers, counts
+        self.stacks, self.readers, self.counts = stacks, readers, counts
         self.slot_of, self.lrfu = slot_of, LRFU(scores)
         self.expert_in = np.full(slots, EMPTY)
         self.arrays: dict[str, mx.array] = {}
         self._views: list[Bytes] = []
         self._reads: list[Future[int]] = []
-        for part in parts:
-            array, view = _writable(part, slots)
-            self.arrays[part.name] = array
+        for stack in stacks:
+            array, view = _writable(stack, slots)
+            self.arrays[stack.name] = array
             self._views.append(view)
-        self._what = parts[0].name.rsplit(".", 2)[0].removesuffix(".mlp.switch_mlp")
+        self._what = stacks[0].name.rsplit(".", 2)[0].removesuffix(".mlp.switch_mlp")
 
     @property
     def slots(self) -> int:
@@ -140,8 +140,8 @@ class ExpertCache:
                 self.slot_of[self.expert_in[slot]] = EMPTY
                 self.expert_in[slot] = EMPTY
             reads = [
-                self.readers.start(partial(part.read, expert, view[slot]), self._reads)
-                for part, view in zip(self.parts, self._views, strict=True)
+                self.readers.start(partial(stack.read, expert, view[slot]), self._reads)
+                for stack, view in zip(self.stacks, self._views, strict=True)
             ]
             started.append((expert, slot, reads))
         return started
@@ -167,16 +167,16 @@ class ExpertCache:
         return np.argsort(scores, kind="stable")[:count].tolist()
 
 
-def _writable(part: Part, slots: int) -> tuple[mx.array, Bytes]:
+def _writable(stack: ExpertStack, slots: int) -> tuple[mx.array, Bytes]:
     """A stack [slots, ...] of zeros, and its memory [slots, bytes].
 
     Raises:
         KimiError: this backend keeps arrays where the host cannot write.
     """
-    base = mx.zeros((slots, part.nbytes), mx.uint8)
+    base = mx.zeros((slots, stack.nbytes), mx.uint8)
     mx.eval(base)
     view = np.array(base, copy=False)
-    array = base.view(part.dtype).reshape(slots, *part.shape)
+    array = base.view(stack.dtype).reshape(slots, *stack.shape)
     mx.eval(array)
     view[-1, -1] = 1
     if array.view(mx.uint8).reshape(-1)[-1].item() != 1:

@@ -16,7 +16,7 @@ from mlx_kimi.errors import KimiError
 
 
 @dataclass(frozen=True)
-class Part:
+class ExpertStack:
     """One array of every expert of a layer, such as the scales of `down_proj`."""
 
     name: str  # in the MLX layout: `model.layers.3.mlp.switch_mlp.down_proj.scales`
@@ -55,9 +55,9 @@ class ExpertFiles:
         # (No checkpoint: it would keep the arrays that it has read.)
         self._files: dict[str, OpenFile] = {}
 
-    def part(
+    def stack(
         self, checkpoint: Checkpoint, name: str, names: Sequence[str], dtype: mx.Dtype
-    ) -> Part:
+    ) -> ExpertStack:
         """The array `name` of the MLX layout.
 
         Args:
@@ -82,7 +82,7 @@ class ExpertFiles:
                 f"{first.file}: {names[0]} is {first.dtype} and the model computes in "
                 f"{str(dtype).removeprefix('mlx.core.')}; convert it before it is streamed"
             )
-        return Part(name, shape, stored, dtype if is_float else stored, places)
+        return ExpertStack(name, shape, stored, dtype if is_float else stored, places)
 
     def close(self) -> None:
         for file in self._files.values():

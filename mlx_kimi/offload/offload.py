@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_kimi.defaults import BUFFERS
 from mlx_kimi.offload.expert_cache import EMPTY, ExpertCache
-from mlx_kimi.offload.expert_files import ExpertFiles, Part
+from mlx_kimi.offload.expert_files import ExpertFiles, ExpertStack
 from mlx_kimi.offload.optimistic import OptimisticResidency
 from mlx_kimi.offload.read_pool import ReadPool
 from mlx_kimi.offload.stats import Counts
@@ -29,7 +29,7 @@ class ExpertOffload:
     def __init__(
         self,
         files: ExpertFiles,
-        layers: Mapping[str, list[Part]],
+        layers: Mapping[str, list[ExpertStack]],
         slots: int,
         bounds_context: bool = False,
     ) -> None:
@@ -37,12 +37,12 @@ class ExpertOffload:
         self.slots, self.counts, self.readers = slots, Counts(), ReadPool()
         weakref.finalize(self, _close, files, self.readers)
         CACHE_LIMIT.while_alive(self)
-        experts = max((len(p.places) for parts in layers.values() for p in parts), default=0)
+        experts = max((len(s.places) for stacks in layers.values() for s in stacks), default=0)
         slot_of = np.full((len(layers), experts), EMPTY)
         scores = np.zeros((len(layers), experts))
         self.expert_caches = {
-            path: ExpertCache(parts, slots, self.readers, self.counts, *rows)
-            for (path, parts), *rows in zip(layers.items(), slot_of, scores, strict=True)
+            path: ExpertCache(stacks, slots, self.readers, self.counts, *rows)
+            for (path, stacks), *rows in zip(layers.items(), slot_of, scores, strict=True)
         }
         for cache in self.expert_caches.values():
             if cache.holds_all:

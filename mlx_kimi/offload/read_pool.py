@@ -66,4 +66,4 @@ class ReadPool:
                 future.set_result(read())
             except BaseException as error:  # the waiting thread raises it
                 future.set_exception(error)
-            del item, future, read  # (the views in `read` hold a bank's memory)
+            del item, future, read  # (the views in `read` hold an expert cache's memory)
