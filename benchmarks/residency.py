@@ -2,8 +2,8 @@
 
     python benchmarks/residency.py [--conversations N]
 
-Records which experts each token of real conversations chooses, then plays them to expert caches of every
-size. `best` is what a policy would reach that knew the future (Belady, 1966).
+Records which experts each token of real conversations chooses, then plays them to expert caches of
+every size. `best` is what a policy would reach that knew the future (Belady, 1966).
 """
 
 from __future__ import annotations
