@@ -310,8 +310,8 @@ def test_what_is_worth_most_stays() -> None:
     assert np.allclose(worth.scores, together.scores)
     layers = LRFU(np.zeros((2, 5)), decay=0.5)
     layers.note(np.array([[[0, 1], [0, 2], [3, 2]], [[4, 1], [0, 4], [3, 4]]]))
-    assert layers.of[0].tolist() == together.scores.tolist()
-    assert layers.of[1].tolist() == [0.5, 0.25, 0, 1, 0.25 + 0.5 + 1]
+    assert layers.scores[0].tolist() == together.scores.tolist()
+    assert layers.scores[1].tolist() == [0.5, 0.25, 0, 1, 0.25 + 0.5 + 1]
 
 
 def test_the_least_worth_makes_room(streamed: Streamed) -> None:
