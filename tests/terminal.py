@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -115,7 +116,10 @@ class Terminal:
         return self._process.exitstatus
 
     def close(self) -> None:
-        self._process.close(force=True)
+        if self._process.isalive():
+            self._process.kill(signal.SIGKILL)
+            self._process.wait()
+        self._process.close()
 
 
 def _text(line: Any, columns: int) -> str:
