@@ -22,12 +22,12 @@ from rich.progress import (
 
 from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
 from mlx_kimi.checkpoint.hub import local_folder
-from mlx_kimi.cli import quality
+from mlx_kimi.cli import convert_report
 from mlx_kimi.convert.convert import Preview, Report, convert
 from mlx_kimi.convert.partial import partial_of
 from mlx_kimi.convert.plan import DTYPES
-from mlx_kimi.convert.quality import TOKENS
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
+from mlx_kimi.convert.report.quality import TOKENS
 from mlx_kimi.convert.write import Progress as OnProgress
 from mlx_kimi.units import human_size
 
@@ -118,7 +118,7 @@ def command(
     )
     if report and delete_source_shards:
         raise click.UsageError("--report reads SRC again and --delete-source-shards deletes it.")
-    ids = quality.sample(source, report, report_text)
+    ids = convert_report.sample(source, report, report_text)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         with _bar(Console(stderr=True)) as (progress, hidden):
@@ -144,7 +144,7 @@ def command(
         raise
     _print_report(done)
     if ids is not None:
-        quality.compare(local_folder(source), out, ids)
+        convert_report.compare(local_folder(source), out, ids)
 
 
 def _terminated(number: int, _: object) -> None:

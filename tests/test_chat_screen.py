@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from mlx_kimi.cli import show
-from mlx_kimi.cli.chat_markdown import Block, Blocks
-from mlx_kimi.cli.chat_screen import TerminalScreen, _GrowingAnswer, _whole
+from mlx_kimi.cli.chat.markdown import Block, Blocks
+from mlx_kimi.cli.chat.screen import TerminalScreen, _GrowingAnswer, _whole
 from mlx_kimi.generation.generate import Chunk, Stats
 
 TEXT = """\

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_kimi.checkpoint.tensors import Tensor
 from mlx_kimi.convert.blocks import Source
-from mlx_kimi.convert.pieces import read
+from mlx_kimi.convert.report.slices import read
 from mlx_kimi.model.weights import Weights
 
 PIECE = 64 * 2**20  # bytes of float32 of one matrix that are in memory at once

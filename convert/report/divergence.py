@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.checkpoint.tensors import EMBEDDING, LM_HEAD
-from mlx_kimi.convert.layerwise import Layers
-from mlx_kimi.convert.pieces import pieces
+from mlx_kimi.convert.report.layerwise import Layers
+from mlx_kimi.convert.report.slices import pieces
 from mlx_kimi.evaluation.evaluate import Distance, Evaluation, Prediction
 
 BLOCK = 1024  # rows of the vocabulary

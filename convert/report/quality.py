@@ -20,10 +20,10 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.checkpoint.tensors import Join, tensors
 from mlx_kimi.convert.blocks import Source
-from mlx_kimi.convert.distance import distance
-from mlx_kimi.convert.layerwise import EXPERTS, Layers
 from mlx_kimi.convert.plan import PROCESS
-from mlx_kimi.convert.weight_error import Squares, weight_errors
+from mlx_kimi.convert.report.divergence import distance
+from mlx_kimi.convert.report.layerwise import EXPERTS, Layers
+from mlx_kimi.convert.report.weight_error import Squares, weight_errors
 from mlx_kimi.defaults import PREFILL_STEP
 from mlx_kimi.evaluation.evaluate import Evaluation, first_tokens, windows
 from mlx_kimi.loading.load import check
@@ -67,7 +67,7 @@ class Quality:
 
 def sample_text() -> str:
     """The text that is predicted unless another is given."""
-    return (files("mlx_kimi.convert") / "sample.txt").read_text(encoding="utf-8")
+    return (files("mlx_kimi.convert.report") / "sample.txt").read_text(encoding="utf-8")
 
 
 def sample_ids(folder: Path, text: str) -> list[int]:

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mlx_kimi.cli import show
-from mlx_kimi.cli.chat_markdown import Block, Blocks
+from mlx_kimi.cli.chat.markdown import Block, Blocks
 from mlx_kimi.generation.generate import Chunk, Stats
 
 REDRAW_SECONDS = 0.05  # at least, between two drawings of the block that grows

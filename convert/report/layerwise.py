@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_kimi.checkpoint.tensors import EMBEDDING, NORM, Join, Tensor, tensors
 from mlx_kimi.convert.blocks import Source
-from mlx_kimi.convert.pieces import Arrays, pieces, read
+from mlx_kimi.convert.report.slices import Arrays, pieces, read
 from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache
 from mlx_kimi.model.kimi_linear import DecoderLayer
 from mlx_kimi.model.layers import RMSNorm
