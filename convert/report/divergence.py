@@ -7,14 +7,14 @@ import numpy as np
 
 from mlx_kimi.checkpoint.tensors import EMBEDDING, LM_HEAD
 from mlx_kimi.convert.report.layerwise import Layers
-from mlx_kimi.convert.report.slices import pieces
+from mlx_kimi.convert.report.slices import slices
 from mlx_kimi.evaluation.evaluate import Distance, Evaluation, Prediction
 
 BLOCK = 1024  # rows of the vocabulary
 
 
 class _Softmax:
-    """Of N tokens, in float64: log of the sum, the likeliest and the logit of what came."""
+    """The softmax of N tokens in float64, as sums over the blocks of logits so far."""
 
     def __init__(self, came: np.ndarray) -> None:
         self.came = came
@@ -24,7 +24,11 @@ class _Softmax:
         self.of_came = np.zeros(len(came))
 
     def add(self, first: int, logits: np.ndarray) -> np.ndarray:
-        """Take [N, V] of ids from `first` on; what sums so far are to be multiplied with, [N]."""
+        """Add the logits [N, V] of the ids from `first` on.
+
+        Returns:
+            The factor that rescales sums of exp(logit - high) made so far, [N].
+        """
         best = logits.argmax(-1)
         largest = np.take_along_axis(logits, best[:, None], -1)[:, 0]
         self.best = np.where(largest > self.high, first + best, self.best)
@@ -45,10 +49,10 @@ class _Softmax:
         return Prediction(len(self.came), float((self.log_sum - self.of_came).mean()))
 
 
-def distance(
+def divergence(
     source: Layers, out: Layers, expected: mx.array, found: mx.array, came: mx.array
 ) -> Evaluation:
-    """Compare the predictions of two models, `source` being the reference.
+    """The divergence of the predictions of `out` from those of `source`.
 
     Args:
         expected, found: what each model's last norm gave, [N, hidden].
@@ -57,7 +61,7 @@ def distance(
     ids = np.array(came)
     p, q, cross = _Softmax(ids), _Softmax(ids), np.zeros(len(ids))
     name = EMBEDDING.name if source.config.tie_word_embeddings else LM_HEAD.name
-    heads = (pieces(layers.folder, layers.tensors[name], BLOCK) for layers in (source, out))
+    heads = (slices(layers.reader, layers.tensors[name], BLOCK) for layers in (source, out))
     for (first, ours), (_, theirs) in zip(*heads, strict=True):
         a = np.array(ours(expected)).astype(np.float64)
         b = np.array(theirs(found)).astype(np.float64)

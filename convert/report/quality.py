@@ -19,9 +19,9 @@ import numpy as np
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.checkpoint.tensors import Join, tensors
-from mlx_kimi.convert.blocks import Source
+from mlx_kimi.convert.blocks import TensorReader
 from mlx_kimi.convert.plan import PROCESS
-from mlx_kimi.convert.report.divergence import distance
+from mlx_kimi.convert.report.divergence import divergence
 from mlx_kimi.convert.report.layerwise import EXPERTS, Layers
 from mlx_kimi.convert.report.weight_error import Squares, weight_errors
 from mlx_kimi.defaults import PREFILL_STEP
@@ -34,7 +34,7 @@ from mlx_kimi.text.tokenizer import load_tokenizer
 FILE = "quality.json"
 TOKENS = 1024  # of the text, all in memory at once
 WINDOW = 512  # tokens that are read together, as in `evaluate`
-COPIES = 2  # of a layer and of a piece of its experts: as they are read, and as they are used
+COPIES = 2  # of a layer and of a slice of its experts: as they are read, and as they are used
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def measure(
     Raises:
         KimiError: a folder is no whole model, or cannot be read.
     """
-    expected, found = (Layers(_opened(folder)) for folder in (source, out))
+    expected, found = (Layers(_reader(folder)) for folder in (source, out))
     batch = _Batch.of(ids)
     x, y = expected.embedded(batch.ids), found.embedded(batch.ids)
     layers, count = [], len(expected.config.layers)
@@ -115,9 +115,9 @@ def measure(
         layer, x, y = _layer(expected, found, number, x, y, batch)
         layers.append(layer)
     outside = [t for name, t in expected.tensors.items() if not name.startswith("model.layers.")]
-    errors = weight_errors(expected.folder, found.folder, outside)
+    errors = weight_errors(expected.reader, found.reader, outside)
     x, y = (_rows(of.normed(z), batch.before) for of, z in ((expected, x), (found, y)))
-    predictions = distance(expected, found, x, y, batch.came)
+    predictions = divergence(expected, found, x, y, batch.came)
     return Quality(len(ids), WINDOW, errors, tuple(layers), predictions)
 
 
@@ -152,7 +152,7 @@ def _layer(
     expected: Layers, found: Layers, number: int, x: mx.array, y: mx.array, batch: _Batch
 ) -> tuple[LayerQuality, mx.array, mx.array]:
     """One layer's errors, and both residual streams after it; x is the unquantized model's."""
-    weights = weight_errors(expected.folder, found.folder, expected.of(number))
+    weights = weight_errors(expected.reader, found.reader, expected.of(number))
     after = expected.run(number, x, batch.step)
     alone = _relative(after, found.run(number, x, batch.step), batch.real)
     y = found.run(number, y, batch.step)
@@ -169,10 +169,10 @@ def write(quality: Quality, out: Path) -> Path:
     return path
 
 
-def _opened(folder: Path) -> Source:
+def _reader(folder: Path) -> TensorReader:
     config, checkpoint = ModelConfig.read(folder), Checkpoint(folder)
     check(config, checkpoint)
-    return Source(checkpoint, config, folder)
+    return TensorReader(checkpoint, config)
 
 
 def _rows(x: mx.array, places: mx.array) -> mx.array:
