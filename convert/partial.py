@@ -40,7 +40,7 @@ def interrupted_request(out: Path) -> Request | None:
 
 
 def begun_otherwise(out: Path, changed: str) -> str:
-    """The refusal to go on with another request; `changed` as of `difference`."""
+    """The error for another request than the interrupted one; `changed` is of `difference`."""
     return (
         f"{partial_of(out)}: a conversion begun with {changed}; "
         "repeat it as it was begun, or delete that folder to begin anew"
@@ -49,14 +49,14 @@ def begun_otherwise(out: Path, changed: str) -> str:
 
 @dataclass(frozen=True)
 class Position:
-    """How far the work came: all source tensors before number `step`, and `rows` rows of that."""
+    """How far the work came: all steps before number `step`, and `rows` rows of that one."""
 
     step: int
     rows: int
 
 
 class Partial:
-    """What is written so far."""
+    """The part of a result that is written."""
 
     def __init__(self, out: Path, journal: Journal, asked: Request) -> None:
         self.out, self._journal = out, journal
@@ -77,12 +77,12 @@ class Partial:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing of it counts."""
+        """Whether no record says that anything is written."""
         return len(self._journal.records) == 1
 
     @property
     def position(self) -> Position:
-        """Up to where it counts."""
+        """How far the last record came."""
         if self.is_empty:
             return Position(0, 0)
         last = self._journal.records[-1]
@@ -94,12 +94,12 @@ class Partial:
         return sum(path.stat().st_size for path in downloads_of(self.out).glob("*.safetensors"))
 
     def record(self, position: Position, files: Sequence[Path]) -> None:
-        """So much is written, the last of it to `files`, and the caller has synced them."""
+        """Record that the work is at `position`; the caller has synced `files`, written since."""
         sizes = {path.name: path.stat().st_size for path in files}
         self._journal.append({"step": position.step, "rows": position.rows, "files": sizes})
 
     def publish(self) -> None:
-        """Make it OUT, when the weights are recorded and the other files written."""
+        """Rename it to OUT, once the weights are recorded and the other files written."""
         for path in sorted(self.folder.iterdir()):
             sync(path)
         sync(self.folder)
@@ -122,10 +122,10 @@ class Partial:
 
 @contextmanager
 def open_partial(out: Path, asked: Request) -> Iterator[Partial]:
-    """The partial result of `out`, new or taken up again, for one process at a time.
+    """The partial result of `out`, new or of an interrupted run, for one process at a time.
 
-    After the block it is gone, having been published. After an error or Ctrl-C it is kept if
-    anything of it counts or a file was downloaded, and an error says so.
+    After the block it is renamed to `out`. After an error or Ctrl-C it is kept if anything is
+    recorded or a file was downloaded, and the error says so.
 
     Raises:
         KimiError: `out` exists, another process is at it, it was begun with another request, it is

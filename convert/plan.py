@@ -1,4 +1,4 @@
-"""What becomes of each tensor, in which order, and what that takes: before anything is read."""
+"""What becomes of each tensor, in which order, and in how much memory; nothing is read."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class ConversionPlan:
             yield file, range(start, stop)
 
     def written_bytes(self, position: Position) -> int:
-        """The data in the result's files when the work is at `position`."""
+        """Bytes of data in the result's files when the work is at `position`."""
         whole = sum(step.rows * self.of(step).row_bytes for step in self.steps[: position.step])
         if not position.rows:
             return whole
@@ -88,7 +88,7 @@ class ConversionPlan:
 
     @property
     def source_bytes(self) -> int:
-        """What all steps read."""
+        """Bytes that all steps read."""
         return sum(step.nbytes for step in self.steps)
 
     @property

@@ -1,4 +1,4 @@
-"""What a conversion was asked to do: what must agree for another run to go on with it."""
+"""The request of a conversion: another run goes on with the result of an equal one only."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def difference(stored: Mapping[str, str], present: Mapping[str, str]) -> str | N
 
 
 def begun_revision(begun: Request, name: str) -> str | None:
-    """The commit of model `name` that a conversion with its shards deleted was begun with."""
+    """The commit of model `name`, if the interrupted run converted it and deleted its shards."""
     same = begun.get(DELETING) == "yes" and begun.get(SOURCE) == name
     return begun[REVISION] if same else None
 

@@ -94,7 +94,7 @@ def _convert_blocks(
 def _converted(
     plan: ConversionPlan, block: RowBlock, values: np.ndarray, reader: TensorReader
 ) -> Converted:
-    """A block as it was read -> as it is written."""
+    """Convert a block from the values that were read."""
     tensor_plan = plan.of(block.source)
     stored = reader.rows(block, values)
     rows = stored.astype(DTYPES[tensor_plan.dtype])

@@ -1,4 +1,4 @@
-"""The commands of a chat. An argument is what stands behind the command's name."""
+"""The commands of a chat. An argument is the text after the command's name."""
 
 from __future__ import annotations
 

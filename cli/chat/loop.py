@@ -27,7 +27,7 @@ FULL = (
 
 
 class Loop:
-    """What commands act on.
+    """A conversation between the user and the model; commands act on it.
 
     Attributes:
         attached: texts that go with the next message.

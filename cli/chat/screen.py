@@ -64,7 +64,7 @@ class PlainScreen:
         return stats
 
     def said(self, text: str) -> None:
-        """Scripts get new answers alone."""
+        """Print nothing: scripts get new answers alone."""
 
     def note(self, text: str) -> None:
         click.echo(show.printable(text), err=True)
@@ -184,7 +184,7 @@ class _GrowingAnswer:
 
     @contextmanager
     def _at_once(self) -> Iterator[None]:
-        """Terminals that know synchronized updates show no state in between."""
+        """Let terminals that know synchronized updates show no state in between."""
         with _whole():
             self._console.file.write("\x1b[?2026h")
             yield
@@ -194,7 +194,7 @@ class _GrowingAnswer:
 
 @contextmanager
 def _whole() -> Iterator[None]:
-    """Ctrl-C waits for the end: a console that was left within printing would print no more."""
+    """Let Ctrl-C wait until rich has printed: else its console would buffer for ever."""
     caught: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
     try:
@@ -207,7 +207,7 @@ def _whole() -> Iterator[None]:
 
 @contextmanager
 def _no_echo() -> Iterator[None]:
-    """What is typed during an answer waits for the next prompt, unseen."""
+    """Hide what is typed during an answer; it waits for the next prompt."""
     handle = sys.stdin.fileno()
     before = termios.tcgetattr(handle)
     quiet = list(before)

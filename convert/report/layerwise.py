@@ -38,7 +38,7 @@ class Layers:
         return [tensor for name, tensor in self.tensors.items() if name.startswith(prefix)]
 
     def embedded(self, ids: mx.array) -> mx.array:
-        """ids [B, T] -> [B, T, hidden]."""
+        """The embeddings of ids [B, T] in float32, [B, T, hidden]."""
         x = mx.zeros((*ids.shape, self.config.hidden_size))
         for first, table in slices(self.reader, self.tensors[EMBEDDING.name], ROWS):
             count = table.out_features
@@ -48,7 +48,7 @@ class Layers:
         return x
 
     def run(self, number: int, x: mx.array, step: ForwardBatch) -> mx.array:
-        """The residual stream before a layer -> after it, [B, T, hidden]."""
+        """Run one layer on the residual stream, [B, T, hidden] -> [B, T, hidden]."""
         layer = self._layer(number)
         entry: CacheEntry = (
             KDACache() if self.config.layers[number].attention == "kda" else LatentCache()
@@ -60,12 +60,12 @@ class Layers:
         return y
 
     def normed(self, x: mx.array) -> mx.array:
-        """The last norm."""
+        """The last norm of the residual stream, [B, T, hidden] -> [B, T, hidden]."""
         (weight,) = read(self.reader, self.tensors[NORM.name]).values()
         return RMSNorm(weight, self.config.rms_norm_eps)(x)
 
     def _layer(self, number: int) -> DecoderLayer:
-        """The layer in float32; of its routed experts the first alone is in memory."""
+        """The layer in float32, with only the first of its routed experts in memory."""
         arrays: Arrays = {}
         for tensor in self.of(number):
             arrays |= read(self.reader, tensor, 0, 1 if tensor.join is Join.STACK else None)

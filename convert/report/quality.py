@@ -39,7 +39,7 @@ COPIES = 2  # of a layer and of a slice of its experts: as they are read, and as
 
 @dataclass(frozen=True)
 class LayerQuality:
-    """Of one decoder layer. All errors are ||found - expected|| / ||expected||."""
+    """Errors of one decoder layer. All errors are ||found - expected|| / ||expected||."""
 
     number: int  # from 0 on, as in the tensors' names
     attention: str
@@ -52,7 +52,7 @@ class LayerQuality:
 
 @dataclass(frozen=True)
 class Quality:
-    """Of a converted model against its source, on a text."""
+    """Errors of a converted model against its source, on a text."""
 
     tokens: int
     window: int
@@ -61,7 +61,7 @@ class Quality:
     predictions: Evaluation
 
     def json(self) -> dict[str, Any]:
-        """All there is, perplexities included."""
+        """All fields, perplexities included."""
         return asdict(self) | {"predictions": self.predictions.json()}
 
 
@@ -116,33 +116,33 @@ def measure(
         layers.append(layer)
     outside = [t for name, t in expected.tensors.items() if not name.startswith("model.layers.")]
     errors = weight_errors(expected.reader, found.reader, outside)
-    x, y = (_rows(of.normed(z), batch.before) for of, z in ((expected, x), (found, y)))
-    predictions = divergence(expected, found, x, y, batch.came)
+    x, y = (_rows(of.normed(z), batch.predicting) for of, z in ((expected, x), (found, y)))
+    predictions = divergence(expected, found, x, y, batch.targets)
     return Quality(len(ids), WINDOW, errors, tuple(layers), predictions)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Windows of a text side by side, the last one padded. Places are in [B * T]."""
+    """Windows of a text as one batch, the last one padded. Positions count from 0 to B * T - 1."""
 
     ids: mx.array  # [B, T]
     step: ForwardBatch
-    real: mx.array  # places of what is not padding
-    before: mx.array  # places whose next token is predicted
-    came: mx.array  # those tokens
+    valid: mx.array  # positions that are not padding
+    predicting: mx.array  # positions whose next token is predicted
+    targets: mx.array  # those tokens
 
     @staticmethod
     def of(ids: list[int]) -> _Batch:
         parts = list(windows(ids, WINDOW))
         lengths = [len(part) for part in parts]
         T = lengths[0]
-        places = np.arange(len(parts) * T).reshape(-1, T)
+        positions = np.arange(len(parts) * T).reshape(-1, T)
         return _Batch(
             mx.array([part + [0] * (T - len(part)) for part in parts]),
             ForwardBatch() if lengths[-1] == T else ForwardBatch.padded(T, lengths),
-            mx.array(np.concatenate([row[:n] for row, n in zip(places, lengths, strict=True)])),
+            mx.array(np.concatenate([row[:n] for row, n in zip(positions, lengths, strict=True)])),
             mx.array(
-                np.concatenate([row[: n - 1] for row, n in zip(places, lengths, strict=True)])
+                np.concatenate([row[: n - 1] for row, n in zip(positions, lengths, strict=True)])
             ),
             mx.array([token for part in parts for token in part[1:]]),
         )
@@ -154,10 +154,10 @@ def _layer(
     """One layer's errors, and both residual streams after it; x is the unquantized model's."""
     weights = weight_errors(expected.reader, found.reader, expected.of(number))
     after = expected.run(number, x, batch.step)
-    alone = _relative(after, found.run(number, x, batch.step), batch.real)
+    alone = _relative(after, found.run(number, x, batch.step), batch.valid)
     y = found.run(number, y, batch.step)
     kind = expected.config.layers[number]
-    together = _relative(after, y, batch.real)
+    together = _relative(after, y, batch.valid)
     errors = LayerQuality(number, kind.attention, kind.feed_forward, weights, alone, together)
     return errors, after, y
 
@@ -175,11 +175,11 @@ def _reader(folder: Path) -> TensorReader:
     return TensorReader(checkpoint, config)
 
 
-def _rows(x: mx.array, places: mx.array) -> mx.array:
-    return x.reshape(-1, x.shape[-1])[places]
+def _rows(x: mx.array, positions: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])[positions]
 
 
-def _relative(expected: mx.array, found: mx.array, places: mx.array) -> float:
+def _relative(expected: mx.array, found: mx.array, positions: mx.array) -> float:
     squares = Squares()
-    squares.add(_rows(expected, places), _rows(found, places))
+    squares.add(_rows(expected, positions), _rows(found, positions))
     return squares.relative

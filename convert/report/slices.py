@@ -1,4 +1,4 @@
-"""A folder's tensors in slices, in float32 or packed, as layers take them."""
+"""Slices of a folder's tensors: in float32, or packed where they are quantized."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read(reader: TensorReader, tensor: Tensor, first: int = 0, count: int | None
 
 
 def slices(reader: TensorReader, tensor: Tensor, step: int) -> Iterator[tuple[int, Linear]]:
-    """A matrix by `step` members of its first axis: the number of the first, and all of them."""
+    """Slices of `step` members of a matrix' first axis, each with the number of its first."""
     for first in range(0, tensor.shape[0], step):
         arrays = read(reader, tensor, first, min(step, tensor.shape[0] - first))
         yield first, Weights(arrays, reader.config).linear(tensor.module)

@@ -1,4 +1,4 @@
-"""How far quantized matrices are from the source's, by family."""
+"""Relative errors of quantized matrices, by family."""
 
 from __future__ import annotations
 
