@@ -70,20 +70,7 @@ def result_config(
         dtype: what unquantized tensors become, None if they stay as they are.
         quantizations: how each quantized module is stored, by its path.
     """
-    default = None if scheme is None else scheme.default
-    overrides = {module: how for module, how in quantizations.items() if how != default}
     written = read_json(source / "config.json")
-    fields = _result_fields(written, config, dtype, default, overrides)
-    return (json.dumps(fields, indent=4) + "\n").encode()
-
-
-def _result_fields(
-    written: Mapping[str, Any],
-    config: ModelConfig,
-    dtype: str | None,
-    default: Quantization | None,
-    overrides: Mapping[str, Quantization],
-) -> dict[str, Any]:
     given = {name: value for name, value in written.items() if value is not None}
     result = {**written, **_published_fields(config, given), **given}
     linear = result["linear_attn_config"]
@@ -92,9 +79,9 @@ def _result_fields(
         result |= {name: dtype for name in ("dtype", "torch_dtype") if name in result}
     for name in ("quantization", "quantization_config"):
         result.pop(name, None)
-        if default is not None:
-            result[name] = _quantization(default, overrides)
-    return dict(sorted(result.items()))
+        if scheme is not None:
+            result[name] = _quantization(scheme.default, quantizations)
+    return (json.dumps(dict(sorted(result.items())), indent=4) + "\n").encode()
 
 
 def _published_fields(config: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,12 +122,16 @@ def _linear_attn_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _quantization(default: Quantization, overrides: Mapping[str, Quantization]) -> dict[str, Any]:
+def _quantization(
+    default: Quantization, quantizations: Mapping[str, Quantization]
+) -> dict[str, Any]:
+    """The default, and the modules that are quantized in another way."""
     result: dict[str, Any] = {
         "group_size": default.group_size,
         "bits": default.bits,
         "mode": default.mode,
     }
+    overrides = {path: other for path, other in quantizations.items() if other != default}
     for path, other in sorted(overrides.items()):  # always affine, which is the default there
         result[path] = {"group_size": other.group_size, "bits": other.bits}
     return result
