@@ -24,12 +24,12 @@ from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig, read_json
 from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.checkpoint.tensors import tensors
-from mlx_kimi.convert import quality
-from mlx_kimi.convert.blocks import Source
+from mlx_kimi.convert.blocks import TensorReader
 from mlx_kimi.convert.convert import convert
-from mlx_kimi.convert.folder import copy_files
-from mlx_kimi.convert.pieces import read
+from mlx_kimi.convert.folder import copied_files, small_files
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
+from mlx_kimi.convert.report import quality
+from mlx_kimi.convert.report.slices import read
 from mlx_kimi.loading.load import load
 from mlx_kimi.model.weights import Weights
 from mlx_kimi.units import human_size
@@ -53,13 +53,14 @@ class Answers:
 def unquantized(out: Path) -> Path:
     """The bundled model in the MLX layout and float32, without quantization."""
     out.mkdir()
-    copy_files(pocket_folder(), out)
-    folder = Source(Checkpoint(pocket_folder()), ModelConfig.read(pocket_folder()), pocket_folder())
+    for name, data in copied_files(small_files(pocket_folder())).items():
+        (out / name).write_bytes(data)
+    reader = TensorReader(Checkpoint(pocket_folder()), ModelConfig.read(pocket_folder()))
     plain = {}
-    for tensor in tensors(folder.config):
-        arrays = read(folder, tensor)
+    for tensor in tensors(reader.config):
+        arrays = read(reader, tensor)
         if tensor.matrix:
-            weights = Weights(arrays, folder.config)
+            weights = Weights(arrays, reader.config)
             arrays = {tensor.name: weights.linear(tensor.module).dequantized()}
         plain |= arrays
     mx.save_safetensors(str(out / "model.safetensors"), plain)

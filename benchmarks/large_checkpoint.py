@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_kimi.convert.shards import Part, Shard, lay_out, write_index
+from mlx_kimi.convert.shards import OutputTensor, Shard, lay_out, write_index
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from checkpoints import PUBLISHED_48B, entries, to_bfloat16
@@ -42,7 +42,7 @@ def config_of(layers: int) -> dict[str, Any]:
 def write(folder: Path, layers: int) -> None:
     """Write the checkpoint into the new `folder`."""
     config = config_of(layers)
-    parts = [Part(entry.name, entry.dtype, entry.shape) for entry in published(config)]
+    parts = [OutputTensor(entry.name, entry.dtype, entry.shape) for entry in published(config)]
     shards = lay_out([[part] for part in parts], MAX_SHARD)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -61,12 +61,12 @@ def write_shard(path: Path, shard: Shard, rng: np.random.Generator) -> None:
     """Fill one file with normal values of a trained model's size."""
     with open(path, "wb") as file:
         file.write(shard.header)
-        for part in shard.parts:
-            scale = np.float32(part.shape[-1] ** -0.5)
-            count = math.prod(part.shape)
+        for tensor in shard.tensors:
+            scale = np.float32(tensor.shape[-1] ** -0.5)
+            count = math.prod(tensor.shape)
             for start in range(0, count, ROWS):
                 values = scale * rng.standard_normal(min(ROWS, count - start), np.float32)
-                file.write((to_bfloat16(values) if part.dtype == "BF16" else values).data)
+                file.write((to_bfloat16(values) if tensor.dtype == "BF16" else values).data)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -22,12 +22,14 @@ from rich.progress import (
 
 from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
 from mlx_kimi.checkpoint.hub import local_folder
-from mlx_kimi.cli import quality
-from mlx_kimi.convert.convert import Preview, Report, convert
+from mlx_kimi.checkpoint.tensors import Tensor
+from mlx_kimi.cli import convert_report
+from mlx_kimi.convert.convert import Summary, convert
 from mlx_kimi.convert.partial import partial_of
 from mlx_kimi.convert.plan import DTYPES
-from mlx_kimi.convert.quality import TOKENS
+from mlx_kimi.convert.preview import Preview
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
+from mlx_kimi.convert.report.quality import TOKENS
 from mlx_kimi.convert.write import Progress as OnProgress
 from mlx_kimi.units import human_size
 
@@ -118,14 +120,14 @@ def command(
     )
     if report and delete_source_shards:
         raise click.UsageError("--report reads SRC again and --delete-source-shards deletes it.")
-    ids = quality.sample(source, report, report_text)
+    ids = convert_report.sample(source, report, report_text)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         with _bar(Console(stderr=True)) as (progress, hidden):
 
-            def say(outlook: Preview) -> None:
+            def show_preview(preview: Preview) -> None:
                 with hidden():
-                    _print_outlook(outlook)
+                    _print_preview(preview)
 
             done = convert(
                 source,
@@ -133,7 +135,7 @@ def command(
                 chosen,
                 dtype,
                 progress,
-                say,
+                show_preview,
                 delete_source_shards=delete_source_shards,
                 around_downloads=hidden,
             )
@@ -142,9 +144,9 @@ def command(
             kept = f"{partial_of(out)} keeps what is done; the same command goes on from there"
             click.echo(f"\n{kept}", err=True)
         raise
-    _print_report(done)
+    _print_summary(done)
     if ids is not None:
-        quality.compare(local_folder(source), out, ids)
+        convert_report.compare(local_folder(source), out, ids)
 
 
 def _terminated(number: int, _: object) -> None:
@@ -186,40 +188,39 @@ def _bar(console: Console) -> Iterator[tuple[OnProgress, Hidden]]:
         yield lambda done, total: bar.update(task, completed=done, total=total), hidden
 
 
-def _print_outlook(outlook: Preview) -> None:
-    size = human_size(outlook.out_bytes)
-    if outlook.left_bytes < outlook.out_bytes:
-        size = f"going on: {human_size(outlook.left_bytes)} of {size}"
-    if outlook.source_at_once:
-        at_once = human_size(outlook.source_at_once)
+def _print_preview(preview: Preview) -> None:
+    size = human_size(preview.out_bytes)
+    if preview.left_bytes < preview.out_bytes:
+        size = f"going on: {human_size(preview.left_bytes)} of {size}"
+    if preview.source_at_once:
+        at_once = human_size(preview.source_at_once)
         size += f" to write, and at most {at_once} of the source at a time"
     else:
         size += " to write"
     click.echo(
-        f"{size}, {human_size(outlook.free)} free on that disk; "
-        f"at most {human_size(outlook.memory)} of memory",
+        f"{size}, {human_size(preview.free)} free on that disk; "
+        f"at most {human_size(preview.memory)} of memory",
         err=True,
     )
 
 
-def _print_report(report: Report) -> None:
-    files = "1 file" if report.shards == 1 else f"{report.shards} files"
+def _print_summary(summary: Summary) -> None:
+    files = "1 file" if summary.shards == 1 else f"{summary.shards} files"
     click.echo(
-        f"{report.out}: {human_size(report.out_bytes)} in {files}, made from "
-        f"{human_size(report.source_bytes)}; {report.bits_per_weight:.3f} bits per weight, "
-        f"{report.seconds:.1f} s",
+        f"{summary.out}: {human_size(summary.out_bytes)} in {files}, made from "
+        f"{human_size(summary.source_bytes)}; {summary.bits_per_weight:.3f} bits per weight, "
+        f"{summary.seconds:.1f} s",
         err=True,
     )
-    if report.refused:
-        click.echo(
-            f"Not quantized, as the group does not divide the width: {_refused(report)}", err=True
-        )
+    if summary.kept_unquantized:
+        kept = _widths(summary.kept_unquantized)
+        click.echo(f"Not quantized, as the group does not divide the width: {kept}", err=True)
 
 
-def _refused(report: Report) -> str:
+def _widths(tensors: Sequence[Tensor]) -> str:
     """`3 x self_attn.f_b_proj (width 48), ...`: one entry for the same module of all layers."""
     families: Counter[tuple[str, int]] = Counter()
-    for tensor in report.refused:
+    for tensor in tensors:
         name = tensor.module
         if name.startswith("model.layers."):
             name = name.split(".", 3)[3]

@@ -12,10 +12,17 @@ import click
 from mlx_kimi import __version__, backend
 from mlx_kimi.errors import KimiError
 
-COMMANDS = (
-    *("generate", "chat", "cache", "convert", "quantize"),
-    *("check", "info", "evaluate", "bench"),
-)
+COMMANDS = {  # the module in which each lies
+    "generate": "generate",
+    "chat": "chat.command",
+    "cache": "cache",
+    "convert": "convert",
+    "quantize": "quantize",
+    "check": "check",
+    "info": "info",
+    "evaluate": "evaluate",
+    "bench": "bench",
+}
 
 # As shells report a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
 INTERRUPTED, BROKEN_PIPE = 130, 141
@@ -32,7 +39,7 @@ class Commands(click.Group):
             return None
         if problem := backend.missing():
             raise click.ClickException(problem)
-        return import_module(f"mlx_kimi.cli.{name}").command
+        return import_module(f"mlx_kimi.cli.{COMMANDS[name]}").command
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         _open_closed_streams()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mlx_kimi.checkpoint.config import ModelConfig, Quantization
+from mlx_kimi.checkpoint.fields import read_json
 from mlx_kimi.checkpoint.files import INDEX
 from mlx_kimi.checkpoint.hub import BESIDE_WEIGHTS
+from mlx_kimi.convert.quantize import Scheme
 from mlx_kimi.errors import KimiError
 
 # Fields of ModelConfig that config.json spells otherwise.
@@ -24,7 +27,7 @@ _NOT_PUBLISHED = {
 
 
 def small_files(source: Path) -> dict[str, bytes]:
-    """What describes a model beside its weights, by name; the order is always the same.
+    """The files that describe a model beside its weights, by name, always in the same order.
 
     Raises:
         KimiError: a file cannot be read.
@@ -37,26 +40,37 @@ def small_files(source: Path) -> dict[str, bytes]:
 
 
 def copied_files(small: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Of those the files that go along with the weights as they are."""
+    """Those of the `small_files` that are copied as they are."""
     return {name: small[name] for name in BESIDE_WEIGHTS if name in small}
 
 
-def converted_config(
-    written: Mapping[str, Any],
+def refuse_changed(source: Path, small: Mapping[str, bytes]) -> None:
+    """Check that the small files are what they were.
+
+    Raises:
+        KimiError: one changed.
+    """
+    if small_files(source) != small:
+        raise KimiError(f"{source}: its config.json or tokenizer was changed while it was opened")
+
+
+def result_config(
+    source: Path,
     config: ModelConfig,
+    scheme: Scheme | None,
     dtype: str | None,
-    default: Quantization | None,
-    overrides: Mapping[str, Quantization],
-) -> dict[str, Any]:
+    quantizations: Mapping[str, Quantization],
+) -> bytes:
     """The config.json of the result, which mlx-lm reads as well.
 
     Args:
-        written: the source's.
+        source: the folder with the source's config.json.
         config: the same, understood.
-        dtype: what unquantized tensors became, None if they stayed as they were.
-        default: how matrices are quantized, None if they are not.
-        overrides: modules that are quantized in another way.
+        scheme: how matrices are quantized, None if they are not.
+        dtype: what unquantized tensors become, None if they stay as they are.
+        quantizations: how each quantized module is stored, by its path.
     """
+    written = read_json(source / "config.json")
     given = {name: value for name, value in written.items() if value is not None}
     result = {**written, **_published_fields(config, given), **given}
     linear = result["linear_attn_config"]
@@ -65,9 +79,9 @@ def converted_config(
         result |= {name: dtype for name in ("dtype", "torch_dtype") if name in result}
     for name in ("quantization", "quantization_config"):
         result.pop(name, None)
-        if default is not None:
-            result[name] = _quantization(default, overrides)
-    return dict(sorted(result.items()))
+        if scheme is not None:
+            result[name] = _quantization(scheme.default, quantizations)
+    return (json.dumps(dict(sorted(result.items())), indent=4) + "\n").encode()
 
 
 def _published_fields(config: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,12 +122,16 @@ def _linear_attn_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _quantization(default: Quantization, overrides: Mapping[str, Quantization]) -> dict[str, Any]:
+def _quantization(
+    default: Quantization, quantizations: Mapping[str, Quantization]
+) -> dict[str, Any]:
+    """The default, and the modules that are quantized in another way."""
     result: dict[str, Any] = {
         "group_size": default.group_size,
         "bits": default.bits,
         "mode": default.mode,
     }
+    overrides = {path: other for path, other in quantizations.items() if other != default}
     for path, other in sorted(overrides.items()):  # always affine, which is the default there
         result[path] = {"group_size": other.group_size, "bits": other.bits}
     return result

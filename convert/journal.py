@@ -1,4 +1,4 @@
-"""How far a conversion came, in a file that is right whenever the power goes."""
+"""How far a conversion came: a file that survives a power cut."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mlx_kimi.durable import sync
 
 
 class Journal:
-    """Records, each a line with its CRC-32. What follows a torn line does not count.
+    """Records, each a line with its CRC-32. A torn line and all after it do not count.
 
-    Whoever has it open holds its lock, which the system takes back from a process that dies.
+    A process that has it open holds its lock; the system releases the lock of one that dies.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open it, or make it, and cut off what is torn.
+        """Open or make it, and cut off a torn line and what follows.
 
         Raises:
             BlockingIOError: another process has it open.
@@ -57,7 +57,7 @@ class Journal:
             return False
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         self._file.close()
 
     def _read(self) -> list[dict[str, Any]]:

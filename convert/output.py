@@ -1,38 +1,33 @@
-"""The files of the result: rows put at their places, and recorded once they are safe."""
+"""The files of the result: rows put at their places, and recorded once they are on the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO
 
+from mlx_kimi.convert.blocks import RowBlock
 from mlx_kimi.convert.partial import Partial, Position
-from mlx_kimi.convert.shards import Part, Shard
+from mlx_kimi.convert.shards import Shard
 from mlx_kimi.durable import sync
 
 SYNC = 64 * 2**20  # bytes of source between two records: what a power cut costs at most
 
-
-@dataclass(frozen=True)
-class Rows:
-    """A block as it is written."""
-
-    first_row: int  # of its tensor, flattened to [rows, last axis]
-    parts: Sequence[tuple[Part, memoryview]]
-    source_bytes: int  # that it was made of
-    position: Position  # once it is written
+# A block, and what became of it: the data of each tensor of the result, by its name.
+Converted = tuple[RowBlock, Mapping[str, memoryview]]
 
 
 class Output:
-    """Writes rows in the order of the work. One thread at a time may use it."""
+    """Writes blocks in the order of the work. One thread at a time may use it."""
 
     def __init__(self, partial: Partial, shards: Sequence[Shard]) -> None:
         self._partial = partial
-        self._shards = {part.name: shard for shard in shards for part in shard.parts}
+        self._places = {
+            tensor.name: (shard, tensor) for shard in shards for tensor in shard.tensors
+        }
         self._position = partial.position
-        self._unsafe = 0  # bytes of source since the last record
+        self._unrecorded = 0  # bytes of source since the last record
         self._files: dict[str, BinaryIO] = {}  # written to since then
         self._open = ExitStack()
 
@@ -44,8 +39,8 @@ class Output:
     ) -> None:
         self._open.close()
 
-    def write(self, rows: Rows) -> int:
-        """Write a block, and record what is written whenever that is enough.
+    def write(self, converted: Converted) -> int:
+        """Write the block that comes next, and make a record after every SYNC bytes.
 
         Returns:
             The bytes of source that it was made of.
@@ -53,17 +48,18 @@ class Output:
         Raises:
             OSError: the disk fails or is full.
         """
-        for part, data in rows.parts:
-            shard = self._shards[part.name]
-            shard.write_rows(self._file(shard), part, rows.first_row, data)
-        self._position = rows.position
-        self._unsafe += rows.source_bytes
-        if self._unsafe >= SYNC:
+        block, arrays = converted
+        for name, data in arrays.items():
+            shard, tensor = self._places[name]
+            shard.write_rows(self._file(shard), tensor, block.first_row, data)
+        self._position = _after(self._position, block)
+        self._unrecorded += block.nbytes
+        if self._unrecorded >= SYNC:
             self.record()
-        return rows.source_bytes
+        return block.nbytes
 
     def record(self) -> None:
-        """Sync what was written since the last record, and then record it: it counts from now on.
+        """Sync what was written since the last record, then record it: from now on it counts.
 
         Raises:
             OSError: the disk fails or is full.
@@ -75,7 +71,7 @@ class Output:
         for path in paths:
             sync(path)
         self._partial.record(self._position, paths)
-        self._files, self._unsafe = {}, 0
+        self._files, self._unrecorded = {}, 0
 
     def _file(self, shard: Shard) -> BinaryIO:
         """The file as it is, or new; its name and its header are safe with the next record."""
@@ -87,3 +83,11 @@ class Output:
             file.write(shard.header)
             self._files[shard.file] = file
         return self._files[shard.file]
+
+
+def _after(position: Position, block: RowBlock) -> Position:
+    """The position behind `block`, which begins at `position`."""
+    rows = block.skip + block.rows
+    if rows < block.source.rows:
+        return Position(position.step, rows)
+    return Position(position.step + 1, 0)

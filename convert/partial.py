@@ -1,7 +1,10 @@
-"""A result that is not whole yet: a folder beside OUT, taken up again by the next run.
+"""A result that is not whole yet: a folder beside OUT, which the next run goes on with.
 
-`OUT.partial` holds the journal and `model`, which is renamed to OUT when all is written and synced;
-and `source`, where weights lie that are downloaded one file at a time.
+`OUT.partial` holds three things:
+
+- `journal`: what was asked for, and how far the work came;
+- `model`: what is written so far, renamed to OUT when all of it is written and synced;
+- `source`: files of weights that were downloaded and are not converted yet.
 """
 
 from __future__ import annotations
@@ -18,12 +21,17 @@ from mlx_kimi.convert.request import Request, difference
 from mlx_kimi.durable import sync
 from mlx_kimi.errors import KimiError
 
-JOURNAL, MODEL, SOURCE = "journal", "model", "source"
+JOURNAL, MODEL, DOWNLOADS = "journal", "model", "source"
 
 
 def partial_of(out: Path) -> Path:
     """Where the result lies until it is whole."""
     return out.with_name(out.name + ".partial")
+
+
+def downloads_of(out: Path) -> Path:
+    """Where files of the source lie that are downloaded one at a time."""
+    return partial_of(out) / DOWNLOADS
 
 
 def interrupted_request(out: Path) -> Request | None:
@@ -32,7 +40,7 @@ def interrupted_request(out: Path) -> Request | None:
 
 
 def begun_otherwise(out: Path, changed: str) -> str:
-    """The refusal to go on with another request; `changed` as of `difference`."""
+    """The error for another request than the interrupted one; `changed` is of `difference`."""
     return (
         f"{partial_of(out)}: a conversion begun with {changed}; "
         "repeat it as it was begun, or delete that folder to begin anew"
@@ -41,58 +49,66 @@ def begun_otherwise(out: Path, changed: str) -> str:
 
 @dataclass(frozen=True)
 class Position:
-    """How far the work came: all steps before `step`, and the first `rows` rows of that."""
+    """How far the work came: all steps before number `step`, and `rows` rows of that one."""
 
     step: int
     rows: int
 
 
 class Partial:
-    """What is written so far."""
+    """The part of a result that is written."""
 
     def __init__(self, out: Path, journal: Journal, asked: Request) -> None:
-        self._out, self._journal = out, journal
+        self.out, self._journal = out, journal
         self.folder = partial_of(out) / MODEL
         if len(journal.records) > 1:
             self._go_on(asked)
         else:  # nothing that was written counts
             shutil.rmtree(self.folder, ignore_errors=True)
             if journal.records != [asked]:
-                shutil.rmtree(partial_of(out) / SOURCE, ignore_errors=True)
+                shutil.rmtree(downloads_of(out), ignore_errors=True)
             journal.restart(asked)
             self.folder.mkdir()
             sync(self.folder.parent)
             sync(out.parent)
+        # Left by killed processes: no download of huggingface_hub goes on with them.
+        for path in downloads_of(out).rglob("*.incomplete"):
+            path.unlink()
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing of it counts."""
+        """Whether no record says that anything is written."""
         return len(self._journal.records) == 1
 
     @property
     def position(self) -> Position:
-        """Up to where it counts."""
+        """How far the last record came."""
         if self.is_empty:
             return Position(0, 0)
         last = self._journal.records[-1]
         return Position(last["step"], last["rows"])
 
+    @property
+    def downloaded_bytes(self) -> int:
+        """The size of the source's files that were downloaded before."""
+        return sum(path.stat().st_size for path in downloads_of(self.out).glob("*.safetensors"))
+
     def record(self, position: Position, files: Sequence[Path]) -> None:
-        """So much is written, the last of it to `files`, and the caller has synced them."""
+        """Record that the work is at `position`; the caller has synced `files`, written since."""
         sizes = {path.name: path.stat().st_size for path in files}
         self._journal.append({"step": position.step, "rows": position.rows, "files": sizes})
 
     def publish(self) -> None:
-        """Make it OUT, when the weights are recorded and the other files written."""
+        """Rename it to OUT, once the weights are recorded and the other files written."""
         for path in sorted(self.folder.iterdir()):
             sync(path)
         sync(self.folder)
-        self.folder.rename(self._out)
-        sync(self._out.parent)
+        self.folder.rename(self.out)
+        sync(self.out.parent)
 
     def _go_on(self, asked: Request) -> None:
         if changed := difference(self._journal.records[0], asked):
-            raise KimiError(begun_otherwise(self._out, changed))
+            raise KimiError(begun_otherwise(self.out, changed))
         sizes: dict[str, int] = {}
         for record in self._journal.records[1:]:
             sizes |= record["files"]
@@ -105,11 +121,11 @@ class Partial:
 
 
 @contextmanager
-def opened(out: Path, asked: Request) -> Iterator[Partial]:
-    """The partial result of `out`, new or taken up again, for one process at a time.
+def open_partial(out: Path, asked: Request) -> Iterator[Partial]:
+    """The partial result of `out`, new or of an interrupted run, for one process at a time.
 
-    After the block it is gone, having been published. After an error or Ctrl-C it is kept if
-    anything of it counts or a file was downloaded, and an error says so.
+    After the block it is renamed to `out`. After an error or Ctrl-C it is kept if anything is
+    recorded or a file was downloaded, and the error says so.
 
     Raises:
         KimiError: `out` exists, another process is at it, it was begun with another request, it is
@@ -126,7 +142,7 @@ def opened(out: Path, asked: Request) -> Iterator[Partial]:
     except (KimiError, OSError) as error:
         raise KimiError(_in_words(error, out, journal)) from None
     finally:
-        if published or not _is_worth_keeping(folder, journal):
+        if published or not _is_worth_keeping(out, journal):
             shutil.rmtree(folder, ignore_errors=True)
         journal.close()
 
@@ -135,7 +151,7 @@ def _in_words(error: KimiError | OSError, out: Path, journal: Journal) -> str:
     text = str(error)
     if isinstance(error, OSError):
         text = f"{error.filename or out}: {error.strerror or error}"
-    kept = _is_worth_keeping(partial_of(out), journal)
+    kept = _is_worth_keeping(out, journal)
     if isinstance(error, OSError) and not kept:
         return f"{text}; nothing of the conversion is kept"
     if not kept or str(partial_of(out)) in text:
@@ -143,15 +159,15 @@ def _in_words(error: KimiError | OSError, out: Path, journal: Journal) -> str:
     return f"{text}; {partial_of(out)} keeps what is done"
 
 
-def _is_worth_keeping(folder: Path, journal: Journal) -> bool:
-    return len(journal.records) > 1 or any((folder / SOURCE).glob("*.safetensors"))
+def _is_worth_keeping(out: Path, journal: Journal) -> bool:
+    return len(journal.records) > 1 or any(downloads_of(out).glob("*.safetensors"))
 
 
 def check_out(out: Path) -> None:
-    """Refuse what exists, and what could not be made.
+    """Refuse an `out` that exists or cannot be made.
 
     Raises:
-        KimiError: so it is.
+        KimiError: it exists, or its parent is no folder.
     """
     folder = partial_of(out)
     if os.path.lexists(out):

@@ -1,4 +1,4 @@
-"""Work done in a thread of its own, a bounded number of items ahead of who takes the results."""
+"""A `map` that runs in a thread of its own, a bounded number of items ahead of its caller."""
 
 from __future__ import annotations
 

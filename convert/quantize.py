@@ -95,7 +95,7 @@ class Scheme:
     rules: tuple[Rule, ...]
 
     def asked_for(self, tensor: Tensor, config: ModelConfig) -> Quantization | None:
-        """The quantization meant for `tensor`, whether or not its width allows it."""
+        """The quantization that the rules give `tensor`, whether or not its width allows it."""
         if not tensor.matrix:
             return None
         for rule in self.rules:

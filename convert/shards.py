@@ -16,8 +16,8 @@ MAX_SHARD = 5 * 10**9  # bytes, what the hub advises
 
 
 @dataclass(frozen=True)
-class Part:
-    """One tensor of an output file."""
+class OutputTensor:
+    """One tensor of the result's files."""
 
     name: str
     dtype: str  # as safetensors spells it
@@ -29,25 +29,26 @@ class Part:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one step of all axes but the last."""
+        """Bytes of one row, the tensor being flattened to [rows, last axis]."""
         return self.shape[-1] * DTYPES[self.dtype].size
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: parts in the order in which they lie in it."""
+    """One file of the result: its tensors in the order in which they lie in it."""
 
     file: str
-    parts: tuple[Part, ...]
+    tensors: tuple[OutputTensor, ...]
 
     @cached_property
     def header(self) -> bytes:
         """The length and the JSON that a safetensors file begins with, padded to 8 bytes."""
         entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
         end = 0
-        for part in self.parts:
-            span = [end, end + part.nbytes]
-            entries[part.name] = {"dtype": part.dtype, "shape": part.shape, "data_offsets": span}
+        for tensor in self.tensors:
+            span = [end, end + tensor.nbytes]
+            entry = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": span}
+            entries[tensor.name] = entry
             end = span[1]
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -55,37 +56,39 @@ class Shard:
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """Where each part begins in the file."""
+        """Where each tensor begins in the file."""
         end, starts = len(self.header), {}
-        for part in self.parts:
-            starts[part.name] = end
-            end += part.nbytes
+        for tensor in self.tensors:
+            starts[tensor.name] = end
+            end += tensor.nbytes
         return starts
 
     @property
     def nbytes(self) -> int:
         """The size of the whole file."""
-        return len(self.header) + sum(part.nbytes for part in self.parts)
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
 
-    def write_rows(self, file: BinaryIO, part: Part, first_row: int, rows: memoryview) -> None:
-        """Write whole rows of `part`, flattened to [rows, last axis], at their place."""
-        file.seek(self.offsets[part.name] + first_row * part.row_bytes)
+    def write_rows(
+        self, file: BinaryIO, tensor: OutputTensor, first_row: int, rows: memoryview
+    ) -> None:
+        """Write whole rows of `tensor`, flattened to [rows, last axis], at their place."""
+        file.seek(self.offsets[tensor.name] + first_row * tensor.row_bytes)
         file.write(rows)
 
 
-def lay_out(modules: Sequence[Sequence[Part]], limit: int = MAX_SHARD) -> list[Shard]:
-    """Shards of at most `limit` bytes of data, in order; a module's parts are never separated.
+def lay_out(modules: Sequence[Sequence[OutputTensor]], limit: int = MAX_SHARD) -> list[Shard]:
+    """Shards of at most `limit` bytes of data, in order; a module's tensors are never separated.
 
     A module that is larger by itself gets a shard by itself. Names are mlx-lm's.
     """
-    runs: list[list[Part]] = [[]]
+    runs: list[list[OutputTensor]] = [[]]
     size = 0
-    for parts in modules:
-        nbytes = sum(part.nbytes for part in parts)
+    for tensors in modules:
+        nbytes = sum(tensor.nbytes for tensor in tensors)
         if runs[-1] and size + nbytes > limit:
             runs.append([])
             size = 0
-        runs[-1].extend(parts)
+        runs[-1].extend(tensors)
         size += nbytes
     if len(runs) == 1:
         return [Shard("model.safetensors", tuple(runs[0]))]
@@ -97,8 +100,8 @@ def lay_out(modules: Sequence[Sequence[Part]], limit: int = MAX_SHARD) -> list[S
 
 def write_index(folder: Path, shards: Sequence[Shard], parameters: int) -> None:
     """Write the file that says which shard holds which tensor."""
-    weight_map = {part.name: shard.file for shard in shards for part in shard.parts}
-    total_size = sum(part.nbytes for shard in shards for part in shard.parts)
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    total_size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     index = {
         "metadata": {"total_size": total_size, "total_parameters": parameters},
         "weight_map": dict(sorted(weight_map.items())),

@@ -9,64 +9,69 @@ import numpy as np
 
 from mlx_kimi.checkpoint.config import Quantization
 from mlx_kimi.checkpoint.files import DTYPES
-from mlx_kimi.checkpoint.hub_weights import HubWeights
-from mlx_kimi.convert.blocks import Block, Source
-from mlx_kimi.convert.output import Output, Rows
+from mlx_kimi.checkpoint.weight_source import WeightSource
+from mlx_kimi.convert.blocks import RowBlock, TensorReader
+from mlx_kimi.convert.output import Converted, Output
 from mlx_kimi.convert.partial import Partial, Position
 from mlx_kimi.convert.pipeline import ahead
-from mlx_kimi.convert.plan import AHEAD, BEHIND, CACHE, block_limit
-from mlx_kimi.convert.shards import Shard
-from mlx_kimi.convert.steps import Step, by_file
+from mlx_kimi.convert.plan import AHEAD, BEHIND, CACHE, ConversionPlan, block_limit
 from mlx_kimi.errors import KimiError
 
 Progress = Callable[[int, int], None]  # (bytes read, bytes to read)
-Numbered = tuple[int, Block]  # with the number of its step
 
 
 def write_weights(
     partial: Partial,
-    shards: Sequence[Shard],
-    steps: Sequence[Step],
-    source: Source,
+    plan: ConversionPlan,
+    source: WeightSource,
+    reader: TensorReader,
     progress: Progress,
-    hub: HubWeights | None = None,
 ) -> None:
-    """Write what `partial` does not have yet. A record follows the sync of what it stands for.
+    """Write what `partial` does not have yet.
 
-    With `hub`, a file of the source is downloaded when its turn comes, and deleted when all that
-    was made of it is recorded.
+    A file of the source is fetched when its turn comes, and released when it is converted. A
+    record follows the sync of what it stands for.
     """
-    total = sum(source.nbytes(step.piece) for step in steps)
-    begin = partial.position
-    left = sum(block.source_bytes for _, block in _blocks(steps, range(len(steps)), begin, source))
-    done = total - left
+    total, begin = plan.source_bytes, partial.position
+    everything = _blocks(plan, range(len(plan.steps)), begin, reader)
+    done = total - sum(block.nbytes for block in everything)
 
-    def advance(source_bytes: int) -> None:
+    def advance(nbytes: int) -> None:
         nonlocal done
-        done += source_bytes
+        done += nbytes
         progress(done, total)
 
-    kept = mx.set_cache_limit(CACHE)
+    cache_limit = mx.set_cache_limit(CACHE)
     try:
-        with Output(partial, shards) as output:
-            for file, numbers in by_file(steps):
-                if hub and numbers.stop > begin.step:
-                    hub.fetch(file)
-                blocks = list(_blocks(steps, numbers, begin, source))
-                _convert_file(steps, blocks, source, output, advance)
-                source.close(file)
-                if hub:
-                    output.record()
-                    hub.delete(file)
+        with Output(partial, plan.shards) as output:
+            for file, numbers in plan.by_file():
+                if numbers.stop > begin.step:
+                    source.fetch(file)
+                blocks = list(_blocks(plan, numbers, begin, reader))
+                _convert_blocks(plan, blocks, reader, output, advance)
+                reader.close(file)
+                source.release(file, output.record)
             output.record()
     finally:
-        mx.set_cache_limit(kept)
+        mx.set_cache_limit(cache_limit)
 
 
-def _convert_file(
-    steps: Sequence[Step],
-    blocks: Sequence[Numbered],
-    source: Source,
+def _blocks(
+    plan: ConversionPlan, numbers: range, begin: Position, reader: TensorReader
+) -> Iterator[RowBlock]:
+    """The blocks of the steps with these numbers, less what is written already."""
+    for number in numbers:
+        if number < begin.step:
+            continue
+        step = plan.steps[number]
+        skip = begin.rows if number == begin.step else 0
+        yield from reader.blocks(step, skip, block_limit(plan.of(step).quantization))
+
+
+def _convert_blocks(
+    plan: ConversionPlan,
+    blocks: Sequence[RowBlock],
+    reader: TensorReader,
     output: Output,
     advance: Callable[[int], None],
 ) -> None:
@@ -75,55 +80,33 @@ def _convert_file(
     One thread reads, this one converts, and one writes, each a bounded number of blocks apart.
     """
 
-    def converted(numbered: Numbered, read: np.ndarray) -> Rows:
-        return _converted(steps, numbered, read, source)
+    def converted(block: RowBlock, values: np.ndarray) -> Converted:
+        return _converted(plan, block, values, reader)
 
     with (
-        ahead(source.read, (block for _, block in blocks), AHEAD) as values,
-        ahead(output.write, map(converted, blocks, values), BEHIND) as written,
+        ahead(reader.read, blocks, AHEAD) as read,
+        ahead(output.write, map(converted, blocks, read), BEHIND) as written,
     ):
-        for source_bytes in written:
-            advance(source_bytes)
+        for nbytes in written:
+            advance(nbytes)
 
 
-def _blocks(
-    steps: Sequence[Step], numbers: range, begin: Position, source: Source
-) -> Iterator[Numbered]:
-    """The blocks of some steps, less what is written already."""
-    for number in numbers:
-        if number < begin.step:
-            continue
-        skip = begin.rows if number == begin.step else 0
-        step = steps[number]
-        limit = block_limit(step.plan.quantization)
-        for block in source.blocks(step.piece, skip, limit):
-            yield number, block
-
-
-def _converted(steps: Sequence[Step], numbered: Numbered, read: np.ndarray, source: Source) -> Rows:
-    """A block as it is written."""
-    number, block = numbered
-    plan = steps[number].plan
-    stored = source.rows(block, read)
-    rows = stored.astype(DTYPES[plan.dtype])
-    _check_finite(block, stored, rows, source)
-    arrays = [mx.contiguous(array) for array in _stored(rows, plan.quantization)]
+def _converted(
+    plan: ConversionPlan, block: RowBlock, values: np.ndarray, reader: TensorReader
+) -> Converted:
+    """Convert a block from the values that were read."""
+    tensor_plan = plan.of(block.source)
+    stored = reader.rows(block, values)
+    rows = stored.astype(DTYPES[tensor_plan.dtype])
+    _check_finite(block, stored, rows)
+    arrays = [mx.contiguous(array) for array in _quantized(rows, tensor_plan.quantization)]
     mx.eval(arrays)
-    return Rows(
-        first_row=block.first_row,
-        parts=list(zip(plan.parts, map(memoryview, arrays), strict=True)),  # type: ignore[arg-type]
-        source_bytes=block.source_bytes,
-        position=_after(number, block),
-    )
+    names = [output.name for output in tensor_plan.outputs]
+    return block, dict(zip(names, map(memoryview, arrays), strict=True))  # type: ignore[arg-type]
 
 
-def _after(number: int, block: Block) -> Position:
-    rows = block.skip + block.rows
-    return Position(number, rows) if rows < block.piece.rows else Position(number + 1, 0)
-
-
-def _stored(rows: mx.array, quantization: Quantization | None) -> Sequence[mx.array]:
-    """[rows, in] as it is written: packed, scales and (in affine mode) biases, or itself.
+def _quantized(rows: mx.array, quantization: Quantization | None) -> Sequence[mx.array]:
+    """[rows, in] -> packed weights, scales and (in affine mode) biases; or itself.
 
     A group lies within a row, so that a matrix quantized in blocks of rows is the same.
     """
@@ -137,12 +120,14 @@ def _stored(rows: mx.array, quantization: Quantization | None) -> Sequence[mx.ar
     )
 
 
-def _check_finite(block: Block, stored: mx.array, rows: mx.array, source: Source) -> None:
+def _check_finite(block: RowBlock, stored: mx.array, rows: mx.array) -> None:
     # The sum is five times as fast, and finite unless an element is not or very many are huge.
     if mx.isfinite(mx.sum(rows)).item() or mx.all(mx.isfinite(rows)).item():
         return
-    name, file = block.piece.name, source.file(block.piece)
+    source = block.source
     if mx.all(mx.isfinite(stored)).item():
         dtype = str(rows.dtype).removeprefix("mlx.core.")
-        raise KimiError(f"{file}: {name} has values beyond {dtype}; choose another dtype")
-    raise KimiError(f"{file}: {name} holds NaN or infinity")
+        raise KimiError(
+            f"{source.file}: {source.name} has values beyond {dtype}; choose another dtype"
+        )
+    raise KimiError(f"{source.file}: {source.name} holds NaN or infinity")

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_kimi.errors import KimiError
 
-Json = Any
+Json = Any  # what json.dumps takes
 FILE_BYTES = 64 << 20  # the published tiktoken.model has 2.8 MB
 
 
@@ -59,4 +59,6 @@ def _object_without_doubles(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 def shown(value: Json) -> str:
     """A value in an error: short, on one line."""
     text = repr(value)
+    if not text.isprintable():  # of an object that JSON does not know
+        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= 60 else text[:60] + "…"

@@ -21,10 +21,10 @@ from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.session import Session, read_text
 from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.chat.tool_calls import Call
-from mlx_kimi.cli import chat
-from mlx_kimi.cli.chat_input import PipedLines
-from mlx_kimi.cli.chat_loop import Loop
-from mlx_kimi.cli.chat_screen import PlainScreen
+from mlx_kimi.cli.chat import command as chat
+from mlx_kimi.cli.chat.input import PipedLines
+from mlx_kimi.cli.chat.loop import Loop
+from mlx_kimi.cli.chat.screen import PlainScreen
 from mlx_kimi.text.tokenizer import load_tokenizer
 
 LEFT, BACKSPACE, ALT_B = "\x1b[D", "\x7f", "\x1bb"

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from mlx_kimi.cli import show
-from mlx_kimi.cli.chat_markdown import Block, Blocks
-from mlx_kimi.cli.chat_screen import TerminalScreen, _GrowingAnswer, _whole
+from mlx_kimi.cli.chat.markdown import MarkdownBlock, MarkdownBlocks
+from mlx_kimi.cli.chat.screen import TerminalScreen, _GrowingAnswer, _whole
 from mlx_kimi.generation.answer import Chunk, Stats
 
 TEXT = """\
@@ -55,7 +55,7 @@ def pieces(text: str, rng: Random) -> Iterator[str]:
 
 
 def split(text: str, rng: Random) -> list[str]:
-    blocks = Blocks()
+    blocks = MarkdownBlocks()
     final = [block for piece in pieces(text, rng) for block in blocks.add(piece)]
     return [*final, blocks.pending]
 
@@ -114,7 +114,7 @@ def rendered(blocks: list[str], width: int) -> list[str]:
     for number, block in enumerate(blocks):
         if number:
             console.print()
-        console.print(Block(block))
+        console.print(MarkdownBlock(block))
     return [line.rstrip() for line in console.file.getvalue().split("\n")]
 
 
@@ -173,7 +173,7 @@ def test_ctrl_c_never_falls_into_a_drawing() -> None:
 
 def test_lines_have_no_padding_that_a_narrower_terminal_would_wrap() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
-    console.print(Block(TEXT))
+    console.print(MarkdownBlock(TEXT))
     lines = console.file.getvalue().split("\n")
     assert max(map(len, lines)) > 60 and all(line == line.rstrip() for line in lines)
 

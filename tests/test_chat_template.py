@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizer_files import write_json
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -394,7 +395,11 @@ def test_the_mark_is_in_no_text() -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [({1: "x"}, "keys must be strings, but one is 1"), (b"x", "must be JSON, but one is b'x'")],
+    [
+        ({1: "x"}, "keys must be strings, but one is 1"),
+        (b"x", "must be JSON, but one is b'x'"),
+        (np.eye(2), r"must be JSON, but one is array\(\[\[1., 0.\], \[0., 1.\]\]\)$"),
+    ],
 )
 def test_data_must_be_json(value: Any, expected: str) -> None:
     with pytest.raises(KimiError, match=expected):

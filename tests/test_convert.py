@@ -30,7 +30,7 @@ from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
 from mlx_kimi.checkpoint.files import INDEX, Checkpoint
 from mlx_kimi.cli.main import cli
 from mlx_kimi.convert import blocks
-from mlx_kimi.convert.convert import Report, convert
+from mlx_kimi.convert.convert import Summary, convert
 from mlx_kimi.convert.quantize import RECIPES, scheme
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.load import load_model
@@ -226,7 +226,7 @@ def test_every_mode_loads_here_and_in_mlx_lm(
     report = convert(source, tmp_path / "out", scheme(mode, bits, group_size))
     ids = mx.array(token_ids(EVEN, 12))[None]
     assert_close("logits", load_model(tmp_path / "out")(ids), mlx_lm(tmp_path / "out")(ids), SAME)
-    assert {tensor.shape[-1] % group_size for tensor in report.refused} <= {64}
+    assert {tensor.shape[-1] % group_size for tensor in report.kept_unquantized} <= {64}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -252,10 +252,10 @@ def test_a_width_that_the_group_does_not_divide_stays_unquantized(
     folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     report = convert(folder("odd"), tmp_path / "out", scheme(group_size=32))
-    widths = {tensor.module.split(".")[-1]: tensor.shape[-1] for tensor in report.refused}
+    widths = {tensor.module.split(".")[-1]: tensor.shape[-1] for tensor in report.kept_unquantized}
     assert widths == {"embed_q": 40, "unembed_out": 48, "o_proj": 280, "down_proj": 144}
     stored = Checkpoint(tmp_path / "out")
-    for tensor in report.refused:
+    for tensor in report.kept_unquantized:
         assert stored.tensors[tensor.name].dtype == "F32"
         assert f"{tensor.module}.scales" not in stored
     assert np.isfinite(logits(tmp_path / "out", ODD)).all()
@@ -708,7 +708,7 @@ def test_memory_is_a_few_blocks(tmp_path: Path, dtype: str) -> None:
 
 def test_the_report_counts(source: Path, tmp_path: Path) -> None:
     report = convert(source, tmp_path / "out", scheme())
-    assert isinstance(report, Report)
+    assert isinstance(report, Summary)
     assert report.out_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert report.source_bytes == sum(p.stat().st_size for p in source.glob("*.safetensors"))
     weights = sum(

@@ -20,18 +20,16 @@ from hub import NAME, Hub, serving
 from terminal import Terminal
 
 from mlx_kimi.checkpoint.config import ModelConfig
-from mlx_kimi.checkpoint.files import Checkpoint
-from mlx_kimi.checkpoint.tensors import tensors
+from mlx_kimi.checkpoint.hub_weights import HubWeights
+from mlx_kimi.checkpoint.weight_source import FolderWeights
 from mlx_kimi.cli.main import cli
 from mlx_kimi.convert import output
-from mlx_kimi.convert.blocks import Source
+from mlx_kimi.convert.blocks import TensorReader
 from mlx_kimi.convert.convert import convert
-from mlx_kimi.convert.partial import opened
-from mlx_kimi.convert.plan import plan_of
+from mlx_kimi.convert.partial import open_partial
+from mlx_kimi.convert.plan import plan_conversion
 from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.convert.request import request
-from mlx_kimi.convert.shards import lay_out
-from mlx_kimi.convert.steps import by_file, steps_of
 from mlx_kimi.convert.write import write_weights
 from mlx_kimi.durable import sync
 
@@ -171,15 +169,17 @@ def test_a_file_is_deleted_only_when_all_that_was_made_of_it_is_recorded(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What happens in which order, with the folder for a hub that downloads nothing."""
-    config, checkpoint = ModelConfig.read(repository), Checkpoint(repository)
-    source = Source(checkpoint, config, repository)
-    plans = [plan_of(tensor, source, config, scheme(), None) for tensor in tensors(config)]
-    steps = steps_of(plans, source)
-    ends = {file: numbers.stop for file, numbers in by_file(steps)}
+    source = FolderWeights(repository)
+    reader = TensorReader(source.checkpoint, ModelConfig.read(repository))
+    plan = plan_conversion(reader, scheme(), None, 10**9)
+    ends = {file: numbers.stop for file, numbers in plan.by_file()}
     synced: set[str] = set()
     deleted: list[str] = []
 
-    class Watching:
+    class Watching(HubWeights):
+        def __init__(self) -> None:
+            pass
+
         def fetch(self, file: str) -> None:
             assert len(deleted) == list(ends).index(file)
 
@@ -194,10 +194,9 @@ def test_a_file_is_deleted_only_when_all_that_was_made_of_it_is_recorded(
         synced.add(path.name)
 
     monkeypatch.setattr(output, "sync", synced_now)
-    asked = request(checkpoint, {}, scheme(), None, 10**9)
-    with opened(tmp_path / "out", asked) as partial:
-        shards = lay_out([plan.parts for plan in plans])
-        write_weights(partial, shards, steps, source, lambda done, total: None, Watching())
+    asked = request(source, {}, scheme(), None, 10**9)
+    with open_partial(tmp_path / "out", asked) as partial:
+        write_weights(partial, plan, Watching(), reader, lambda done, total: None)
     assert deleted == list(ends)
 
 

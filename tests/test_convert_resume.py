@@ -14,8 +14,9 @@ from checkpoints import TINY, WIDE, Config, write_checkpoint
 from processes import peak_memory
 
 from mlx_kimi.convert import output, partial
-from mlx_kimi.convert.convert import Preview, convert
+from mlx_kimi.convert.convert import convert
 from mlx_kimi.convert.journal import Journal
+from mlx_kimi.convert.preview import Preview
 from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.errors import KimiError
 
@@ -147,16 +148,16 @@ def test_finished_blocks_are_not_read_again(
 ) -> None:
     before = interrupted(source, tmp_path / "out")[-1]
     seen: list[tuple[int, int]] = []
-    outlooks: list[Preview] = []
+    previews: list[Preview] = []
     convert(
         source,
         tmp_path / "out",
         scheme(),
         progress=lambda done, total: seen.append((done, total)),
-        outlook=outlooks.append,
+        preview=previews.append,
     )
     assert before - output.SYNC <= seen[0][0] and seen[-1][0] == seen[-1][1]
-    assert 0.3 < outlooks[0].left_bytes / outlooks[0].out_bytes < 0.7
+    assert 0.3 < previews[0].left_bytes / previews[0].out_bytes < 0.7
     assert contents(tmp_path / "out") == whole
 
 

@@ -71,7 +71,7 @@ def test_8_bits_change_logits_little_more_than_bfloat16_does(
     one for some tokens, whatever the error's origin.
     """
     model: KimiLinear = request.getfixturevalue(name)
-    text = 4 * (Path(__file__).parents[1] / "convert" / "sample.txt").read_text()
+    text = 4 * (Path(__file__).parents[1] / "convert/report/sample.txt").read_text()
     ids = [i % model.config.vocab_size for i in load_tokenizer(pocket_folder()).encode(text)]
     ids = mx.array([ids[:768]])
     assert ids.size == 768

@@ -23,6 +23,8 @@ ROOMS = (
     ("text", "checkpoint"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+# Rooms of the other layers: each may use the files beside it, and those do not know it.
+SIDE_ROOMS = {"cli": {"chat"}, "convert": {"report"}, "metal_kernels": set[str]()}
 # Run as scripts or entry points, they belong to the command line.
 ENTRY_POINTS = {"__main__.py"}
 
@@ -92,8 +94,12 @@ def against_the_direction(room: str | None, path: Path) -> list[str]:
 
 
 def test_every_folder_is_a_room() -> None:
-    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
-    assert folders == {*LEVEL, *LINKS}
+    assert packages_in(PACKAGE) == {*LEVEL, *LINKS}
+    assert {layer: packages_in(ROOT / layer) for layer in LINKS} == SIDE_ROOMS
+
+
+def packages_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if (path / "__init__.py").is_file()}
 
 
 @pytest.mark.parametrize("room", LEVEL)
@@ -108,8 +114,23 @@ def test_the_root_knows_no_room_but_to_make_names_public() -> None:
             assert not against_the_direction(None, path), path.name
 
 
+def of_a_side_room(layer: str, path: Path) -> list[str]:
+    """What a file of `layer` imports from the layer's rooms without being in them."""
+    inside = path.relative_to(ROOT / layer).parts[0]
+    rooms = tuple(f"mlx_kimi.{layer}.{room}." for room in SIDE_ROOMS[layer] - {inside})
+    return [module for module in imported(path) if f"{module}.".startswith(rooms)]
+
+
+@pytest.mark.parametrize("layer", SIDE_ROOMS)
+def test_a_layers_files_do_not_know_its_rooms(layer: str) -> None:
+    wrong = {path: of_a_side_room(layer, path) for path in (ROOT / layer).rglob("*.py")}
+    assert not {path: modules for path, modules in wrong.items() if modules}
+
+
 def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = () if parts[0] == "mlx_kimi" else ("mlx_kimi",)
+    return ".".join((*package, *parts)).removesuffix(".__init__")
 
 
 def imported_when_run(path: Path) -> set[str]:
@@ -152,10 +173,10 @@ def edges_of(files: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def runtime_imports() -> dict[str, set[str]]:
-    """Of each module in a room what it imports."""
-    return {
-        module_name(path): imported_when_run(path) for room in LEVEL for path in room_files(room)
-    }
+    """Of each module in a room, of the command line and of `convert` what it imports."""
+    rooms = (path for room in LEVEL for path in room_files(room))
+    above = (path for layer in ("cli", "convert") for path in (ROOT / layer).rglob("*.py"))
+    return {module_name(path): imported_when_run(path) for path in (*rooms, *above)}
 
 
 def test_no_circle_of_imports() -> None:
@@ -172,6 +193,22 @@ def test_a_planted_import_is_found(tmp_path: Path) -> None:
     files = runtime_imports()
     files["mlx_kimi.model.kda"] |= imported_when_run(planted)
     assert {"mlx_kimi.model.kda", "mlx_kimi.model.kimi_linear"} <= {*circle(edges_of(files))}
+    planted.write_text("from mlx_kimi.cli.chat import loop\n")
+    files = runtime_imports()
+    files["mlx_kimi.cli.chat.input"] |= imported_when_run(planted)
+    assert {"mlx_kimi.cli.chat.input", "mlx_kimi.cli.chat.loop"} <= {*circle(edges_of(files))}
+
+
+def test_a_planted_import_of_a_side_room_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    (tmp_path / "convert" / "report").mkdir(parents=True)
+    for planted in (tmp_path / "convert/plan.py", tmp_path / "convert/report/quality.py"):
+        planted.write_text("def f():\n    from mlx_kimi.convert.report.slices import read\n")
+        from_outside = planted.name == "plan.py"
+        found = ["mlx_kimi.convert.report.slices.read"] if from_outside else []
+        assert of_a_side_room("convert", planted) == found
 
 
 @of_every_file

@@ -18,12 +18,12 @@ from tokenizer_files import trained_tokens, write_tiktoken
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.cli.main import cli
-from mlx_kimi.convert import quality
-from mlx_kimi.convert.blocks import Source
+from mlx_kimi.convert.blocks import TensorReader
 from mlx_kimi.convert.convert import convert
-from mlx_kimi.convert.layerwise import Layers
-from mlx_kimi.convert.quality import Quality, measure, sample_ids, sample_text
 from mlx_kimi.convert.quantize import scheme
+from mlx_kimi.convert.report import quality
+from mlx_kimi.convert.report.layerwise import Layers
+from mlx_kimi.convert.report.quality import Quality, measure, sample_ids, sample_text
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.evaluate import evaluate
 from mlx_kimi.loading.load import load_model
@@ -35,12 +35,12 @@ LENGTHS = [9, 9, 5]  # the last window is shorter
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor of the small models in several pieces: 2 experts of TINY, 100 ids."""
-    monkeypatch.setattr("mlx_kimi.convert.layerwise.EXPERTS", 2 * 4 * 3 * 64 * 64)
-    monkeypatch.setattr("mlx_kimi.convert.layerwise.ROWS", 100)
-    monkeypatch.setattr("mlx_kimi.convert.distance.BLOCK", 100)
-    monkeypatch.setattr("mlx_kimi.convert.weight_error.PIECE", 1 << 12)
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor of the small models in several slices: 2 experts of TINY, 100 ids."""
+    monkeypatch.setattr("mlx_kimi.convert.report.layerwise.EXPERTS", 2 * 4 * 3 * 64 * 64)
+    monkeypatch.setattr("mlx_kimi.convert.report.layerwise.ROWS", 100)
+    monkeypatch.setattr("mlx_kimi.convert.report.divergence.BLOCK", 100)
+    monkeypatch.setattr("mlx_kimi.convert.report.weight_error.SLICE", 1 << 12)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def ids() -> list[int]:
 
 
 def opened(folder: Path) -> Layers:
-    return Layers(Source(Checkpoint(folder), ModelConfig.read(folder), folder))
+    return Layers(TensorReader(Checkpoint(folder), ModelConfig.read(folder)))
 
 
 def quantized(source: Path, out: Path, bits: int = 4) -> Path:
@@ -265,7 +265,7 @@ def test_interrupted_it_leaves_the_conversion_whole(
     def interrupt(*rest: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_kimi.convert.quality.Layers.run", interrupt)
+    monkeypatch.setattr("mlx_kimi.convert.report.quality.Layers.run", interrupt)
     result = CliRunner().invoke(cli, ["convert", str(talker), str(tmp_path / "out"), "--report"])
     assert result.exit_code == 130 and not result.stdout
     assert "out is whole; the report was not finished" in result.stderr

@@ -7,7 +7,7 @@ from checkpoints import PUBLISHED_48B, TINY
 
 from mlx_kimi.checkpoint.config import ModelConfig, Quantization
 from mlx_kimi.checkpoint.tensors import Tensor, tensors
-from mlx_kimi.convert.plan import Plan
+from mlx_kimi.convert.plan import TensorPlan
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
 
 REAL = ModelConfig.from_json(PUBLISHED_48B)
@@ -28,10 +28,15 @@ def bits(chosen: Scheme, ending: str, config: ModelConfig = REAL) -> list[int | 
 def gigabytes(chosen: Scheme | None) -> float:
     """The size of the 48B's converted weights."""
     plans = (
-        Plan(tensor, "BF16", chosen.asked_for(tensor, REAL) if chosen else None, refused=False)
+        TensorPlan(
+            tensor,
+            "BF16",
+            chosen.asked_for(tensor, REAL) if chosen else None,
+            kept_unquantized=False,
+        )
         for tensor in tensors(REAL)
     )
-    return sum(part.nbytes for plan in plans for part in plan.parts) / 1e9
+    return sum(output.nbytes for plan in plans for output in plan.outputs) / 1e9
 
 
 def test_the_table_has_as_many_weights_as_the_48b() -> None:

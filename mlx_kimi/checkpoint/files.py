@@ -49,11 +49,15 @@ class Header:
 
 
 class Listing(Protocol):
-    """Files of weights that are elsewhere."""
+    """Files of weights that are not in the folder of their index."""
 
     @property
     def files(self) -> Collection[str]:
         """Their names."""
+
+    @property
+    def downloads(self) -> Path:
+        """The folder that each is in while it is read."""
 
     def tensors(self, file: str) -> dict[str, Stored]:
         """What one of them holds."""
@@ -74,10 +78,11 @@ class Checkpoint:
                 tensor is in two files or not in the one that the index names.
         """
         self.folder = folder
+        self._weights_folder = folder if listing is None else listing.downloads
         there = _files(folder) if listing is None else listing.files
         self.weight_map = _weight_map(folder, there)
         self.files = sorted(set(self.weight_map.values())) or _unindexed(folder, there)
-        self.headers: dict[str, Header] = {}  # of the files that were in a folder so far
+        self.headers: dict[str, Header] = {}  # of the files that were there so far
         self.tensors: dict[str, Stored] = {}
         for file in self.files:
             if listing is None:
@@ -102,13 +107,13 @@ class Checkpoint:
         """The file that a tensor which is not there should have been in."""
         return self.weight_map.get(name) or (self.files[0] if len(self.files) == 1 else "any shard")
 
-    def open(self, file: str, use: str, folder: Path | None = None) -> OpenFile:
+    def open(self, file: str, use: str) -> OpenFile:
         """A file to read tensors from, in its own folder or where it was downloaded to.
 
         Raises:
             KimiError: it is no longer the file whose header was read.
         """
-        return OpenFile((folder or self.folder) / file, self.headers[file].version, use)
+        return OpenFile(self._weights_folder / file, self.headers[file].version, use)
 
     def place(self, name: str) -> int:
         """The first byte of a tensor in its file."""

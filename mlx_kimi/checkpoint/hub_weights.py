@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from mlx_kimi.checkpoint.files import Checkpoint, Stored, read_header
 from mlx_kimi.checkpoint.hub import ALL_BUT_WEIGHTS, downloaded, in_one_line
@@ -14,10 +15,12 @@ from mlx_kimi.errors import KimiError
 class HubWeights:
     """One revision of a model. Only files that were downloaded here are ever deleted."""
 
+    deletes = True
+
     def __init__(
         self,
         name: str,
-        folder: Path,
+        downloads: Path,
         revision: str | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
@@ -25,14 +28,14 @@ class HubWeights:
 
         Args:
             name: on the hub.
-            folder: where files of weights are while they are needed; of this model alone.
+            downloads: where files of weights are while they are needed; of this model alone.
             revision: a commit; None is the newest.
             around: entered for each download, which shows its progress on stderr.
 
         Raises:
             KimiError: there is no such model, the hub cannot be reached or says nonsense.
         """
-        self.name, self.folder, self._around = name, folder, around
+        self.name, self.downloads, self._around = name, downloads, around
         with in_one_line(f"{name}: no such folder, and "):
             from huggingface_hub import model_info
 
@@ -45,9 +48,9 @@ class HubWeights:
                 if file.rfilename.endswith(".safetensors") and "/" not in file.rfilename
             }
         with around():
-            self.described = downloaded(name, ALL_BUT_WEIGHTS, self.revision)
+            self.folder = downloaded(name, ALL_BUT_WEIGHTS, self.revision)
         self._headers: dict[str, dict[str, Stored]] = {}
-        self.checkpoint = Checkpoint(self.described, self)
+        self.checkpoint = Checkpoint(self.folder, self)
 
     def tensors(self, file: str) -> dict[str, Stored]:
         """What a file holds, asked for without the rest of it.
@@ -67,7 +70,7 @@ class HubWeights:
         return self._headers[file]
 
     def fetch(self, file: str) -> None:
-        """Have a file in `folder`, whole. One that is there already is not downloaded again.
+        """Have a file in `downloads`, whole. One that is there already is not downloaded again.
 
         Raises:
             KimiError: the download failed, or the file is not what its header on the hub says.
@@ -75,9 +78,9 @@ class HubWeights:
         with self._around(), in_one_line(f"{self.name}: {file}: "):
             from huggingface_hub import hf_hub_download
 
-            hf_hub_download(self.name, file, revision=self.revision, local_dir=self.folder)
+            hf_hub_download(self.name, file, revision=self.revision, local_dir=self.downloads)
         try:
-            found = read_header(self.folder / file)
+            found = read_header(self.downloads / file)
         except KimiError:
             found = None
         if found and found.tensors == self.tensors(file):
@@ -89,19 +92,21 @@ class HubWeights:
                 "and is deleted; the same command downloads it anew"
             )
 
+    def release(self, file: str, record: Callable[[], None]) -> None:
+        """Record what was made of a file, and only then delete it."""
+        record()
+        self.delete(file)
+
     def delete(self, file: str) -> None:
         """Delete what was downloaded of a file."""
-        (self.folder / file).unlink(missing_ok=True)
+        (self.downloads / file).unlink(missing_ok=True)
 
-    def largest(self, files: Collection[str]) -> int:
-        """The size of the largest of some files, in bytes."""
-        return max((self.files[file] for file in files), default=0)
+    def fingerprint(self) -> list[Any]:
+        """The commit, and the sizes of its files."""
+        return [self.revision, self.files]
 
-    def delete_cut_downloads(self) -> None:
-        """Delete what killed processes left; no download of huggingface_hub goes on with it."""
-        for path in self.folder.rglob("*.incomplete"):
-            path.unlink()
+    def size(self, file: str) -> int:
+        return self.files[file]
 
-    def kept_bytes(self) -> int:
-        """The size of the files that are in `folder` from before."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+    def disk_at_once(self, files: Collection[str]) -> int:
+        return max(map(self.size, files), default=0)

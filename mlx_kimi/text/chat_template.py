@@ -6,13 +6,11 @@ people type is kept from becoming a control token in it.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from mlx_kimi.errors import KimiError
-from mlx_kimi.text.control_tokens import shown_line
 from mlx_kimi.text.template_renderer import Renderer
+from mlx_kimi.user_files import Json, shown
 
-Json = Any  # what json.dumps takes
 TEMPLATE_BYTES = 1 << 20  # published templates are below 40 kB
 
 # The format of checkpoint.md for folders that carry no template. Calls and results follow the K2
@@ -152,7 +150,7 @@ def _templates(entry: Json) -> dict[str, str]:
     if isinstance(entry, str):
         return {"default": entry}
     if not isinstance(entry, list):
-        raise KimiError(f"{where} must be a string or a list, but is {shown_line(entry)}")
+        raise KimiError(f"{where} must be a string or a list, but is {shown(entry)}")
     templates = {}
     for number, item in enumerate(entry):
         fields = (item.get("name"), item.get("template")) if isinstance(item, dict) else ()
@@ -186,9 +184,7 @@ def special_tokens(config: Mapping[str, Json]) -> dict[str, Json]:
 def _token_text(key: str, value: Json) -> str:
     text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise KimiError(
-            f"tokenizer_config.json: {key} must be a string, but is {shown_line(value)}"
-        )
+        raise KimiError(f"tokenizer_config.json: {key} must be a string, but is {shown(value)}")
     return text
 
 
@@ -209,11 +205,10 @@ def _check_message(where: str, message: Json) -> None:
     _object(where, message)
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
-        raise KimiError(f"{where}: role must be a string, but is {shown_line(role)}")
+        raise KimiError(f"{where}: role must be a string, but is {shown(role)}")
     if content is not None and not isinstance(content, (str, list, tuple)):
         raise KimiError(
-            f"{where}: content must be a string, null or a list of parts, "
-            f"but is {shown_line(content)}"
+            f"{where}: content must be a string, null or a list of parts, but is {shown(content)}"
         )
     if isinstance(content, (list, tuple)):
         for number, part in enumerate(content):
@@ -221,7 +216,7 @@ def _check_message(where: str, message: Json) -> None:
             if not isinstance(part.get("type"), str):
                 raise KimiError(
                     f"{where}: content[{number}]: type must be a string, "
-                    f"but is {shown_line(part.get('type'))}"
+                    f"but is {shown(part.get('type'))}"
                 )
     for number, call in enumerate(_list(f"{where}: tool_calls", message.get("tool_calls") or [])):
         _object(f"{where}: tool_calls[{number}]", call)
@@ -229,10 +224,10 @@ def _check_message(where: str, message: Json) -> None:
 
 def _list(where: str, value: Json) -> Iterable[Json]:
     if not isinstance(value, (list, tuple)):
-        raise KimiError(f"{where} must be a list, but is {shown_line(value)}")
+        raise KimiError(f"{where} must be a list, but is {shown(value)}")
     return value
 
 
 def _object(where: str, value: Json) -> None:
     if not isinstance(value, Mapping):
-        raise KimiError(f"{where} must be an object, but is {shown_line(value)}")
+        raise KimiError(f"{where} must be an object, but is {shown(value)}")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from mlx_kimi.errors import KimiError
-from mlx_kimi.text.template_renderer import one_line
+from mlx_kimi.user_files import Json, shown
 
-Json = Any  # what json.dumps takes
 TYPED = ("messages", "tools", "documents")  # variables that hold what people and tools wrote
 COMPARED = ("role", "type")  # keys whose values templates compare
 
@@ -157,17 +155,11 @@ def _strings(data: Json) -> Iterator[str]:
     elif isinstance(data, Mapping):
         for name, value in data.items():
             if not isinstance(name, str):
-                raise KimiError(f"messages: keys must be strings, but one is {shown_line(name)}")
+                raise KimiError(f"messages: keys must be strings, but one is {shown(name)}")
             yield name
             yield from _strings(value)
     elif isinstance(data, (list, tuple)):
         for item in data:
             yield from _strings(item)
     elif data is not None and not isinstance(data, (bool, int, float)):
-        raise KimiError(f"messages: values must be JSON, but one is {shown_line(data)}")
-
-
-def shown_line(value: Json) -> str:
-    """A value in an error: short, on one line."""
-    text = one_line(repr(value))
-    return text if len(text) <= 60 else text[:60] + "…"
+        raise KimiError(f"messages: values must be JSON, but one is {shown(data)}")

@@ -12,11 +12,10 @@ import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mlx_kimi.errors import KimiError
+from mlx_kimi.user_files import Json
 
-Json = Any  # what json.dumps takes
 WORKER = Path(__file__).with_name("template_worker.py")
 RENDER_SECONDS = 4.0  # a long chat renders in 0.1 s; a person does not wait longer for an error
 START_SECONDS = 30.0  # Python and jinja2 take 0.2 s to start, far longer beside a loading model

@@ -11,7 +11,7 @@ from rich.segment import Segment
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 
 
-class Blocks:
+class MarkdownBlocks:
     """Splits a growing text at its top-level blocks: paragraphs, lists, tables, code.
 
     Attributes:
@@ -37,7 +37,7 @@ class Blocks:
         return final
 
 
-class Block:
+class MarkdownBlock:
     """A block as it is printed, or its last lines while it grows beyond the screen.
 
     Lines end where their text does: a terminal that is made narrower would wrap padding. Links show

@@ -14,7 +14,7 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
 from mlx_kimi.cli.options import read_text
-from mlx_kimi.convert.quality import (
+from mlx_kimi.convert.report.quality import (
     LayerQuality,
     Quality,
     measure,

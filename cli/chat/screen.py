@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mlx_kimi.cli import show
-from mlx_kimi.cli.chat_markdown import Block, Blocks
+from mlx_kimi.cli.chat.markdown import MarkdownBlock, MarkdownBlocks
 from mlx_kimi.generation.answer import Chunk, Stats
 
 REDRAW_SECONDS = 0.05  # at least, between two drawings of the block that grows
@@ -64,7 +64,7 @@ class PlainScreen:
         return stats
 
     def said(self, text: str) -> None:
-        """Scripts get new answers alone."""
+        """Print nothing: scripts get new answers alone."""
 
     def note(self, text: str) -> None:
         click.echo(show.printable(text), err=True)
@@ -91,7 +91,7 @@ class TerminalScreen:
     def said(self, text: str) -> None:
         text = show.printable(text)
         with _whole():
-            self.console.print(Block(text) if self.markdown else Text(text))
+            self.console.print(MarkdownBlock(text) if self.markdown else Text(text))
 
     def note(self, text: str) -> None:
         with _whole():
@@ -130,7 +130,7 @@ class _GrowingAnswer:
     def __init__(self, console: Console, status: Callable[[Stats], str]) -> None:
         self.stats: Stats | None = None
         self._console, self._status = console, status
-        self._blocks, self._has_blocks, self._below = Blocks(), False, ""
+        self._blocks, self._has_blocks, self._below = MarkdownBlocks(), False, ""
         self._next_drawing = 0.0  # seconds, by the monotonic clock
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
@@ -167,7 +167,7 @@ class _GrowingAnswer:
     def _print(self, block: str) -> None:
         if self._has_blocks:
             self._console.print()
-        self._console.print(Block(block))
+        self._console.print(MarkdownBlock(block))
         self._has_blocks = True
 
     def _draw(self) -> None:
@@ -175,7 +175,11 @@ class _GrowingAnswer:
         parts: list[RenderableType] = []
         if self._blocks.pending.strip():
             height = max(1, self._console.height - ROWS_LEFT)
-            parts += [*([""] if self._has_blocks else []), Block(self._blocks.pending, height), ""]
+            parts += [
+                *([""] if self._has_blocks else []),
+                MarkdownBlock(self._blocks.pending, height),
+                "",
+            ]
         status = Text(self._below, style=QUIET, no_wrap=True, overflow="ellipsis")
         with self._at_once():
             self._live.update(Group(*parts, status), refresh=True)
@@ -184,7 +188,7 @@ class _GrowingAnswer:
 
     @contextmanager
     def _at_once(self) -> Iterator[None]:
-        """Terminals that know synchronized updates show no state in between."""
+        """Let terminals that know synchronized updates show no state in between."""
         with _whole():
             self._console.file.write("\x1b[?2026h")
             yield
@@ -194,7 +198,7 @@ class _GrowingAnswer:
 
 @contextmanager
 def _whole() -> Iterator[None]:
-    """Ctrl-C waits for the end: a console that was left within printing would print no more."""
+    """Let Ctrl-C wait until rich has printed: else its console would buffer for ever."""
     caught: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
     try:
@@ -207,7 +211,7 @@ def _whole() -> Iterator[None]:
 
 @contextmanager
 def _no_echo() -> Iterator[None]:
-    """What is typed during an answer waits for the next prompt, unseen."""
+    """Hide what is typed during an answer; it waits for the next prompt."""
     handle = sys.stdin.fileno()
     before = termios.tcgetattr(handle)
     quiet = list(before)

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.checkpoint.tensors import EMBEDDING, NORM, Join, Tensor, tensors
-from mlx_kimi.convert.blocks import Source
-from mlx_kimi.convert.pieces import Arrays, pieces, read
+from mlx_kimi.convert.blocks import TensorReader
+from mlx_kimi.convert.report.slices import Arrays, read, slices
 from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache
 from mlx_kimi.model.kimi_linear import DecoderLayer
 from mlx_kimi.model.layers import RMSNorm
@@ -29,9 +29,9 @@ ROWS = 4096  # of the embedding, at once
 class Layers:
     """The layers of one folder, each read when it is run."""
 
-    def __init__(self, folder: Source) -> None:
-        self.folder, self.config = folder, folder.config
-        self.tensors = {tensor.name: tensor for tensor in tensors(folder.config)}
+    def __init__(self, reader: TensorReader) -> None:
+        self.reader, self.config = reader, reader.config
+        self.tensors = {tensor.name: tensor for tensor in tensors(reader.config)}
 
     def of(self, number: int) -> list[Tensor]:
         """The tensors of layer `number`, from 0 on."""
@@ -39,9 +39,9 @@ class Layers:
         return [tensor for name, tensor in self.tensors.items() if name.startswith(prefix)]
 
     def embedded(self, ids: mx.array) -> mx.array:
-        """ids [B, T] -> [B, T, hidden]."""
+        """The embeddings of ids [B, T] in float32, [B, T, hidden]."""
         x = mx.zeros((*ids.shape, self.config.hidden_size))
-        for first, table in pieces(self.folder, self.tensors[EMBEDDING.name], ROWS):
+        for first, table in slices(self.reader, self.tensors[EMBEDDING.name], ROWS):
             count = table.out_features
             inside = (ids >= first) & (ids < first + count)
             x = mx.where(inside[..., None], table.rows(mx.clip(ids - first, 0, count - 1)), x)
@@ -49,7 +49,7 @@ class Layers:
         return x
 
     def run(self, number: int, x: mx.array, batch: ForwardBatch) -> mx.array:
-        """The residual stream before a layer -> after it, [B, T, hidden]."""
+        """Run one layer on the residual stream, [B, T, hidden] -> [B, T, hidden]."""
         layer = self._layer(number)
         entry: CacheEntry = (
             KDACache() if self.config.layers[number].attention == "kda" else LatentCache()
@@ -61,32 +61,32 @@ class Layers:
         return y
 
     def normed(self, x: mx.array) -> mx.array:
-        """The last norm."""
-        (weight,) = read(self.folder, self.tensors[NORM.name]).values()
+        """The last norm of the residual stream, [B, T, hidden] -> [B, T, hidden]."""
+        (weight,) = read(self.reader, self.tensors[NORM.name]).values()
         return RMSNorm(weight, self.config.rms_norm_eps)(x)
 
     def _layer(self, number: int) -> DecoderLayer:
-        """The layer in float32; of its routed experts the first alone is in memory."""
+        """The layer in float32, with only the first of its routed experts in memory."""
         arrays: Arrays = {}
         for tensor in self.of(number):
-            arrays |= read(self.folder, tensor, 0, 1 if tensor.join is Join.STACK else None)
+            arrays |= read(self.reader, tensor, 0, 1 if tensor.join is Join.STACK else None)
             mx.eval(arrays)
         weights = Weights(arrays, self.config, f"model.layers.{number}.")
         layer = DecoderLayer(self.config, self.config.layers[number], weights)
         mx.eval(layer.parameters())
         if isinstance(layer.mlp, MixtureOfExperts):
             stacks = [tensor for tensor in self.of(number) if tensor.join is Join.STACK]
-            in_pieces = ExpertsInPieces(layer.mlp, self.folder, stacks)
-            layer.mlp = cast(Any, in_pieces)  # it has the one method that a layer calls
+            in_slices = ExpertsInSlices(layer.mlp, self.reader, stacks)
+            layer.mlp = cast(Any, in_slices)  # it has the one method that a layer calls
         return layer
 
 
-class ExpertsInPieces:
-    """A mixture of experts whose routed experts are read in turns; each meets its tokens only."""
+class ExpertsInSlices:
+    """A mixture of experts that reads a few experts at a time, and runs them on their tokens."""
 
-    def __init__(self, whole: MixtureOfExperts, folder: Source, stacks: list[Tensor]) -> None:
+    def __init__(self, whole: MixtureOfExperts, reader: TensorReader, stacks: list[Tensor]) -> None:
         self.router, self.shared_experts = whole.router, whole.shared_experts
-        self.folder, self.stacks = folder, stacks
+        self.reader, self.stacks = reader, stacks
         _, out, width = stacks[0].shape
         self.step = max(1, EXPERTS // (4 * len(stacks) * out * width))
 
@@ -100,7 +100,7 @@ class ExpertsInPieces:
         experts, weights = self.router(rows)
         mx.eval(residual, y, experts, weights)
         chosen = np.array(experts)  # [N, k]
-        for first, some in self._pieces():
+        for first, some in self._slices():
             token, place = map(
                 mx.array, np.nonzero((chosen >= first) & (chosen < first + some.count))
             )
@@ -112,11 +112,11 @@ class ExpertsInPieces:
             mx.clear_cache()
         return y.reshape(x.shape), residual
 
-    def _pieces(self) -> Iterator[tuple[int, Experts]]:
+    def _slices(self) -> Iterator[tuple[int, Experts]]:
         count = self.stacks[0].shape[0]
         for first in range(0, count, self.step):
             arrays: Arrays = {}
             for tensor in self.stacks:
-                arrays |= read(self.folder, tensor, first, min(self.step, count - first))
+                arrays |= read(self.reader, tensor, first, min(self.step, count - first))
             path = self.stacks[0].module.rpartition(".")[0]
-            yield first, Experts(Weights(arrays, self.folder.config, f"{path}."))
+            yield first, Experts(Weights(arrays, self.reader.config, f"{path}."))

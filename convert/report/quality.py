@@ -19,11 +19,11 @@ import numpy as np
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.checkpoint.tensors import Join, tensors
-from mlx_kimi.convert.blocks import Source
-from mlx_kimi.convert.distance import distance
-from mlx_kimi.convert.layerwise import EXPERTS, Layers
+from mlx_kimi.convert.blocks import TensorReader
 from mlx_kimi.convert.plan import PROCESS
-from mlx_kimi.convert.weight_error import Squares, weight_errors
+from mlx_kimi.convert.report.divergence import divergence
+from mlx_kimi.convert.report.layerwise import EXPERTS, Layers
+from mlx_kimi.convert.report.weight_error import Squares, weight_errors
 from mlx_kimi.defaults import PREFILL_STEP
 from mlx_kimi.evaluation.evaluate import Evaluation, first_tokens, windows
 from mlx_kimi.loading.match import check
@@ -34,12 +34,12 @@ from mlx_kimi.text.tokenizer import load_tokenizer
 FILE = "quality.json"
 TOKENS = 1024  # of the text, all in memory at once
 WINDOW = 512  # tokens that are read together, as in `evaluate`
-COPIES = 2  # of a layer and of a piece of its experts: as they are read, and as they are used
+COPIES = 2  # of a layer and of a slice of its experts: as they are read, and as they are used
 
 
 @dataclass(frozen=True)
 class LayerQuality:
-    """Of one decoder layer. All errors are ||found - expected|| / ||expected||."""
+    """Errors of one decoder layer. All errors are ||found - expected|| / ||expected||."""
 
     number: int  # from 0 on, as in the tensors' names
     attention: str
@@ -52,7 +52,7 @@ class LayerQuality:
 
 @dataclass(frozen=True)
 class Quality:
-    """Of a converted model against its source, on a text."""
+    """Errors of a converted model against its source, on a text."""
 
     tokens: int
     window: int
@@ -61,13 +61,13 @@ class Quality:
     predictions: Evaluation
 
     def json(self) -> dict[str, Any]:
-        """All there is, perplexities included."""
+        """All fields, perplexities included."""
         return asdict(self) | {"predictions": self.predictions.json()}
 
 
 def sample_text() -> str:
     """The text that is predicted unless another is given."""
-    return (files("mlx_kimi.convert") / "sample.txt").read_text(encoding="utf-8")
+    return (files("mlx_kimi.convert.report") / "sample.txt").read_text(encoding="utf-8")
 
 
 def sample_ids(folder: Path, text: str) -> list[int]:
@@ -106,7 +106,7 @@ def measure(
     Raises:
         KimiError: a folder is no whole model, or cannot be read.
     """
-    expected, found = (Layers(_opened(folder)) for folder in (source, out))
+    expected, found = (Layers(_reader(folder)) for folder in (source, out))
     batch = _Batch.of(ids)
     x, y = expected.embedded(batch.ids), found.embedded(batch.ids)
     layers, count = [], len(expected.config.layers)
@@ -115,34 +115,34 @@ def measure(
         layer, x, y = _layer(expected, found, number, x, y, batch)
         layers.append(layer)
     outside = [t for name, t in expected.tensors.items() if not name.startswith("model.layers.")]
-    errors = weight_errors(expected.folder, found.folder, outside)
-    x, y = (_rows(of.normed(z), batch.before) for of, z in ((expected, x), (found, y)))
-    predictions = distance(expected, found, x, y, batch.came)
+    errors = weight_errors(expected.reader, found.reader, outside)
+    x, y = (_rows(of.normed(z), batch.predicting) for of, z in ((expected, x), (found, y)))
+    predictions = divergence(expected, found, x, y, batch.targets)
     return Quality(len(ids), WINDOW, errors, tuple(layers), predictions)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Windows of a text side by side, the last one padded. Places are in [B * T]."""
+    """Windows of a text as one batch, the last one padded. Positions count from 0 to B * T - 1."""
 
     ids: mx.array  # [B, T]
     step: ForwardBatch
-    real: mx.array  # places of what is not padding
-    before: mx.array  # places whose next token is predicted
-    came: mx.array  # those tokens
+    valid: mx.array  # positions that are not padding
+    predicting: mx.array  # positions whose next token is predicted
+    targets: mx.array  # those tokens
 
     @staticmethod
     def of(ids: list[int]) -> _Batch:
         parts = list(windows(ids, WINDOW))
         lengths = [len(part) for part in parts]
         T = lengths[0]
-        places = np.arange(len(parts) * T).reshape(-1, T)
+        positions = np.arange(len(parts) * T).reshape(-1, T)
         return _Batch(
             mx.array([part + [0] * (T - len(part)) for part in parts]),
             ForwardBatch() if lengths[-1] == T else ForwardBatch.padded(T, lengths),
-            mx.array(np.concatenate([row[:n] for row, n in zip(places, lengths, strict=True)])),
+            mx.array(np.concatenate([row[:n] for row, n in zip(positions, lengths, strict=True)])),
             mx.array(
-                np.concatenate([row[: n - 1] for row, n in zip(places, lengths, strict=True)])
+                np.concatenate([row[: n - 1] for row, n in zip(positions, lengths, strict=True)])
             ),
             mx.array([token for part in parts for token in part[1:]]),
         )
@@ -152,12 +152,12 @@ def _layer(
     expected: Layers, found: Layers, number: int, x: mx.array, y: mx.array, batch: _Batch
 ) -> tuple[LayerQuality, mx.array, mx.array]:
     """One layer's errors, and both residual streams after it; x is the unquantized model's."""
-    weights = weight_errors(expected.folder, found.folder, expected.of(number))
+    weights = weight_errors(expected.reader, found.reader, expected.of(number))
     after = expected.run(number, x, batch.step)
-    alone = _relative(after, found.run(number, x, batch.step), batch.real)
+    alone = _relative(after, found.run(number, x, batch.step), batch.valid)
     y = found.run(number, y, batch.step)
     kind = expected.config.layers[number]
-    together = _relative(after, y, batch.real)
+    together = _relative(after, y, batch.valid)
     errors = LayerQuality(number, kind.attention, kind.feed_forward, weights, alone, together)
     return errors, after, y
 
@@ -169,17 +169,17 @@ def write(quality: Quality, out: Path) -> Path:
     return path
 
 
-def _opened(folder: Path) -> Source:
+def _reader(folder: Path) -> TensorReader:
     config, checkpoint = ModelConfig.read(folder), Checkpoint(folder)
     check(config, checkpoint)
-    return Source(checkpoint, config, folder)
+    return TensorReader(checkpoint, config)
 
 
-def _rows(x: mx.array, places: mx.array) -> mx.array:
-    return x.reshape(-1, x.shape[-1])[places]
+def _rows(x: mx.array, positions: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])[positions]
 
 
-def _relative(expected: mx.array, found: mx.array, places: mx.array) -> float:
+def _relative(expected: mx.array, found: mx.array, positions: mx.array) -> float:
     squares = Squares()
-    squares.add(_rows(expected, places), _rows(found, places))
+    squares.add(_rows(expected, positions), _rows(found, positions))
     return squares.relative

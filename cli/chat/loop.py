@@ -7,9 +7,9 @@ import mlx.core as mx
 from mlx_kimi.chat.chat import Chat
 from mlx_kimi.chat.tool_calls import Call
 from mlx_kimi.cli import show
-from mlx_kimi.cli.chat_commands import is_command, opening, run_command
-from mlx_kimi.cli.chat_input import Input
-from mlx_kimi.cli.chat_screen import Screen, TerminalScreen
+from mlx_kimi.cli.chat.commands import is_command, opening, run_command
+from mlx_kimi.cli.chat.input import Input
+from mlx_kimi.cli.chat.screen import Screen, TerminalScreen
 from mlx_kimi.cli.options import check_utf8
 from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.generation.answer import Stats
@@ -27,7 +27,7 @@ FULL = (
 
 
 class Loop:
-    """What commands act on.
+    """A conversation between the user and the model; commands act on it.
 
     Attributes:
         attached: texts that go with the next message.

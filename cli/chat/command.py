@@ -17,10 +17,10 @@ from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.chat.tools import load_tools
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.hub import local_folder
-from mlx_kimi.cli.chat_completion import CommandCompleter
-from mlx_kimi.cli.chat_input import LineEditor, PipedLines
-from mlx_kimi.cli.chat_loop import Loop, status, toolbar
-from mlx_kimi.cli.chat_screen import PlainScreen, TerminalScreen
+from mlx_kimi.cli.chat.completion import CommandCompleter
+from mlx_kimi.cli.chat.input import LineEditor, PipedLines
+from mlx_kimi.cli.chat.loop import Loop, status, toolbar
+from mlx_kimi.cli.chat.screen import PlainScreen, TerminalScreen
 from mlx_kimi.cli.options import (
     budget_options,
     check_options,

@@ -1,4 +1,4 @@
-"""/copy: the clipboard of this machine, or of the terminal's when that is elsewhere."""
+"""/copy: the clipboard of this machine or, over ssh or without one, that of the terminal."""
 
 from __future__ import annotations
 

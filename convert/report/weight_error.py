@@ -1,4 +1,4 @@
-"""How far quantized matrices are from the source's, by family."""
+"""Relative errors of quantized matrices, by family."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from types import MappingProxyType
 import mlx.core as mx
 
 from mlx_kimi.checkpoint.tensors import Tensor
-from mlx_kimi.convert.blocks import Source
-from mlx_kimi.convert.pieces import read
+from mlx_kimi.convert.blocks import TensorReader
+from mlx_kimi.convert.report.slices import read
 from mlx_kimi.model.weights import Weights
 
-PIECE = 64 * 2**20  # bytes of float32 of one matrix that are in memory at once
+SLICE = 64 * 2**20  # bytes of float32 of one matrix that are in memory at once
 
 REST = "rest"  # norms, convolutions, decays and biases: they change where --dtype is given
 # The first family decides that ends like the module. The order is that of the computation.
@@ -61,21 +61,23 @@ def family(tensor: Tensor) -> str:
     return next(name for name, ends in FAMILIES.items() if tensor.module.endswith(ends))
 
 
-def weight_errors(source: Source, out: Source, tensors: Iterable[Tensor]) -> dict[str, float]:
+def weight_errors(
+    source: TensorReader, out: TensorReader, tensors: Iterable[Tensor]
+) -> dict[str, float]:
     """||q - w|| / ||w|| (Frobenius) of each family among `tensors`, in FAMILIES' order."""
     sums: dict[str, Squares] = {}
     for tensor in tensors:
         squares = sums.setdefault(family(tensor), Squares())
-        step = max(1, PIECE // (4 * math.prod(tensor.shape[1:])))
+        step = max(1, SLICE // (4 * math.prod(tensor.shape[1:])))
         for first in range(0, tensor.shape[0], step):
             count = min(step, tensor.shape[0] - first)
-            squares.add(*(_plain(folder, tensor, first, count) for folder in (source, out)))
+            squares.add(*(_plain(reader, tensor, first, count) for reader in (source, out)))
             mx.clear_cache()
     return {name: sums[name].relative for name in FAMILIES if name in sums}
 
 
-def _plain(folder: Source, tensor: Tensor, first: int, count: int) -> mx.array:
-    arrays = read(folder, tensor, first, count)
+def _plain(reader: TensorReader, tensor: Tensor, first: int, count: int) -> mx.array:
+    arrays = read(reader, tensor, first, count)
     if not tensor.matrix:
         return arrays[tensor.name]
-    return Weights(arrays, folder.config).linear(tensor.module).dequantized().astype(mx.float32)
+    return Weights(arrays, reader.config).linear(tensor.module).dequantized().astype(mx.float32)

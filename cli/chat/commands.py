@@ -1,4 +1,4 @@
-"""The commands of a chat. An argument is what stands behind the command's name."""
+"""The commands of a chat. An argument is the text after the command's name."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_kimi.cli import chat_settings, show
-from mlx_kimi.cli.chat_clipboard import copy
-from mlx_kimi.cli.chat_file import file_message
+from mlx_kimi.cli import show
+from mlx_kimi.cli.chat import settings
+from mlx_kimi.cli.chat.clipboard import copy
+from mlx_kimi.cli.chat.file import file_message
 from mlx_kimi.errors import KimiError
 from mlx_kimi.model import cache as caches
 from mlx_kimi.units import human_size
 
 if TYPE_CHECKING:
-    from mlx_kimi.cli.chat_loop import Loop
+    from mlx_kimi.cli.chat.loop import Loop
 
 COMMAND = re.compile(r"/[a-zA-Z]*(?=\s|$)")  # /etc/hosts is none
 OPENING = 40  # characters of a message that stand for it
@@ -146,11 +147,11 @@ def stats(loop: Loop, argument: str) -> None:
 
 def set_option(loop: Loop, argument: str) -> None:
     name, _, value = argument.partition(" ")
-    if name == chat_settings.MARKDOWN:
+    if name == settings.MARKDOWN:
         loop.set_markdown(value.strip())
     elif name:
-        loop.chat.options = chat_settings.changed(loop.chat.options, name, value.strip())
-    loop.screen.note(chat_settings.shown(loop.chat.options))
+        loop.chat.options = settings.changed(loop.chat.options, name, value.strip())
+    loop.screen.note(settings.shown(loop.chat.options))
 
 
 def file(loop: Loop, argument: str) -> None:

@@ -1,4 +1,4 @@
-"""A folder's tensors in pieces, in float32 or packed, as layers take them."""
+"""Slices of a folder's tensors: in float32, or packed where they are quantized."""
 
 from __future__ import annotations
 
@@ -8,60 +8,60 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from mlx_kimi.checkpoint.tensors import Join, Tensor
-from mlx_kimi.convert.blocks import Source
+from mlx_kimi.convert.blocks import TensorReader
 from mlx_kimi.model.linear import Linear
 from mlx_kimi.model.weights import Weights
 
 Arrays = dict[str, mx.array]  # by their names in the MLX layout
 
 
-def read(folder: Source, tensor: Tensor, first: int = 0, count: int | None = None) -> Arrays:
+def read(reader: TensorReader, tensor: Tensor, first: int = 0, count: int | None = None) -> Arrays:
     """`tensor`, or the `count` members of its first axis from the `first` on.
 
-    Whatever the folder's dtype, floats are float32: what differs between two folders is then their
-    weights and not the rounding of activations. Quantized matrices stay packed.
+    Floats become float32 whatever the folder's dtype, so that two folders differ in their weights
+    and not in the rounding of activations. Quantized matrices stay packed.
 
     Args:
-        folder: unquantized of either spelling, or in the MLX layout.
+        reader: of a folder that is unquantized, in either spelling, or in the MLX layout.
 
     Raises:
         KimiError: a file cannot be read or ends too early.
     """
     count = tensor.shape[0] if count is None else count
-    if f"{tensor.module}.scales" not in folder.checkpoint:
-        return {tensor.name: _plain(folder, tensor, first, count)}
-    quantization = folder.config.quantization_of(tensor.module)
+    if f"{tensor.module}.scales" not in reader.checkpoint:
+        return {tensor.name: _plain(reader, tensor, first, count)}
+    quantization = reader.config.quantization_of(tensor.module)
     assert quantization is not None, tensor.name  # load.check has seen it
     arrays = {}
     for part, shape in quantization.packed(tensor.shape).items():
         member = math.prod(shape[1:])
         name = f"{tensor.module}.{part}"
-        array = folder.array(name, first * member, count * member).reshape(count, *shape[1:])
+        array = reader.array(name, first * member, count * member).reshape(count, *shape[1:])
         arrays[name] = _in_float32(array)
     return arrays
 
 
-def pieces(folder: Source, tensor: Tensor, step: int) -> Iterator[tuple[int, Linear]]:
-    """A matrix by `step` members of its first axis: the number of the first, and all of them."""
+def slices(reader: TensorReader, tensor: Tensor, step: int) -> Iterator[tuple[int, Linear]]:
+    """Slices of `step` members of a matrix' first axis, each with the number of its first."""
     for first in range(0, tensor.shape[0], step):
-        arrays = read(folder, tensor, first, min(step, tensor.shape[0] - first))
-        yield first, Weights(arrays, folder.config).linear(tensor.module)
+        arrays = read(reader, tensor, first, min(step, tensor.shape[0] - first))
+        yield first, Weights(arrays, reader.config).linear(tensor.module)
 
 
-def _plain(folder: Source, tensor: Tensor, first: int, count: int) -> mx.array:
+def _plain(reader: TensorReader, tensor: Tensor, first: int, count: int) -> mx.array:
     rows = math.prod(tensor.shape[1:-1])  # of one member
     start, stop = first * rows, (first + count) * rows
     if len(tensor.shape) == 1:
         start, stop = 0, 1  # a vector is one row
     parts = []
-    for piece in folder.pieces(tensor):
+    for source in reader.sources(tensor):
         is_half = tensor.join in (Join.KEY_HALF, Join.VALUE_HALF)  # one block, which is read whole
-        skip = 0 if is_half else max(start - piece.first_row, 0)
-        for block in folder.blocks(piece, skip):
-            at = piece.first_row + block.skip
+        skip = 0 if is_half else max(start - source.first_row, 0)
+        for block in reader.blocks(source, skip):
+            at = block.first_row
             if at >= stop:
                 break
-            array = folder.rows(block, folder.read(block))
+            array = reader.rows(block, reader.read(block))
             parts.append(_in_float32(array[max(start - at, 0) : stop - at]))
             mx.eval(parts[-1])
     return mx.concatenate(parts).reshape(count, *tensor.shape[1:])

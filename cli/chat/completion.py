@@ -8,8 +8,8 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 
 from mlx_kimi.chat.sessions import Sessions
-from mlx_kimi.cli.chat_commands import COMMANDS
-from mlx_kimi.cli.chat_settings import NAMES
+from mlx_kimi.cli.chat.commands import COMMANDS
+from mlx_kimi.cli.chat.settings import NAMES
 
 
 class CommandCompleter(Completer):
