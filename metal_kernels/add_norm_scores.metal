@@ -1,3 +1,5 @@
+#include "packed.h"
+
 // The residual stream takes up a layer's output, is normalised, and scores the experts:
 //
 //     sum = x + part      normed = sum / sqrt(mean(sum^2) + eps) * weight      logits = gate normed

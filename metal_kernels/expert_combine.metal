@@ -1,3 +1,5 @@
+#include "vectors.h"
+
 // What the chosen experts say of each token, weighted and summed in router order, and the shared expert.
 //
 //   y             [Rows, W] of any float type: outputs of experts, in any order

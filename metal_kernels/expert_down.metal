@@ -1,3 +1,5 @@
+#include "packed.h"
+
 // The second half of every expert that a token uses, and their weighted sum in router order, the
 // shared expert last and unweighted.
 //

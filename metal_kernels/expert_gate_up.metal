@@ -1,3 +1,5 @@
+#include "packed.h"
+
 // The first half of every expert that a token uses: silu(gate x) * (up x), the routed experts'
 // rows first, in router order, then the shared expert's.
 //

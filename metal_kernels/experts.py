@@ -41,25 +41,20 @@ SCORES = Kernel(
     "add_norm_scores",
     ("x", "part", "weight", "eps", *_with_scales("gate")),
     ("sum", "normed", "logits"),
-    ("packed.h",),
 )
 SELECT = Kernel("expert_select", ("logits", "bias", "scale"), ("experts", "weights"))
 GATE_UP = Kernel(
     "expert_gate_up",
     ("x", "experts", *_with_scales("gate", "up", "shared_gate", "shared_up")),
     ("h",),
-    ("packed.h",),
 )
 DOWN = Kernel(
     "expert_down",
     ("h", "experts", "weights", *_with_scales("down", "shared_down")),
     ("y",),
-    ("packed.h",),
 )
 
-COMBINE = Kernel(
-    "expert_combine", ("y", "places", "weights", "shared"), ("combined",), ("vectors.h",)
-)
+COMBINE = Kernel("expert_combine", ("y", "places", "weights", "shared"), ("combined",))
 
 
 def expert_combine(

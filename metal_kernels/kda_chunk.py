@@ -32,13 +32,11 @@ GRAM = Kernel(
     "kda_chunk_gram",
     inputs=("q", "k", "alpha", "beta", "T"),
     outputs=BETWEEN,
-    headers=("vectors.h", "tiles.h", "reduce.h"),
 )
 SCAN = Kernel(
     "kda_chunk_scan",
     inputs=(*BETWEEN, "v", "state", "T"),
     outputs=("o", "new_state"),
-    headers=("vectors.h", "tiles.h"),
 )
 
 

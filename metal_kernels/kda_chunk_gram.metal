@@ -1,3 +1,7 @@
+#include "reduce.h"
+#include "tiles.h"
+#include "vectors.h"
+
 // What the scan of the chunkwise delta rule needs of each chunk of 16 tokens and cannot get from the
 // state. With P_i the product of the decays up to token i of the chunk, R_j of those after token j:
 //

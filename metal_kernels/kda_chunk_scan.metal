@@ -1,3 +1,6 @@
+#include "tiles.h"
+#include "vectors.h"
+
 // The delta rule over chunks of 16 tokens, from what kda_chunk_gram found out about each. With S the
 // state before a chunk, [Dk, Dv] as in the paper:
 //

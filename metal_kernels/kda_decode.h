@@ -1,3 +1,5 @@
+#include "vectors.h"
+
 // The sum of all elements of the 4 neighbouring lanes that share a row, in each of them.
 inline float sum_over_row(float4 x) {
   float sum = (x.x + x.y) + (x.z + x.w);

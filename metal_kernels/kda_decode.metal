@@ -1,3 +1,7 @@
+#include "kda_decode.h"
+#include "kda_gate.h"
+#include "vectors.h"
+
 // One token of a KDA layer, between its input projections and its output projection.
 //
 //     q | k | v = silu(conv(...))      q, k normalised      alpha = exp(-exp(A_log) softplus(f_b f))

@@ -23,7 +23,6 @@ KERNEL = Kernel(
         *("A_log", "dt_bias", "norm", "state", "eps"),
     ),
     outputs=("y", "new_tail", "new_state"),
-    headers=("vectors.h", "kda_gate.h", "kda_decode.h"),
 )
 
 

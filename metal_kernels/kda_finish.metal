@@ -1,3 +1,6 @@
+#include "kda_gate.h"
+#include "vectors.h"
+
 // The delta rule's outputs, normalised and gated: y = o / sqrt(mean(o^2) + eps) * norm * sigmoid(g).
 //
 //   o             [N, H, D] float

@@ -1,3 +1,6 @@
+#include "kda_gate.h"
+#include "vectors.h"
+
 // What the delta rule is given for many tokens, made of a layer's input projections:
 //
 //     q | k | v = silu(convolution)      q <- q / |q| / sqrt(D)      k <- k / |k|

@@ -21,13 +21,11 @@ PREPARE = Kernel(
     "kda_prepare",
     inputs=("x", "f", "taps", "tail", "lengths", "A_log", "dt_bias", "T"),
     outputs=("q", "k", "v", "alpha", "beta", "new_tail"),
-    headers=("vectors.h", "kda_gate.h"),
 )
 FINISH = Kernel(
     "kda_finish",
     inputs=("o", "g", "norm", "eps"),
     outputs=("y",),
-    headers=("vectors.h", "kda_gate.h"),
 )
 
 

@@ -1,3 +1,6 @@
+#include "kda_sequential.h"
+#include "vectors.h"
+
 // The delta rule, one token after another, on rows of the state that never leave the registers:
 //
 //     S <- S diag(alpha)      S <- S + beta (v - S k) k^T      o = S q

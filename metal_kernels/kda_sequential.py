@@ -20,7 +20,6 @@ KERNEL = Kernel(
     "kda_sequential",
     inputs=("q", "k", "v", "alpha", "beta", "state", "T"),
     outputs=("o", "new_state"),
-    headers=("vectors.h", "kda_sequential.h"),
 )
 
 

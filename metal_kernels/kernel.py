@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -34,21 +35,27 @@ class Kernel:
     """One kernel. `<name>.metal` is its body, without the signature that `mx.fast` generates.
 
     Inputs of under 8 elements come in another address space, so the body never names the space of
-    an input. `headers` are files of helper functions.
+    an input. Its first lines name the headers it uses: `#include "tiles.h"`.
     """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    headers: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
-        return text_of(f"{self.name}.metal")
+        """The body; the lines that include headers are empty, so that all keep their numbers."""
+        return _without_includes(text_of(f"{self.name}.metal"))
 
     @property
     def header(self) -> str:
-        return "\n".join(map(text_of, self.headers))
+        """The text of all headers that the body includes."""
+        return self.header_with({})
+
+    def header_with(self, instead: Mapping[str, str]) -> str:
+        """The same with other files in place of some: {"tiles.h": "cuda_tiles.h"}."""
+        headers = _included_by(f"{self.name}.metal", instead)
+        return "\n".join(_without_includes(text_of(file)) for file in headers)
 
     def __call__(self, **launch: Any) -> list[mx.array]:
         """Run it on the backend of this moment; arguments as of `Launch`."""
@@ -58,6 +65,7 @@ class Kernel:
         return build(self)(**launch)
 
 
+_INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
 Backend = Callable[[Kernel], Launch]
 # Chosen by `use_backend`, with whether it can be traced; None: nothing is, and the GPU's own runs.
 _CHOSEN: ContextVar[tuple[Backend | None, bool] | None] = ContextVar("kernel backend", default=None)
@@ -115,3 +123,24 @@ def _metal(kernel: Kernel) -> Launch:
 def text_of(file: str) -> str:
     """A file of this folder."""
     return (files(__package__) / file).read_text(encoding="utf-8")
+
+
+def _included_by(file: str, instead: Mapping[str, str]) -> list[str]:
+    """The headers that a file includes, each once and after those that it includes itself."""
+    found: dict[str, None] = {}
+
+    def visit(file: str, way: tuple[str, ...]) -> None:
+        for name in _INCLUDE.findall(text_of(file)):
+            header = instead.get(name, name)
+            if header in way:
+                raise ValueError(f"[{file}] includes must form no circle but {header} is in one.")
+            if header not in found:
+                visit(header, (*way, header))
+                found[header] = None
+
+    visit(file, ())
+    return list(found)
+
+
+def _without_includes(text: str) -> str:
+    return _INCLUDE.sub("", text)

@@ -1,3 +1,7 @@
+#include "eights.h"
+#include "tiles.h"
+#include "vectors.h"
+
 // Latents as a cache stores them: plain rows of any float type, or rows packed to 8 bits. A packed row
 // is groups of 64 channels, each 16 words of 4 codes, the first in the lowest bits, then a float scale
 // and a float bias: a channel is code * scale + bias. The last group may end with channels of nothing.

@@ -1,3 +1,8 @@
+#include "eights.h"
+#include "latents.h"
+#include "tiles.h"
+#include "vectors.h"
+
 // One token's attention to a part of what came before it, for many heads at once: each latent is read
 // once for all heads of a threadgroup. With l a latent, s its shared key, and the query scaled:
 //

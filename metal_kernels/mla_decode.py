@@ -30,19 +30,16 @@ QUERY = Kernel(
         *("plan", "scale", "eps"),
     ),
     outputs=("queries", "new_tail"),
-    headers=("vectors.h", "packed.h"),
 )
 ATTEND = Kernel(
     "mla_attend",
     inputs=("queries", "tail", *(f"segment{i + 1}" for i in range(SEGMENTS)), "plan"),
     outputs=("outputs", "sums"),
-    headers=("vectors.h", "tiles.h", "eights.h", "latents.h"),
 )
 OUTPUT = Kernel(
     "mla_output",
     inputs=("outputs", "sums", "unembed", "unembed_scales", "unembed_biases", "splits"),
     outputs=("y",),
-    headers=("packed.h",),
 )
 
 

@@ -1,3 +1,5 @@
+#include "packed.h"
+
 // What the splits of mla_attend found, as one softmax, and from latent space back to a head's values:
 //
 //     y = unembed (sum over splits of e output / sum of e total),   e = exp(highest - highest of all)

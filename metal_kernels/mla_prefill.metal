@@ -1,3 +1,7 @@
+#include "eights.h"
+#include "tiles.h"
+#include "vectors.h"
+
 // Many tokens' attention to a block of S columns among or before them, each head with keys and values of
 // its own: a softmax over those of the block that a token may see, and no tensor of scores.
 //

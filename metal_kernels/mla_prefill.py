@@ -14,7 +14,6 @@ KERNEL = Kernel(
     "mla_prefill",
     inputs=("x", "keys", "latents", "values", "T", "S", "offset", "scale"),
     outputs=("outputs", "log_totals"),
-    headers=("vectors.h", "tiles.h", "eights.h"),
 )
 
 

@@ -1,3 +1,6 @@
+#include "packed.h"
+#include "vectors.h"
+
 // One token on its way into the space of latents: its queries, and its own latent behind the tail.
 //
 //     query = scale * (embed q_nope | q_shared)      new_tail = tail, then (norm(latent) | shared key)
