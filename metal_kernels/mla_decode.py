@@ -34,11 +34,11 @@ QUERY = Kernel(
 ATTEND = Kernel(
     "mla_attend",
     inputs=("queries", "tail", *(f"segment{i + 1}" for i in range(SEGMENTS)), "plan"),
-    outputs=("outputs", "sums"),
+    outputs=("acc", "m_and_l"),
 )
 OUTPUT = Kernel(
     "mla_output",
-    inputs=("outputs", "sums", "unembed", "unembed_scales", "unembed_biases", "splits"),
+    inputs=("acc", "m_and_l", "unembed", "unembed_scales", "unembed_biases", "splits"),
     outputs=("y",),
 )
 
@@ -168,8 +168,8 @@ def mla_decode(
     `plan` says the size of the tail. `shape` None: that of this GPU.
     """
     queries, tail = mla_query(x, weights, tail, plan)
-    outputs, sums = mla_attend(queries, tail, plan, segments, weights.lora, shape)
-    return mla_output(outputs, sums, weights, x.dtype), tail
+    acc, m_and_l = mla_attend(queries, tail, plan, segments, weights.lora, shape)
+    return mla_output(acc, m_and_l, weights, x.dtype), tail
 
 
 def mla_query(
@@ -205,7 +205,12 @@ def mla_attend(
     lora: int,
     shape: Shape | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Outputs [B, splits, H, lora] and sums [B, splits, H, 2] of unfinished softmaxes."""
+    """The softmax of each split by itself, not yet divided by its sum.
+
+    Returns:
+        acc [B, splits, H, lora] float32, the sum of exp(score - m) times the latents; and m, the
+        largest score, with l, the sum of exp(score - m): [B, splits, H, 2] float32.
+    """
     shape = (shape or _shape_here()).fitted(queries.shape[1], lora)
     found = [
         _attend(
@@ -221,8 +226,8 @@ def mla_attend(
     ]
     if len(found) == 1:
         return found[0]
-    outputs, sums = (mx.concatenate(list(parts), axis=1) for parts in zip(*found, strict=True))
-    return outputs, sums
+    acc, m_and_l = (mx.concatenate(list(parts), axis=1) for parts in zip(*found, strict=True))
+    return acc, m_and_l
 
 
 def _attend(
@@ -239,7 +244,7 @@ def _attend(
     threads = 32 * lora // channels
     packed = bool(segments) and is_packed(segments[0])
     absent = segments[0] if segments else tail
-    outputs, sums = ATTEND(
+    acc, m_and_l = ATTEND(
         inputs=[queries, tail, *segments, *[absent] * (SEGMENTS - len(segments)), plan],
         template=[
             *(("TailT", tail.dtype), ("StoredT", absent.dtype), ("Packed", packed)),
@@ -252,17 +257,17 @@ def _attend(
         output_shapes=[(B, splits, H, lora), (B, splits, H, 2)],
         output_dtypes=[mx.float32, mx.float32],
     )
-    return outputs, sums
+    return acc, m_and_l
 
 
 def mla_output(
-    outputs: mx.array, sums: mx.array, weights: LatentWeights, dtype: mx.Dtype
+    acc: mx.array, m_and_l: mx.array, weights: LatentWeights, dtype: mx.Dtype
 ) -> mx.array:
-    """The splits' outputs as one softmax, and each head's values of it: [B, H * v]."""
-    B, splits, H, lora = outputs.shape
+    """All splits merged to one softmax, and each head's values of it: [B, H * v]."""
+    B, splits, H, lora = acc.shape
     matrix = weights.unembed_out
     (y,) = OUTPUT(
-        inputs=[outputs, sums, *matrix.buffers(), splits],
+        inputs=[acc, m_and_l, *matrix.buffers(), splits],
         template=[
             *(("OutT", dtype), ("H", H), ("Lora", lora), ("V", matrix.rows)),
             *(("Threads", OUTPUT_THREADS), ("MostSplits", MOST_SPLITS)),

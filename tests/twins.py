@@ -91,9 +91,9 @@ def _mla_attend(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
 
 
 def _mla_output(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
-    highest, total = mx.split(x["sums"], 2, axis=-1)
-    shares = mx.exp(highest - highest.max(axis=1, keepdims=True))
-    latent = (shares * x["outputs"]).sum(axis=1) / (shares * total).sum(axis=1)
+    m, total = mx.split(x["m_and_l"], 2, axis=-1)
+    e = mx.exp(m - m.max(axis=1, keepdims=True))
+    latent = (e * x["acc"]).sum(axis=1) / (e * total).sum(axis=1)
     unembed = _matrix(x, "unembed", n["Bits"], n["Group"])
     y = unembed.times(latent[:, :, None].astype(n["OutT"]))
     return (y.reshape(len(y), -1),)
