@@ -1,4 +1,5 @@
-#include "kda_gate.h"
+#include "activations.h"
+#include "norm.h"
 #include "vectors.h"
 
 // The delta rule's outputs, normalised and gated: y = o / sqrt(mean(o^2) + eps) * norm * sigmoid(g).
@@ -24,7 +25,7 @@ float square = 0;
 for (int i = 0; i < Each; ++i) {
   square += answer[i] * answer[i];
 }
-const float factor = rsqrt(simd_sum(square) / float(D) + eps);
+const float factor = inverse_rms(simd_sum(square), D, eps);
 vec<float, Each> result = answer * factor * load<Each>(norm + Each * lane);
 #pragma unroll
 for (int i = 0; i < Each; ++i) {

@@ -1,4 +1,5 @@
-#include "kda_gate.h"
+#include "activations.h"
+#include "norm.h"
 #include "vectors.h"
 
 // What the delta rule is given for many tokens, made of a layer's input projections:
@@ -73,13 +74,12 @@ if (what == 3) {
       sum[i] *= sigmoid(sum[i]);
       square += sum[i] * sum[i];
     }
-    // 1e-6 keeps the norm of nothing finite.
-    const float norm = simd_sum(square) + 1e-6f;
+    const float squares = simd_sum(square);
     const int to = (b * T + t) * H * D + first;
     if (what == 0) {
-      store<N>(q + to, sum * rsqrt(float(D) * norm));
+      store<N>(q + to, sum * inverse_l2(squares, D));
     } else if (what == 1) {
-      store<N>(k + to, sum * rsqrt(norm));
+      store<N>(k + to, sum * inverse_l2(squares, 1));
     } else {
       store<N>(v + to, sum);
     }

@@ -1,4 +1,4 @@
-#include "kda_sequential.h"
+#include "reduce.h"
 #include "vectors.h"
 
 // The delta rule, one token after another, on rows of the state that never leave the registers:

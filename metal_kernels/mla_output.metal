@@ -1,4 +1,5 @@
-#include "packed.h"
+#include "matvec.h"
+#include "reduce.h"
 
 // What the splits of mla_attend found, merged to one softmax, and from latent space back to a head's values:
 //
@@ -58,10 +59,8 @@ for (int row = index / 32 * Rows; row < V; row += Threads / 32 * Rows) {
   const threadgroup float* x = latent;
   add_products<Bits, Group, Rows>(
       x, unembed, unembed_scales, unembed_biases, head * V + row, Lora, lane, values);
-  for (int r = 0; r < Rows; ++r) {
-    const float value = simd_sum(values[r]);
-    if (lane == r) {
-      y[(b * H + head) * V + row + r] = OutT(value);
-    }
+  const float value = sum_of_rows<Rows>(values, lane);
+  if (lane < Rows) {
+    y[(b * H + head) * V + row + lane] = OutT(value);
   }
 }

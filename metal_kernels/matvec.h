@@ -1,44 +1,34 @@
+#include "dequantize.h"
+
 // Products with matrices as MLX stores them. A lane takes 8 neighbouring columns of every 256, so
 // that a simdgroup walks a row in steps of 256; rows that are no multiple of 256 long end with idle
 // lanes, and rows of 2304 (9 * 256) have no such end. Eight columns never straddle a group.
 constexpr constant int Columns = 8;          // of a lane, in one step
 constexpr constant int Step = 32 * Columns;  // of a simdgroup
 
-// The sum of x[i] * q[i] over 8 columns from `column` on, q the stored integers (or the weights
-// themselves where they are not quantized).
+// The sum of x[i] * code i over 8 columns of a row, from `column` on.
 template <int Bits>
 struct Stored {
+  static constexpr constant bool quantized = true;
+  static float dot(const device uint32_t* row, int column, const thread float* x) {
+    constexpr int PerWord = 32 / Bits;
+    float sum = 0;
+    for (int i = 0; i < Columns; ++i) {
+      sum += x[i] * code_of<Bits>(row[column / PerWord + i / PerWord], i % PerWord);
+    }
+    return sum;
+  }
+};
+
+// The same of a plain matrix: its elements instead of codes.
+template <>
+struct Stored<0> {
   static constexpr constant bool quantized = false;
   template <typename W>
   static float dot(const device W* row, int column, const thread float* x) {
     float sum = 0;
     for (int i = 0; i < Columns; ++i) {
       sum += x[i] * float(row[column + i]);
-    }
-    return sum;
-  }
-};
-
-template <>
-struct Stored<4> {
-  static constexpr constant bool quantized = true;
-  static float dot(const device uint32_t* row, int column, const thread float* x) {
-    const uint32_t packed = row[column / 8];
-    float sum = 0;
-    for (int i = 0; i < Columns; ++i) {
-      sum += x[i] * float((packed >> (4 * i)) & 15u);
-    }
-    return sum;
-  }
-};
-
-template <>
-struct Stored<8> {
-  static constexpr constant bool quantized = true;
-  static float dot(const device uint32_t* row, int column, const thread float* x) {
-    float sum = 0;
-    for (int i = 0; i < Columns; ++i) {
-      sum += x[i] * float((row[column / 4 + i / 4] >> (8 * (i % 4))) & 255u);
     }
     return sum;
   }
