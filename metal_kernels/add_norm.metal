@@ -17,7 +17,11 @@ constexpr int Owned = (W + Threads - 1) / Threads;
 threadgroup float partial[Threads / 32];
 
 const int index = thread_position_in_threadgroup.x;
-const int start = threadgroup_position_in_grid.y * W;
+const size_t start = size_t(threadgroup_position_in_grid.y) * W;
+const auto x_row = x + start;
+const auto part_row = part + start;
+const auto sum_row = sum + start;
+const auto normed_row = normed + start;
 
 // What is normalised is the sum as it is kept.
 float kept[Owned];
@@ -27,8 +31,8 @@ for (int i = 0; i < Owned; ++i) {
   const int at = index + i * Threads;
   kept[i] = 0;
   if (at < W) {
-    const OutT rounded = OutT(float(x[start + at]) + float(part[start + at]));
-    sum[start + at] = rounded;
+    const OutT rounded = OutT(float(x_row[at]) + float(part_row[at]));
+    sum_row[at] = rounded;
     kept[i] = float(rounded);
     square += kept[i] * kept[i];
   }
@@ -39,6 +43,6 @@ const float factor = inverse_rms(squares, W, eps);
 for (int i = 0; i < Owned; ++i) {
   const int at = index + i * Threads;
   if (at < W) {
-    normed[start + at] = OutT(kept[i] * factor * float(weight[at]));
+    normed_row[at] = OutT(kept[i] * factor * float(weight[at]));
   }
 }

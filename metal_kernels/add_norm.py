@@ -7,7 +7,12 @@ import mlx.core as mx
 from mlx_kimi.metal_kernels.kernel import Kernel, backend
 
 MOST_THREADS = 256  # of a row
-KERNEL = Kernel("add_norm", inputs=("x", "part", "weight", "eps"), outputs=("sum", "normed"))
+KERNEL = Kernel(
+    "add_norm",
+    inputs=("x", "part", "weight", "eps"),
+    outputs=("sum", "normed"),
+    wide=("x", "part", "sum", "normed"),
+)
 
 
 def naive_add_norm(

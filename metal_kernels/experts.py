@@ -14,7 +14,7 @@ from math import gcd
 import mlx.core as mx
 
 from mlx_kimi.metal_kernels.kernel import Kernel, backend
-from mlx_kimi.metal_kernels.matrix import Matrix
+from mlx_kimi.metal_kernels.matrix import Matrix, with_scales
 
 LARGEST_BATCH = 8  # tokens; beyond it sorting by expert reads less
 BITS = (0, 4, 8)  # 0: plain
@@ -33,28 +33,32 @@ class SwiGLUWeights:
     down: Matrix
 
 
-def _with_scales(*names: str) -> tuple[str, ...]:
-    return tuple(part for name in names for part in (name, f"{name}_scales", f"{name}_biases"))
-
-
 SCORES = Kernel(
     "add_norm_scores",
-    ("x", "part", "weight", "eps", *_with_scales("gate")),
-    ("sum", "normed", "logits"),
+    inputs=("x", "part", "weight", "eps", *with_scales("gate")),
+    outputs=("sum", "normed", "logits"),
+    wide=with_scales("gate"),
 )
 SELECT = Kernel("expert_select", ("logits", "bias", "scale"), ("experts", "weights"))
+_FIRST, _SECOND = ("gate", "up", "shared_gate", "shared_up"), ("down", "shared_down")
 GATE_UP = Kernel(
     "expert_gate_up",
-    ("x", "experts", *_with_scales("gate", "up", "shared_gate", "shared_up")),
-    ("h",),
+    inputs=("x", "experts", *with_scales(*_FIRST)),
+    outputs=("h",),
+    wide=with_scales(*_FIRST),
 )
 DOWN = Kernel(
     "expert_down",
-    ("h", "experts", "weights", *_with_scales("down", "shared_down")),
-    ("y",),
+    inputs=("h", "experts", "weights", *with_scales(*_SECOND)),
+    outputs=("y",),
+    wide=with_scales(*_SECOND),
 )
-
-COMBINE = Kernel("expert_combine", ("y", "places", "weights", "shared"), ("combined",))
+COMBINE = Kernel(
+    "expert_combine",
+    inputs=("y", "places", "weights", "shared"),
+    outputs=("combined",),
+    wide=("y", "shared", "combined"),
+)
 
 
 def expert_combine(

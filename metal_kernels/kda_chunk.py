@@ -32,11 +32,13 @@ GRAM = Kernel(
     "kda_chunk_gram",
     inputs=("q", "k", "alpha", "beta", "T"),
     outputs=BETWEEN,
+    wide=("q", "k", "alpha", "beta", *BETWEEN),
 )
 SCAN = Kernel(
     "kda_chunk_scan",
     inputs=(*BETWEEN, "v", "state", "T"),
     outputs=("o", "new_state"),
+    wide=(*BETWEEN, "v", "o"),
 )
 
 

@@ -16,7 +16,7 @@ constexpr int Each = D / 32;
 
 const int lane = thread_position_in_grid.x;
 const int head = thread_position_in_grid.y;
-const int at = (thread_position_in_grid.z * H + head) * D + Each * lane;
+const size_t at = (size_t(thread_position_in_grid.z) * H + head) * D + Each * lane;
 
 const vec<float, Each> answer = load<Each>(o + at);
 const vec<float, Each> gate = load<Each>(g + at);

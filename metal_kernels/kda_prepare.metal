@@ -34,24 +34,33 @@ const int end = min(begin + Run, T);
 const int length = lengths[b];
 const int first = head * D + N * lane;  // the lane's first channel of what it makes
 
+// Of this run's first token, in the arrays over tokens; the next ones are 32 bits away.
+const size_t token = size_t(b) * T + begin;
+const size_t here = token * (H * D) + first;
+
 if (what == 3) {
   const float rate = exp(float(A_log[head]));
   const vec<float, N> bias = load<N>(dt_bias + first);
+  const auto f_here = f + here;
+  const auto b_here = x + token * Width + (Width - H + head);
+  const auto alpha_here = alpha + here;
+  const auto beta_here = beta + token * H + head;
   for (int t = begin; t < end; ++t) {
-    const int token = b * T + t;
-    vec<float, N> fading = load<N>(f + token * H * D + first) + bias;
+    const int i = t - begin;
+    vec<float, N> fading = load<N>(f_here + i * H * D) + bias;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      fading[i] = t < length ? exp(-rate * softplus(fading[i])) : 1.0f;
+    for (int c = 0; c < N; ++c) {
+      fading[c] = t < length ? exp(-rate * softplus(fading[c])) : 1.0f;
     }
-    store<N>(alpha + token * H * D + first, fading);
+    store<N>(alpha_here + i * H * D, fading);
     if (lane == 0) {
-      const float strength = sigmoid(float(x[token * Width + Width - H + head]));
-      beta[token * H + head] = t < length ? strength : 0.0f;
+      const float written = sigmoid(float(b_here[i * Width]));
+      beta_here[i * H] = t < length ? written : 0.0f;
     }
   }
 } else {
   const int channel = what * H * D + first;
+  const auto x_here = x + token * Width + channel;
 
   // What came before the first token: the window's oldest first.
   vec<float, N> window[Taps];
@@ -59,10 +68,10 @@ if (what == 3) {
   for (int i = 0; i < Taps - 1; ++i) {
     const int t = begin + i - (Taps - 1);
     window[i] = t < 0 ? load<N>(tail + (b * (Taps - 1) + t + Taps - 1) * Channels + channel)
-                      : load<N>(x + (b * T + t) * Width + channel);
+                      : load<N>(x_here + (t - begin) * Width);
   }
   for (int t = begin; t < end; ++t) {
-    window[Taps - 1] = load<N>(x + (b * T + t) * Width + channel);
+    window[Taps - 1] = load<N>(x_here + (t - begin) * Width);
     vec<float, N> sum = filled<N>(0);
 #pragma unroll
     for (int i = 0; i < Taps; ++i) {
@@ -75,7 +84,7 @@ if (what == 3) {
       square += sum[i] * sum[i];
     }
     const float squares = simd_sum(square);
-    const int to = (b * T + t) * H * D + first;
+    const size_t to = here + (t - begin) * (H * D);
     if (what == 0) {
       store<N>(q + to, sum * inverse_l2(squares, D));
     } else if (what == 1) {
@@ -93,7 +102,7 @@ if (what == 3) {
     for (int i = 0; i < Taps - 1; ++i) {
       const int t = length + i - (Taps - 1);
       const auto from = t < 0 ? tail + (b * (Taps - 1) + t + Taps - 1) * Channels + channel
-                              : x + (b * T + t) * Width + channel;
+                              : x + (size_t(b) * T + t) * Width + channel;
       store<N>(new_tail + (b * (Taps - 1) + i) * Channels + channel, load<N>(from));
     }
   }

@@ -21,11 +21,13 @@ PREPARE = Kernel(
     "kda_prepare",
     inputs=("x", "f", "taps", "tail", "lengths", "A_log", "dt_bias", "T"),
     outputs=("q", "k", "v", "alpha", "beta", "new_tail"),
+    wide=("x", "f", "q", "k", "v", "alpha", "beta"),
 )
 FINISH = Kernel(
     "kda_finish",
     inputs=("o", "g", "norm", "eps"),
     outputs=("y",),
+    wide=("o", "g", "y"),
 )
 
 

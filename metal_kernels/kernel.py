@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from math import prod
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -36,11 +37,15 @@ class Kernel:
 
     Inputs of under 8 elements come in another address space, so the body never names the space of
     an input. Its first lines name the headers it uses: `#include "tiles.h"`.
+
+    Indices are 32 bits wide. In the arrays named by `wide` the body starts from an offset of 64
+    bits, and only what it adds to that is narrow: they may have any size, all others not.
     """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    wide: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -58,11 +63,27 @@ class Kernel:
         return "\n".join(_without_includes(text_of(file)) for file in headers)
 
     def __call__(self, **launch: Any) -> list[mx.array]:
-        """Run it on the backend of this moment; arguments as of `Launch`."""
+        """Run it on the backend of this moment; arguments as of `Launch`.
+
+        Raises:
+            ValueError: an array that is not `wide` has 2^31 elements or more.
+        """
         build = backend()
         if build is None:
             raise RuntimeError(f"[{self.name}] no backend runs kernels here; use the ops form.")
+        self._check_sizes(launch["inputs"], launch["output_shapes"])
         return build(self)(**launch)
+
+    def _check_sizes(self, inputs: Sequence[Any], output_shapes: Sequence[Sequence[int]]) -> None:
+        shapes = [x.shape if isinstance(x, mx.array) else () for x in inputs]
+        for name, shape in zip(
+            (*self.inputs, *self.outputs), (*shapes, *output_shapes), strict=True
+        ):
+            if prod(shape) >= NARROW_SIZE and name not in self.wide:
+                raise ValueError(
+                    f"[{self.name}] {name} must have fewer than {NARROW_SIZE} elements but has "
+                    f"{prod(shape)}, in the shape {tuple(shape)}."
+                )
 
 
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
@@ -70,6 +91,7 @@ Backend = Callable[[Kernel], Launch]
 # Chosen by `use_backend`, with whether it can be traced; None: nothing is, and the GPU's own runs.
 _CHOSEN: ContextVar[tuple[Backend | None, bool] | None] = ContextVar("kernel backend", default=None)
 NO_BACKEND = "nothing runs kernels here"  # why an operator uses its ops form
+NARROW_SIZE = 1 << 31  # elements that an index of 32 bits does not reach
 OFF = "MLX_KIMI_NO_KERNELS"  # set in the environment, every operator uses its ops form
 
 

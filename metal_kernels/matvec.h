@@ -34,15 +34,14 @@ struct Stored<0> {
   }
 };
 
-// sums[r] += this lane's part, 8 columns from `column` on, of row `row + r` of a matrix [rows, K],
-// times x [K]. x may lie anywhere: X is a pointer.
+// sums[r] += this lane's part, 8 columns from `column` on, of row r of a matrix [rows, K], times x [K].
+// x may lie anywhere: X is a pointer.
 template <int Bits, int Group, int Rows, typename X, typename W, typename S>
 inline void add_step(
     X x,
     const device W* matrix,
     const device S* scales,
     const device S* biases,
-    int row,
     int K,
     int column,
     thread float* sums) {
@@ -56,9 +55,9 @@ inline void add_step(
   }
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
-    const float products = Stored<Bits>::dot(matrix + (row + r) * words, column, part);
+    const float products = Stored<Bits>::dot(matrix + r * words, column, part);
     if (Stored<Bits>::quantized) {
-      const int group = (row + r) * (K / Group) + column / Group;
+      const int group = r * (K / Group) + column / Group;
       sums[r] += products * float(scales[group]) + total * float(biases[group]);
     } else {
       sums[r] += products;
@@ -66,7 +65,8 @@ inline void add_step(
   }
 }
 
-// The same over all columns of this lane. The steps that every lane takes are unrolled, so that the
+// The same for rows from `row` on, over all columns of this lane. A stack of matrices may have more than 2^31
+// elements: where its rows start is 64 bits wide. The steps that every lane takes are unrolled, so that the
 // loads of one do not wait for the arithmetic of the one before.
 template <int Bits, int Group, int Rows, typename X, typename W, typename S>
 inline void add_products(
@@ -78,12 +78,17 @@ inline void add_products(
     int K,
     int lane,
     thread float* sums) {
+  matrix += size_t(row) * (Stored<Bits>::quantized ? K * Bits / 32 : K);
+  if (Stored<Bits>::quantized) {
+    scales += size_t(row) * (K / Group);
+    biases += size_t(row) * (K / Group);
+  }
   int column = lane * Columns;
 #pragma unroll 4
   for (int step = 0; step < K / Step; ++step, column += Step) {
-    add_step<Bits, Group, Rows>(x, matrix, scales, biases, row, K, column, sums);
+    add_step<Bits, Group, Rows>(x, matrix, scales, biases, K, column, sums);
   }
   if (column < K) {
-    add_step<Bits, Group, Rows>(x, matrix, scales, biases, row, K, column, sums);
+    add_step<Bits, Group, Rows>(x, matrix, scales, biases, K, column, sums);
   }
 }

@@ -17,29 +17,33 @@ import mlx.core as mx
 
 from mlx_kimi.metal_kernels.kernel import Kernel
 from mlx_kimi.metal_kernels.latents import is_packed, unpack
-from mlx_kimi.metal_kernels.matrix import Matrix
+from mlx_kimi.metal_kernels.matrix import Matrix, with_scales
 
 SEGMENTS = 26  # that one launch takes: three more inputs and two outputs fill Metal's 31 buffers
 OUTPUT_THREADS = 512
 MOST_SPLITS = 1024  # of mla_output; `_columns_of_a_split` asks for at most about 550
 
+_SEGMENT_NAMES = tuple(f"segment{i + 1}" for i in range(SEGMENTS))
 QUERY = Kernel(
     "mla_query",
     inputs=(
-        *("x", "embed", "embed_scales", "embed_biases", "norm", "tail"),
+        *("x", *with_scales("embed"), "norm", "tail"),
         *("plan", "scale", "eps"),
     ),
     outputs=("queries", "new_tail"),
+    wide=with_scales("embed"),
 )
 ATTEND = Kernel(
     "mla_attend",
-    inputs=("queries", "tail", *(f"segment{i + 1}" for i in range(SEGMENTS)), "plan"),
+    inputs=("queries", "tail", *_SEGMENT_NAMES, "plan"),
     outputs=("acc", "m_and_l"),
+    wide=("queries", "tail", *_SEGMENT_NAMES, "acc", "m_and_l"),
 )
 OUTPUT = Kernel(
     "mla_output",
-    inputs=("acc", "m_and_l", "unembed", "unembed_scales", "unembed_biases", "splits"),
+    inputs=("acc", "m_and_l", *with_scales("unembed"), "splits"),
     outputs=("y",),
+    wide=("acc", "m_and_l", *with_scales("unembed")),
 )
 
 
@@ -265,6 +269,10 @@ def mla_output(
 ) -> mx.array:
     """All splits merged to one softmax, and each head's values of it: [B, H * v]."""
     B, splits, H, lora = acc.shape
+    if splits > MOST_SPLITS:
+        raise ValueError(
+            f"[mla_output] acc must have at most {MOST_SPLITS} splits but has {splits}."
+        )
     matrix = weights.unembed_out
     (y,) = OUTPUT(
         inputs=[acc, m_and_l, *matrix.buffers(), splits],

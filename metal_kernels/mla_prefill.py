@@ -14,6 +14,7 @@ KERNEL = Kernel(
     "mla_prefill",
     inputs=("x", "keys", "latents", "values", "T", "S", "offset", "scale"),
     outputs=("outputs", "log_totals"),
+    wide=("x", "keys", "latents", "values", "outputs"),
 )
 
 

@@ -1,12 +1,26 @@
 """A kernel's text: its headers, each once and in order, in front of a body that keeps its lines."""
 
+import re
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from mlx_kimi.defaults import PREFILL_STEP, PREFILL_STEP_LIMIT
+from mlx_kimi.metal_kernels import (
+    add_norm,
+    experts,
+    kda_chunk,
+    kda_decode,
+    kda_prepare,
+    kda_sequential,
+    mla_decode,
+    mla_prefill,
+)
 from mlx_kimi.metal_kernels import kernel as module
 from mlx_kimi.metal_kernels.cuda import cuda
-from mlx_kimi.metal_kernels.kernel import Kernel, text_of
+from mlx_kimi.metal_kernels.kernel import NARROW_SIZE, Kernel, text_of, use_backend
+from mlx_kimi.metal_kernels.matrix import Matrix
 
 FOLDER = Path(module.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.metal"))
@@ -71,3 +85,65 @@ def test_every_header_is_included_somewhere() -> None:
     assert {
         name for name in headers if any(f'#include "{name}"' in text for text in texts)
     } == headers
+
+
+# ------------------------------------------------------------------------------ sizes and indices
+MODULES = (add_norm, experts, kda_chunk, kda_decode, kda_prepare, kda_sequential)
+KERNELS = {
+    found.name: found
+    for module in (*MODULES, mla_decode, mla_prefill)
+    for found in vars(module).values()
+    if isinstance(found, Kernel)
+}
+
+
+def launched(kernel: Kernel, large: str) -> list[mx.array]:
+    """A launch whose array `large` has 2^31 elements; nothing runs, and nothing is allocated."""
+    shapes = {name: (8,) for name in (*kernel.inputs, *kernel.outputs)}
+    shapes[large] = (1 << 16, 1 << 15)
+    with use_backend(lambda _: lambda **__: []):
+        return kernel(
+            inputs=[mx.zeros(shapes[name]) for name in kernel.inputs],
+            output_shapes=[shapes[name] for name in kernel.outputs],
+        )
+
+
+def test_every_kernel_is_known_here() -> None:
+    assert sorted(KERNELS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_array_beyond_32_bits_is_refused_by_name_unless_its_offsets_are_wide(name: str) -> None:
+    kernel = KERNELS[name]
+    for array in (*kernel.inputs, *kernel.outputs):
+        if array in kernel.wide:
+            assert launched(kernel, array) == []
+        else:
+            with pytest.raises(ValueError, match=rf"^\[{name}\] {array} must have fewer than 2147"):
+                launched(kernel, array)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if KERNELS[name].wide])
+def test_offsets_into_wide_arrays_have_64_bits(name: str) -> None:
+    """(An emulator's launch of such a size would take tens of gigabytes.)"""
+    text = re.sub(r"//.*", "", KERNELS[name].source)
+    wide = {"size_t(", *re.findall(r"const size_t (\w+) =", text)}
+    arrays = "|".join(KERNELS[name].wide)
+    for found in re.finditer(rf"\b({arrays})\b(?: \+ |\[)([^;]*);", text):
+        assert any(each in found[2] for each in wide), found[0]
+    if "matvec.h" in text_of(f"{name}.metal"):  # which matrices, whole, are given to
+        assert KERNELS[name].header.count("+= size_t(row) * ") == 3
+
+
+def test_more_splits_than_one_softmax_takes_are_refused() -> None:
+    weights = mla_decode.LatentWeights(*[Matrix(mx.zeros((1, 32, 32)))] * 2, mx.ones(32), 1e-6, 1.0)
+    many = mla_decode.MOST_SPLITS + 1
+    acc, m_and_l = mx.zeros((1, many, 1, 32)), mx.zeros((1, many, 1, 2))
+    with pytest.raises(ValueError, match=r"\[mla_output\] acc must have at most 1024 splits but"):
+        mla_decode.mla_output(acc, m_and_l, weights, mx.float32)
+
+
+def test_the_longest_prefill_step_keeps_every_array_of_the_48b_within_32_bits() -> None:
+    """MLX's own kernels count in 32 bits. The largest array is the outputs of 8 experts a token."""
+    assert PREFILL_STEP <= PREFILL_STEP_LIMIT
+    assert PREFILL_STEP_LIMIT * 8 * 2304 < NARROW_SIZE <= 2 * PREFILL_STEP_LIMIT * 8 * 2304
