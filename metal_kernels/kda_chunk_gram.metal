@@ -44,11 +44,11 @@ const auto k_prefix_here = k_prefix + place * (C * Dk);
 const auto q_prefix_here = q_prefix + place * (C * Dk);
 const auto k_suffix_here = k_suffix + place * (C * Dk);
 
-// Tokens after the last are inert: no key, no query, no decay, no write.
+// Tokens after the last are padding: no key, no query, no decay, no write.
 const int column = lane % C;
-float strength = 0;  // of the write of token `column`
+float own_beta = 0;  // of token `column`
 if (first + column < T) {
-  strength = beta[token + column * H];
+  own_beta = beta[token + column * H];
 }
 
 // Walk down the rows. The faded keys are what is left of each key so far; the product with them
@@ -59,11 +59,11 @@ float gram[C];  // k_i . faded k_column in the lower half simdgroup, q_i . faded
 const bool upper = lane >= C;
 #pragma unroll
 for (int i = 0; i < C; ++i) {
-  const bool real = first + i < T;
+  const bool valid = first + i < T;
   const int row = i * H * Dk;
-  const Slice key = load_if<Channels>(real, k_here + row, 0);
-  const Slice query = load_if<Channels>(real, q_here + row, 0);
-  const Slice fading = load_if<Channels>(real, alpha_here + row, 1);
+  const Slice key = load_if<Channels>(valid, k_here + row, 0);
+  const Slice query = load_if<Channels>(valid, q_here + row, 0);
+  const Slice fading = load_if<Channels>(valid, alpha_here + row, 1);
 
   // The two halves swap what the other one sums. Rows of the first tile have 8 columns.
   float products[C];
@@ -111,7 +111,7 @@ for (int i = 0; i < C; ++i) {
   for (int j = 0; j < i; ++j) {
     sum += simd_broadcast(gram[i], j) * X[j];
   }
-  X[i] = (i == column ? 1.0f : 0.0f) - simd_broadcast(strength, i) * sum;
+  X[i] = (i == column ? 1.0f : 0.0f) - simd_broadcast(own_beta, i) * sum;
 }
 
 const auto solve_here = solve + place * (C * C);
@@ -122,6 +122,6 @@ for (int i = 0; i < C; ++i) {
   if (upper) {
     mix_here[at] = gram[i];
   } else {
-    solve_here[at] = X[i] * strength;
+    solve_here[at] = X[i] * own_beta;
   }
 }

@@ -55,12 +55,12 @@ for (int n = 0; n < chunks; ++n) {
   const auto o_here = o + token * Dv + value;
 
   // What the state holds for the keys, and for the queries.
-  float2 recalled[Js][Is], output[Js][Is];
+  float2 kv_mem[Js][Is], output[Js][Is];
 #pragma unroll
   for (int j = 0; j < Js; ++j) {
 #pragma unroll
     for (int i = 0; i < Is; ++i) {
-      recalled[j][i] = output[j][i] = filled<2>(0);
+      kv_mem[j][i] = output[j][i] = filled<2>(0);
     }
   }
 #pragma unroll
@@ -74,7 +74,7 @@ for (int n = 0; n < chunks; ++n) {
 #pragma unroll
     for (int j = 0; j < Js; ++j) {
       const float2 held = as_right<float>(S[j][d]);
-      multiply_add<Is, StageT, float>(keys, held, recalled[j]);
+      multiply_add<Is, StageT, float>(keys, held, kv_mem[j]);
       multiply_add<Is, StageT, float>(queries, held, output[j]);
     }
   }
@@ -89,25 +89,25 @@ for (int n = 0; n < chunks; ++n) {
   }
   solve_last[0] = load<2>(solve_here + 3 * Tile);
   mix_last[0] = load<2>(mix_here + 3 * Tile);
-  float2 written[Js][Is];
+  float2 delta[Js][Is];
 #pragma unroll
   for (int j = 0; j < Js; ++j) {
-    float2 missing[Is];
+    float2 v_minus_mem[Is];
 #pragma unroll
     for (int i = 0; i < Is; ++i) {
       const int t = 8 * i + row;  // of the chunk
       const int at = t * H * Dv + 8 * j;
-      missing[i] = as_right<float>(load_if<2>(n * C + t < T, v_here + at, 0) - recalled[j][i]);
-      written[j][i] = filled<2>(0);
+      v_minus_mem[i] = as_right<float>(load_if<2>(n * C + t < T, v_here + at, 0) - kv_mem[j][i]);
+      delta[j][i] = filled<2>(0);
     }
-    multiply_add<2, float, float>(solve_first, missing[0], written[j]);
-    multiply_add<1, float, float>(solve_last, missing[1], written[j] + 1);
+    multiply_add<2, float, float>(solve_first, v_minus_mem[0], delta[j]);
+    multiply_add<1, float, float>(solve_last, v_minus_mem[1], delta[j] + 1);
 #pragma unroll
     for (int i = 0; i < Is; ++i) {
-      written[j][i] = as_right<float>(written[j][i]);
+      delta[j][i] = as_right<float>(delta[j][i]);
     }
-    multiply_add<2, float, float>(mix_first, written[j][0], output[j]);
-    multiply_add<1, float, float>(mix_last, written[j][1], output[j] + 1);
+    multiply_add<2, float, float>(mix_first, delta[j][0], output[j]);
+    multiply_add<1, float, float>(mix_last, delta[j][1], output[j] + 1);
 #pragma unroll
     for (int i = 0; i < Is; ++i) {
       const int t = 8 * i + row;
@@ -133,7 +133,7 @@ for (int n = 0; n < chunks; ++n) {
           fetch<2>(k_suffix_here + ((d + 1) * Is + i) * Tile)};
 #pragma unroll
       for (int j = 0; j < Js; ++j) {
-        multiply_add<2, StageT, float>(keys, written[j][i], &S[j][d]);
+        multiply_add<2, StageT, float>(keys, delta[j][i], &S[j][d]);
       }
     }
   }

@@ -97,17 +97,17 @@ for (int i = 0; i < Groups; ++i) {
 }
 const float key_scale = inverse_l2(sum_over_four_lanes(keys), 1);
 const float query_scale = inverse_l2(sum_over_four_lanes(queries), D);
-const float recalled = key_scale * sum_over_four_lanes(products);
+const float kv_mem = key_scale * sum_over_four_lanes(products);
 
 // Correct that towards the value, and answer the query.
-const float strength = sigmoid(float(x[b * Width + Channels + 2 * Rank + head]));
+const float beta = sigmoid(float(x[b * Width + Channels + 2 * Rank + head]));
 const float value = ((threadgroup float*)qkv)[2 * D + row];
-const float correction = key_scale * strength * (value - recalled);
+const float delta = key_scale * beta * (value - kv_mem);
 products = filled<4>(0);
 #pragma unroll
 for (int i = 0; i < Groups; ++i) {
   const int at = Lanes * i + part;
-  S[i] += correction * key[at];
+  S[i] += delta * key[at];
   products += S[i] * query[at];
   store<4>(new_state + place + 4 * Lanes * i, S[i]);
 }

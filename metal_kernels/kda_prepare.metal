@@ -11,13 +11,13 @@
 //   f             [B, T, H * D] of any float type
 //   taps          [Taps, 3 * H * D] of any float type: the convolution, the present token's last
 //   tail          [B, Taps - 1, 3 * H * D] of x's type: q | k | v of the tokens before
-//   lengths       [B] int: how many tokens of a row are real; the others are inert
+//   lengths       [B] int: how many tokens of a row are valid; the others are padding
 //   A_log         [H], dt_bias [H, D] of any float types
 //   T             int
 //   q, k, v       [B, T, H, D] of x's type
-//   alpha         [B, T, H, D] float, 1 for an inert token
-//   beta          [B, T, H] float, 0 for an inert token
-//   new_tail      like tail: q | k | v of the last real tokens
+//   alpha         [B, T, H, D] float, 1 for padding
+//   beta          [B, T, H] float, 0 for padding
+//   new_tail      like tail: q | k | v of the last valid tokens
 // Template: H, D, Width, Taps, Run int. D is 64 or 128; Width is a multiple of D / 32.
 // Grid (32, 4 * H, B * ceil(T / Run)), any threadgroup (32, n, 1) that divides it: a simdgroup owns q, k,
 // v or the gate of one head, for Run tokens; a lane D / 32 neighbouring channels.
@@ -54,8 +54,8 @@ if (what == 3) {
     }
     store<N>(alpha_here + i * H * D, fading);
     if (lane == 0) {
-      const float written = sigmoid(float(b_here[i * Width]));
-      beta_here[i * H] = t < length ? written : 0.0f;
+      const float own_beta = sigmoid(float(b_here[i * Width]));
+      beta_here[i * H] = t < length ? own_beta : 0.0f;
     }
   }
 } else {

@@ -18,11 +18,11 @@ from mlx_kimi.metal_kernels.experts import (
     expert_combine,
     expert_mlp,
     expert_select,
-    refused,
+    naive_expert_select,
+    unsupported_reason,
 )
 from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.metal_kernels.matrix import Matrix
-from mlx_kimi.model.moe import _select
 
 # One rounding of the output and one of what stands between the two launches, on top of float32.
 LARGEST = {mx.float32: 2e-5, mx.float16: 2e-3, mx.bfloat16: 1.2e-2}
@@ -102,7 +102,7 @@ def test_experts_equal_float64(B, K, N, shared_N, bits, shared_bits, group, dtyp
     x = mx.random.normal((B, K)).astype(dtype)
     experts = mx.argsort(mx.random.uniform(shape=(B, 5)), axis=-1)[:, :3].astype(mx.int32)
     weights = mx.random.uniform(shape=(B, 3))
-    assert refused(ROUTER, routed, shared, 3) is None
+    assert unsupported_reason(ROUTER, routed, shared, 3) is None
     y = expert_mlp(x, experts, weights, routed, shared)
     assert y.dtype == dtype
     expected = oracle(x, experts, weights, routed, shared)
@@ -202,7 +202,7 @@ def test_the_choice_is_that_of_the_ops_form(B, E, top_k, groups, best, renormali
     logits, bias = mx.random.normal((B, E)), mx.random.normal((E,)) * 0.05
     how = (top_k, groups, best, renormalize, 2.446)
     experts, weights = expert_select(logits, bias, *how)
-    expected_experts, expected_weights = _select(logits, bias, *how)
+    expected_experts, expected_weights = naive_expert_select(logits, bias, *how)
     assert experts.tolist() == expected_experts.tolist()
     assert_close("weights", weights, expected_weights, 1e-6)
 
@@ -215,16 +215,18 @@ def test_of_equal_scores_the_first_expert_is_chosen() -> None:
 def test_what_is_outside_the_domain_is_named() -> None:
     routed = gated((4,), 32, 64, 4, 32, mx.float32)
     other = gated((4,), 32, 64, 2, 32, mx.float32)
-    assert refused(ROUTER, other, None, 2) == "gate has 2 bits, not 4, 8 or 16"
+    assert unsupported_reason(ROUTER, other, None, 2) == "gate has 2 bits, not 4, 8 or 16"
     odd = SwiGLUWeights(matrix((4, 30, 64), 4, 32, mx.float32), routed.up, routed.down)
-    assert "multiple of 4 rows" in str(refused(ROUTER, odd, None, 2))
+    assert "multiple of 4 rows" in str(unsupported_reason(ROUTER, odd, None, 2))
     mixed = SwiGLUWeights(routed.gate, matrix((4, 32, 64), 8, 32, mx.float32), routed.down)
-    assert refused(ROUTER, mixed, None, 2) == "gate and up are stored differently"
-    assert refused(ROUTER, routed, None, 16) == "16 experts a token are more than 15"
-    assert refused(ROUTER, routed, None, 15) is None
-    assert "wider than 7168" in str(refused(Matrix(mx.zeros((4, 7200))), routed, None, 2))
+    assert unsupported_reason(ROUTER, mixed, None, 2) == "gate and up are stored differently"
+    assert unsupported_reason(ROUTER, routed, None, 16) == "16 experts a token are more than 15"
+    assert unsupported_reason(ROUTER, routed, None, 15) is None
+    assert "wider than 7168" in str(
+        unsupported_reason(Matrix(mx.zeros((4, 7200))), routed, None, 2)
+    )
     narrow = Matrix(mx.zeros((4, 60)))
-    assert "router is no multiple" in str(refused(narrow, routed, None, 2))
+    assert "router is no multiple" in str(unsupported_reason(narrow, routed, None, 2))
 
 
 def test_of_no_numbers_experts_are_chosen_all_the_same() -> None:

@@ -12,7 +12,7 @@ from emulator.lint import linter
 from kda_cases import GATES, Inputs, case, recurrence
 
 from mlx_kimi.metal_kernels import kda_chunk, kda_sequential
-from mlx_kimi.metal_kernels.kda import chosen_form, kda
+from mlx_kimi.metal_kernels.kda import chosen_implementation, kda
 from mlx_kimi.metal_kernels.kda_chunk import CHUNK, kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import use_backend
@@ -212,13 +212,13 @@ def test_inert_tokens_after_real_ones_change_nothing(form: str, real: int) -> No
 def test_chooses_by_the_number_of_tokens_and_the_domain(
     T: int, Dk: int, Dv: int, name: str
 ) -> None:
-    form = chosen_form(T, Dk, Dv)
+    form = chosen_implementation(T, Dk, Dv)
     assert form.name == name and form.why
 
 
 def test_chooses_operations_where_nothing_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_kimi.metal_kernels.kda.backend", lambda: None)
-    assert [chosen_form(T, 128, 128).name for T in (2, 32)] == ["kda_chunk", "kda_chunk"]
+    assert [chosen_implementation(T, 128, 128).name for T in (2, 32)] == ["kda_chunk", "kda_chunk"]
 
 
 @pytest.mark.parametrize("T", [1, 5, 40])
@@ -232,5 +232,5 @@ def test_the_chosen_form_equals_the_recurrence(T: int) -> None:
 
 @pytest.mark.parametrize("module", [kda_sequential, kda_chunk])
 def test_a_kernel_says_which_heads_it_does_not_take(module: Any) -> None:
-    assert module.refused(128, 64) is None
-    assert "Dv = 48" in module.refused(64, 48)
+    assert module.unsupported_reason(128, 64) is None
+    assert "Dv = 48" in module.unsupported_reason(64, 48)

@@ -169,7 +169,7 @@ def test_a_slow_decay_is_not_lost() -> None:
 
 def test_says_what_it_does_not_take() -> None:
     weights = case(bits=4).weights
-    assert module.refused(weights, 64) is None
-    assert "D = 96" in str(module.refused(weights, 96))
+    assert module.unsupported_reason(weights, 64) is None
+    assert "D = 96" in str(module.unsupported_reason(weights, 96))
     other = weights._replace(g_b=case(bits=8).weights.g_b)
-    assert "differ" in str(module.refused(other, 64))
+    assert "differ" in str(module.unsupported_reason(other, 64))

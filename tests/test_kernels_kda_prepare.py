@@ -160,8 +160,8 @@ def test_every_version_of_metal_takes_the_text(dtype: mx.Dtype) -> None:
 
 
 def test_says_what_it_does_not_take() -> None:
-    assert module.refused(400, 128) is None
-    assert module.refused(400, 32) == "D = 32 is not among (64, 128)"
-    assert "no multiple of 4" in str(module.refused(402, 64))
+    assert module.unsupported_reason(400, 128) is None
+    assert module.unsupported_reason(400, 32) == "D = 32 is not among (64, 128)"
+    assert "no multiple of 4" in str(module.unsupported_reason(402, 64))
     with use_backend(None):
-        assert module.refused(400, 128) is not None
+        assert module.unsupported_reason(400, 128) is not None

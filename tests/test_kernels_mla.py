@@ -17,14 +17,13 @@ from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.mla_decode import (
     NARROW,
     NVIDIA,
-    SEGMENTS,
     WIDE,
     LatentWeights,
-    Plan,
     Shape,
     mla_decode,
     naive_mla_decode,
 )
+from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan, positions_of_a_split
 
 # Float32 against float64: sums of up to a thousand products, and exp of their scores.
 RMS, LARGEST = 5e-6, 2e-5
@@ -67,7 +66,7 @@ class Case(NamedTuple):
         if form == "naive":
             return naive_mla_decode(*self)
         sizes = [segment.shape[1] for segment in self.segments]
-        plan = Plan.of(self.size, self.tail.shape[1], sizes, columns)
+        plan = SplitKVPlan.of(self.size, self.tail.shape[1], sizes, columns)
         return mla_decode(self.x, self.weights, self.tail, plan, self.segments, shape)
 
 
@@ -322,7 +321,7 @@ def test_every_version_of_metal_takes_the_text(packed: bool, bits: int, dtype: m
 def test_says_what_it_does_not_take() -> None:
     def of(sizes: Sizes, **how: Any) -> str | None:
         given = case(sizes, **how)
-        return module.refused(given.weights, given.x.shape[-1])
+        return module.unsupported_reason(given.weights, given.x.shape[-1])
 
     assert of(PUBLISHED, bits=4) is None
     assert of(SMALL._replace(lora=48)) == "kv_lora_rank = 48 is not a multiple of 32 up to 512"
@@ -335,7 +334,7 @@ def test_says_what_it_does_not_take() -> None:
 
 @pytest.mark.parametrize("total", [1, 64, 65, 5000, 131_072, 200_000, 524_288, 1 << 20, 1 << 23])
 def test_splits_are_enough_and_not_too_many(total: int) -> None:
-    columns = module._columns_of_a_split(total)
+    columns = positions_of_a_split(total)
     splits = -(-total // columns)
     assert columns % 8 == 0
     # Every segment and the tail may end with a split that is not full.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_kimi.metal_kernels.attention import SubmitLimit
-from mlx_kimi.metal_kernels.mla_decode import Plan
+from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ForwardBatch:
 
     real: mx.array | None = None  # [B, T] bool, of a right-padded batch; None: no padding
     lengths: mx.array | None = None  # [B], the real tokens of each row; None: all T
-    plan: Plan | None = None  # of one token's attention; None: each layer makes its own
+    plan: SplitKVPlan | None = None  # of one token's attention; None: each layer makes its own
     ahead: SubmitLimit | None = None  # of many tokens; None: no limit
 
     @staticmethod
