@@ -32,7 +32,7 @@ def pocket() -> KimiLinear:
 
 @pytest.fixture
 def launched() -> Iterator[list[str]]:
-    """Kernels run as their references; those that Python launched, by name: a compiled step has none."""
+    """Kernels run on the reference backend; those that Python launched, by name."""
     names: list[str] = []
 
     def counting(kernel: Kernel) -> Launch:

@@ -1,13 +1,10 @@
 """The expert kernels on the emulator, against float64, with no finding."""
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits, numbers
-from emulator import emulator
-from emulator.lint import linter
+from kernel_cases import exact, linter, matrix, on_the_emulator
 
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
 from mlx_kimi.metal_kernels.experts import (
@@ -24,44 +21,26 @@ from mlx_kimi.metal_kernels.experts import (
 from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.metal_kernels.matrix import Matrix
 
+pytestmark = on_the_emulator
 # One rounding of the output and one of what stands between the two launches, on top of float32.
 LARGEST = {mx.float32: 2e-5, mx.float16: 2e-3, mx.bfloat16: 1.2e-2}
 
 
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
-
-
-def matrix(shape: tuple[int, ...], bits: int, group: int, dtype: mx.Dtype) -> Matrix:
-    weight = (mx.random.normal(shape) * shape[-1] ** -0.5).astype(dtype)
-    if not bits:
-        return Matrix(weight)
-    packed = mx.quantize(weight, group_size=group, bits=bits)
-    return Matrix(*packed, bits=bits, group_size=group)
+def random_matrix(shape: tuple[int, ...], bits: int, group: int, dtype: mx.Dtype) -> Matrix:
+    return matrix(mx.random.normal(shape) * shape[-1] ** -0.5, bits, group, dtype)
 
 
 def gated(
     lead: tuple[int, ...], N: int, K: int, bits: int, group: int, dtype: mx.Dtype
 ) -> SwiGLUWeights:
     return SwiGLUWeights(
-        matrix((*lead, N, K), bits, group, dtype),
-        matrix((*lead, N, K), bits, group, dtype),
-        matrix((*lead, K, N), bits, group, dtype),
+        random_matrix((*lead, N, K), bits, group, dtype),
+        random_matrix((*lead, N, K), bits, group, dtype),
+        random_matrix((*lead, K, N), bits, group, dtype),
     )
 
 
 ROUTER = Matrix(mx.zeros((4, 64)))
-
-
-def exact(m: Matrix) -> np.ndarray:
-    """The matrix in float64."""
-    if m.scales is None or m.biases is None:
-        return numbers(m.weight)
-    scales, biases = (a.astype(mx.float32) for a in (m.scales, m.biases))
-    whole = mx.dequantize(m.weight, scales, biases, group_size=m.group_size, bits=m.bits)
-    return numbers(whole)
 
 
 def swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -113,7 +92,7 @@ def scored(B: int, E: int, W: int, bits: int, dtype: mx.Dtype) -> tuple:
     """The arguments of add_norm_scores; a router is float32 in every folder."""
     mx.random.seed(E + W)
     x, part, weight = (mx.random.normal(s).astype(dtype) for s in ((B, W), (B, W), (W,)))
-    return x, part, weight, 1e-5, matrix((E, W), bits, 32, mx.float32)
+    return x, part, weight, 1e-5, random_matrix((E, W), bits, 32, mx.float32)
 
 
 @pytest.mark.parametrize("dtype", LARGEST, ids=str)
@@ -216,9 +195,9 @@ def test_what_is_outside_the_domain_is_named() -> None:
     routed = gated((4,), 32, 64, 4, 32, mx.float32)
     other = gated((4,), 32, 64, 2, 32, mx.float32)
     assert unsupported_reason(ROUTER, other, None, 2) == "gate has 2 bits, not 4, 8 or 16"
-    odd = SwiGLUWeights(matrix((4, 30, 64), 4, 32, mx.float32), routed.up, routed.down)
+    odd = SwiGLUWeights(random_matrix((4, 30, 64), 4, 32, mx.float32), routed.up, routed.down)
     assert "multiple of 4 rows" in str(unsupported_reason(ROUTER, odd, None, 2))
-    mixed = SwiGLUWeights(routed.gate, matrix((4, 32, 64), 8, 32, mx.float32), routed.down)
+    mixed = SwiGLUWeights(routed.gate, random_matrix((4, 32, 64), 8, 32, mx.float32), routed.down)
     assert unsupported_reason(ROUTER, mixed, None, 2) == "gate and up are stored differently"
     assert unsupported_reason(ROUTER, routed, None, 16) == "16 experts a token are more than 15"
     assert unsupported_reason(ROUTER, routed, None, 15) is None

@@ -1,6 +1,5 @@
 """Many tokens' attention to a block of columns: float64 -> naive_mla_prefill -> mla_prefill."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -8,8 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits, numbers
-from emulator import emulator
-from emulator.lint import linter
+from kernel_cases import assert_all_close, emulator, linter, on_the_emulator
 
 from mlx_kimi.metal_kernels.attention import merge_attention
 from mlx_kimi.metal_kernels.kernel import use_backend
@@ -24,16 +22,11 @@ from mlx_kimi.metal_kernels.mla_prefill import (
     unsupported_reason,
 )
 
+pytestmark = on_the_emulator
 # Float32 against float64: sums of up to a hundred products, and exp of their scores.
 LARGEST, RMS = 2e-5, 5e-6
 SHAPES = [PREFILL_SHAPE, NVIDIA_PREFILL_SHAPE, Shape(24, 8)]
 of_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
 
 
 class Sizes(NamedTuple):
@@ -108,11 +101,10 @@ def oracle(given: Case) -> tuple[np.ndarray, np.ndarray]:
 def assert_is_oracle(
     given: Case, shape: Shape | None = None, largest: float = LARGEST, rms: float = RMS
 ) -> None:
-    outputs, log_totals = given.run(shape)
-    expected, logs = oracle(given)
-    assert outputs.dtype == given.x.dtype and log_totals.dtype == mx.float32
-    assert_close("outputs", outputs, expected, largest, rms)
-    assert_close("log totals", log_totals, logs, largest)
+    outputs, lse = given.run(shape)
+    expected, expected_lse = oracle(given)
+    assert_all_close(given.x.dtype, largest, rms, outputs=(outputs, expected))
+    assert_all_close(mx.float32, largest, lse=(lse, expected_lse))
 
 
 # ------------------------------------------------------------------------------------- numbers
