@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/kernels.py check
     .venv/bin/python benchmarks/kernels.py time
 
-`check` compares every operator with its naive twin and with float64, and a whole model with kernels
+`check` compares every operator with its naive form and with float64, and a whole model with kernels
 on and off on forced tokens. `time` runs ours, mlx-lm's and, where they are installed, FLA's kernels
 in turns; a figure is the median over repeats, of calls one after another that, where they are
 short, each need the last one's result, so that the time to submit a call hides behind the one that
@@ -34,17 +34,23 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.add_norm import add_norm, naive_add_norm
 from mlx_kimi.metal_kernels.attention import Block, attend
-from mlx_kimi.metal_kernels.experts import SwiGLUWeights, add_norm_scores, expert_mlp, expert_select
+from mlx_kimi.metal_kernels.experts import (
+    SwiGLUWeights,
+    add_norm_scores,
+    expert_mlp,
+    expert_select,
+    naive_expert_select,
+)
 from mlx_kimi.metal_kernels.kda_chunk import kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode, naive_kda_decode
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
 from mlx_kimi.metal_kernels.latents import pack
 from mlx_kimi.metal_kernels.matrix import Matrix
-from mlx_kimi.metal_kernels.mla_decode import LatentWeights, Plan, mla_decode, naive_mla_decode
+from mlx_kimi.metal_kernels.mla_decode import LatentWeights, mla_decode, naive_mla_decode
 from mlx_kimi.metal_kernels.mla_prefill import Expanded, mla_prefill, naive_mla_prefill
+from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 from mlx_kimi.model.kimi_linear import KimiLinear
-from mlx_kimi.model.moe import _select
 from mlx_kimi.text.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -183,7 +189,7 @@ def _latents() -> Comparisons:
         tail = mx.random.normal((1, room, width)).astype(dtype)
         segments = [mx.random.normal((1, n, width)).astype(dtype) for n in sizes]
         segments = [pack(s) for s in segments] if packed else segments
-        y, _ = mla_decode(x, weights, tail, Plan.of(100, room, sizes), segments)
+        y, _ = mla_decode(x, weights, tail, SplitKVPlan.of(100, room, sizes), segments)
         plain = weights._replace(
             embed_q=Matrix(_dequantized(weights.embed_q)),
             unembed_out=Matrix(_dequantized(weights.unembed_out)),
@@ -246,7 +252,7 @@ def _experts() -> Comparisons:
         yield f"add_norm_scores, {_name(dtype)}, B = {B}", errors, FLOAT32
         how = (TOP_K, 1, 1, True, 2.446)
         experts, weights = expert_select(logits, bias, *how)
-        expected_experts, expected = _select(logits, bias, *how)
+        expected_experts, expected = naive_expert_select(logits, bias, *how)
         chosen = float(not mx.array_equal(experts, expected_experts).item())
         yield (
             f"expert_select, B = {B}",

@@ -1,3 +1,6 @@
+#include "norm.h"
+#include "reduce.h"
+
 // The residual stream takes up a layer's output, and is normalised for the layer that follows:
 //
 //     sum = x + part      normed = sum / sqrt(mean(sum^2) + eps) * weight
@@ -11,10 +14,14 @@
 // Threads-th of its elements.
 constexpr int Owned = (W + Threads - 1) / Threads;
 
-threadgroup float squares[Threads / 32];
+threadgroup float partial[Threads / 32];
 
 const int index = thread_position_in_threadgroup.x;
-const int start = threadgroup_position_in_grid.y * W;
+const size_t start = size_t(threadgroup_position_in_grid.y) * W;
+const auto x_row = x + start;
+const auto part_row = part + start;
+const auto sum_row = sum + start;
+const auto normed_row = normed + start;
 
 // What is normalised is the sum as it is kept.
 float kept[Owned];
@@ -24,28 +31,18 @@ for (int i = 0; i < Owned; ++i) {
   const int at = index + i * Threads;
   kept[i] = 0;
   if (at < W) {
-    const OutT rounded = OutT(float(x[start + at]) + float(part[start + at]));
-    sum[start + at] = rounded;
+    const OutT rounded = OutT(float(x_row[at]) + float(part_row[at]));
+    sum_row[at] = rounded;
     kept[i] = float(rounded);
     square += kept[i] * kept[i];
   }
 }
-square = simd_sum(square);
-if (index % 32 == 0) {
-  squares[index / 32] = square;
-}
-threadgroup_barrier(mem_flags::mem_threadgroup);
-
-float total = 0;
-#pragma unroll
-for (int i = 0; i < Threads / 32; ++i) {
-  total += squares[i];
-}
-const float factor = rsqrt(total / float(W) + eps);
+const float squares = sum_over_threadgroup<Threads / 32>(square, index, partial);
+const float factor = inverse_rms(squares, W, eps);
 #pragma unroll
 for (int i = 0; i < Owned; ++i) {
   const int at = index + i * Threads;
   if (at < W) {
-    normed[start + at] = OutT(kept[i] * factor * float(weight[at]));
+    normed_row[at] = OutT(kept[i] * factor * float(weight[at]));
   }
 }

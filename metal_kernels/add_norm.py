@@ -1,4 +1,7 @@
-"""The residual addition and the norm that follows it, in one launch."""
+"""The residual addition and the norm that follows it, in one launch.
+
+s = x + part      normed = s / sqrt(mean(s^2) + eps) * weight
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import mlx.core as mx
 from mlx_kimi.metal_kernels.kernel import Kernel, backend
 
 MOST_THREADS = 256  # of a row
-KERNEL = Kernel("add_norm", inputs=("x", "part", "weight", "eps"), outputs=("sum", "normed"))
 
 
 def naive_add_norm(
@@ -27,6 +29,14 @@ def add_norm(
         if backend() is None
         else add_norm_kernel(x, part, weight, eps)
     )
+
+
+KERNEL = Kernel(
+    "add_norm",
+    inputs=("x", "part", "weight", "eps"),
+    outputs=("sum", "normed"),
+    wide=("x", "part", "sum", "normed"),
+)
 
 
 def add_norm_kernel(

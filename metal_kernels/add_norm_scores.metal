@@ -1,3 +1,7 @@
+#include "matvec.h"
+#include "norm.h"
+#include "reduce.h"
+
 // The residual stream takes up a layer's output, is normalised, and scores the experts:
 //
 //     sum = x + part      normed = sum / sqrt(mean(sum^2) + eps) * weight      logits = gate normed
@@ -15,7 +19,7 @@
 constexpr int Threads = 32 * Experts;
 constexpr int Owned = (W + Threads - 1) / Threads;
 
-threadgroup float squares[Experts];
+threadgroup float partial[Experts];
 threadgroup float row[W];
 
 const int index = thread_position_in_threadgroup.x;
@@ -39,18 +43,8 @@ for (int i = 0; i < Owned; ++i) {
     }
   }
 }
-square = simd_sum(square);
-if (lane == 0) {
-  squares[index / 32] = square;
-}
-threadgroup_barrier(mem_flags::mem_threadgroup);
-
-float total = 0;
-#pragma unroll
-for (int i = 0; i < Experts; ++i) {
-  total += squares[i];
-}
-const float factor = rsqrt(total / float(W) + eps);
+const float squares = sum_over_threadgroup<Experts>(square, index, partial);
+const float factor = inverse_rms(squares, W, eps);
 #pragma unroll
 for (int i = 0; i < Owned; ++i) {
   const int at = index + i * Threads;

@@ -18,30 +18,30 @@ NO_KEY = -1e30
 # leaving out more, a GPU from fewer launches.
 QUERY_BLOCK, GPU_QUERY_BLOCK = 128, 512
 
-# Columns whose scores for one token are one tensor (8 MB for 32 heads): a few launches more for
-# each of many segments would cost more than their arithmetic.
-ONE_TOKEN_COLUMNS = 1 << 16
+# KV positions whose scores for one token are one tensor (8 MB for 32 heads): a few launches more
+# for each of many segments would cost more than their arithmetic.
+ONE_TOKEN_POSITIONS = 1 << 16
 
 
 class Block(NamedTuple):
-    """Keys and values of consecutive columns, the first of which is `start`."""
+    """Keys and values of consecutive positions, the first of which is `start`."""
 
     start: int
     keys: mx.array  # [B, H or 1, S, Dk]
     values: mx.array  # [B, H or 1, S, Dv]
-    real: mx.array | None  # [B, S] bool; None: no column is padding
+    valid: mx.array | None  # [B, S] bool; None: no position is padding
 
     @property
     def size(self) -> int:
         return self.keys.shape[2]
 
-    def first_columns(self, count: int) -> Block:
-        """The block without its columns from `count` on."""
+    def first_positions(self, count: int) -> Block:
+        """The block without its positions from `count` on."""
         if count >= self.size:
             return self
         count = max(count, 0)
-        real = None if self.real is None else self.real[:, :count]
-        return Block(self.start, self.keys[:, :, :count], self.values[:, :, :count], real)
+        valid = None if self.valid is None else self.valid[:, :count]
+        return Block(self.start, self.keys[:, :, :count], self.values[:, :, :count], valid)
 
 
 def attend(
@@ -53,7 +53,7 @@ def attend(
 ) -> mx.array:
     """softmax(scale * queries keys^T) values over all blocks together.
 
-    Query t stands at column `first` + t and sees the real columns up to its own.
+    Query t stands at position `first` + t and sees the valid positions up to its own.
 
     Args:
         queries: [B, H, T, Dk].
@@ -69,7 +69,7 @@ def attend(
     scaled = queries.astype(mx.float32) * scale
     rows = [_Rows(scaled[:, :, start : start + size], first + start) for start in range(0, T, size)]
     ahead = ahead or SubmitLimit()
-    for group in _groups(blocks, ONE_TOKEN_COLUMNS if T == 1 else 0):
+    for group in _groups(blocks, ONE_TOKEN_POSITIONS if T == 1 else 0):
         for part in rows:
             part.meet(group)
             if T > 1 and part.sums is not None:
@@ -108,79 +108,79 @@ class _Rows:
     def __init__(self, queries: mx.array, first: int) -> None:
         T = queries.shape[2]
         self.queries, self.first, self.end = queries, first, first + T
-        self.sums: tuple[mx.array, mx.array] | None = None  # log of the total, output
+        self.sums: tuple[mx.array, mx.array] | None = None  # lse, output
 
     def meet(self, blocks: Sequence[Block]) -> None:
         """Take some blocks into the softmax, with one product for the scores of each."""
-        seen = [block.first_columns(self.end - block.start) for block in blocks]
+        seen = [block.first_positions(self.end - block.start) for block in blocks]
         seen = [block for block in seen if block.size]
         if not seen:
             return
         scores = _joined([self._scores(block, self._visible(block)) for block in seen])
-        shares, log_total = _softmax(scores, seen[0].values)
-        output = _weighed(shares, [block.values for block in seen])
+        probs, lse = _softmax(scores, seen[0].values)
+        output = _weighed(probs, [block.values for block in seen])
         if self.sums is not None:
-            log_total, output = together(*self.sums, log_total, output)
-        self.sums = log_total, output
+            lse, output = merge_attention(*self.sums, lse, output)
+        self.sums = lse, output
 
     def _scores(self, block: Block, visible: mx.array | None) -> mx.array:
-        """[B, H, T, S] float32; -inf where the query may not see the column."""
+        """[B, H, T, S] float32; -inf where the query may not see the position."""
         scores = _product(self.queries, block.keys.astype(mx.float32), times_transposed)
         return scores if visible is None else mx.where(visible, scores, -mx.inf)
 
     def _visible(self, block: Block) -> mx.array | None:
-        """Which columns each query may see; None: all."""
-        real = None if block.real is None else block.real[:, None, None]
+        """Which positions each query may see; None: all."""
+        valid = None if block.valid is None else block.valid[:, None, None]
         end = block.start + block.size
         if end <= self.first + 1:
-            return real
-        columns = mx.arange(block.start, end)
-        causal = columns <= mx.arange(self.first, self.end)[:, None]  # [T, S]
-        return causal if real is None else causal & real
+            return valid
+        positions = mx.arange(block.start, end)
+        causal = positions <= mx.arange(self.first, self.end)[:, None]  # [T, S]
+        return causal if valid is None else causal & valid
 
     def result(self) -> mx.array:
-        assert self.sums is not None, "the queries' own columns are always among the blocks"
+        assert self.sums is not None, "the queries' own positions are always among the blocks"
         return self.sums[1]
 
 
 def _softmax(scores: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-    """Of each row its softmax, in the dtype of the values that it weighs, and its total's log.
+    """Of each row its softmax, in the dtype of the values that it weighs, and its lse.
 
     A GPU is bound by how often scores are read and written, a CPU by how many exponentials it
     takes: each has the form that suits it.
     """
     if mx.default_device() == mx.Device(mx.cpu):
-        highest = mx.maximum(scores.max(axis=-1, keepdims=True), NO_KEY)
-        shares = mx.exp(scores - highest)
-        total = mx.maximum(shares.sum(axis=-1, keepdims=True), 1e-30)  # (0 where no key is seen)
-        return (shares / total).astype(values.dtype), highest + mx.log(total)
-    log_total = mx.maximum(mx.logsumexp(scores, axis=-1, keepdims=True), NO_KEY)
-    return _shares(scores, log_total, values), log_total
+        m = mx.maximum(scores.max(axis=-1, keepdims=True), NO_KEY)
+        probs = mx.exp(scores - m)
+        total = mx.maximum(probs.sum(axis=-1, keepdims=True), 1e-30)  # (0 where no key is seen)
+        return (probs / total).astype(values.dtype), m + mx.log(total)
+    lse = mx.maximum(mx.logsumexp(scores, axis=-1, keepdims=True), NO_KEY)
+    return _probs(scores, lse, values), lse
 
 
 @mx.compile
-def _shares(scores: mx.array, log_total: mx.array, values: mx.array) -> mx.array:
-    return mx.exp(scores - log_total).astype(values.dtype)
+def _probs(scores: mx.array, lse: mx.array, values: mx.array) -> mx.array:
+    return mx.exp(scores - lse).astype(values.dtype)
 
 
 @mx.compile
-def together(
-    log_total: mx.array, output: mx.array, other_log_total: mx.array, other_output: mx.array
+def merge_attention(
+    lse: mx.array, output: mx.array, other_lse: mx.array, other_output: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """The softmax over two groups of columns, from those over each.
+    """The softmax over two groups of positions, from those over each.
 
-    `log_total` [..., 1] and `output` [..., Dv]: float32, of the same queries.
+    `lse` [..., 1] and `output` [..., Dv]: float32, of the same queries.
     """
-    both = mx.logaddexp(log_total, other_log_total)
-    share, other_share = mx.exp(log_total - both), mx.exp(other_log_total - both)
-    return both, output * share + other_output * other_share
+    merged = mx.logaddexp(lse, other_lse)
+    weight, other_weight = mx.exp(lse - merged), mx.exp(other_lse - merged)
+    return merged, output * weight + other_output * other_weight
 
 
-def _groups(blocks: Iterable[Block], columns: int) -> Iterator[list[Block]]:
-    """Neighbouring blocks of up to so many columns together; a larger one by itself."""
+def _groups(blocks: Iterable[Block], positions: int) -> Iterator[list[Block]]:
+    """Neighbouring blocks of up to so many positions together; a larger one by itself."""
     group: list[Block] = []
     for block in blocks:
-        if group and sum(b.size for b in group) + block.size > columns:
+        if group and sum(b.size for b in group) + block.size > positions:
             yield group
             group = []
         group.append(block)
@@ -192,10 +192,10 @@ def _joined(arrays: list[mx.array]) -> mx.array:
     return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=-1)
 
 
-def _weighed(shares: mx.array, values: list[mx.array]) -> mx.array:
-    """shares [B, H, T, S of all] times the values of each block, summed: [B, H, T, Dv] float32."""
+def _weighed(probs: mx.array, values: list[mx.array]) -> mx.array:
+    """probs [B, H, T, S of all] times the values of each block, summed: [B, H, T, Dv] float32."""
     ends = list(accumulate(v.shape[2] for v in values))[:-1]
-    parts = mx.split(shares, ends, axis=-1) if ends else [shares]
+    parts = mx.split(probs, ends, axis=-1) if ends else [probs]
     output = [
         _product(part, v, mx.matmul).astype(mx.float32)
         for part, v in zip(parts, values, strict=True)

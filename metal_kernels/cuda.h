@@ -13,6 +13,7 @@
 #define constant
 #define thread
 #define threadgroup
+#define METAL_FUNC __forceinline__
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
 #endif

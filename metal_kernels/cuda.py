@@ -121,7 +121,7 @@ def _scalar(x: bool | int | float) -> mx.array:
 @cache
 def cuda(kernel: Kernel) -> CudaKernel:
     """The backend of NVIDIA GPUs."""
-    header = "\n".join(text_of(_INSTEAD.get(file, file)) for file in kernel.headers)
+    header = kernel.header_with(_INSTEAD)
     return CudaKernel(kernel.name, kernel.inputs, kernel.outputs, kernel.source, header)
 
 

@@ -1,3 +1,5 @@
+#include "vectors.h"
+
 // Rows of 32 channels as fragments of 4 tiles: a lane takes 8 neighbouring channels, the first 4 times its
 // tile_column, and 2 i and 2 i + 1 of them stand in tile i. Tiles that meet follow the same order.
 template <typename T>

@@ -1,3 +1,5 @@
+#include "vectors.h"
+
 // What the chosen experts say of each token, weighted and summed in router order, and the shared expert.
 //
 //   y             [Rows, W] of any float type: outputs of experts, in any order
@@ -9,13 +11,14 @@
 // Grid (W / 4, N, 1), any threadgroup that divides it: a thread owns 4 neighbours.
 const int at = 4 * thread_position_in_grid.x;
 const int token = thread_position_in_grid.y;
+const size_t here = size_t(token) * W + at;
 
 float4 sum = filled<4>(0);
 #pragma unroll
 for (int i = 0; i < TopK; ++i) {
-  sum += weights[token * TopK + i] * load<4>(y + places[token * TopK + i] * W + at);
+  sum += weights[token * TopK + i] * load<4>(y + size_t(places[token * TopK + i]) * W + at);
 }
 if (Shared) {
-  sum += load<4>(shared + token * W + at);
+  sum += load<4>(shared + here);
 }
-store<4>(combined + token * W + at, sum);
+store<4>(combined + here, sum);

@@ -1,3 +1,6 @@
+#include "matvec.h"
+#include "reduce.h"
+
 // The second half of every expert that a token uses, and their weighted sum in router order, the
 // shared expert last and unweighted.
 //
@@ -31,11 +34,9 @@ if (slot < TopK) {
   add_products<SharedBits, SharedGroup, Rows>(
       input, shared_down, shared_down_scales, shared_down_biases, first, SharedN, lane, sums);
 }
-for (int r = 0; r < Rows; ++r) {
-  const float sum = simd_sum(sums[r]);
-  if (lane == r) {
-    parts[slot * Rows + r] = sum;
-  }
+const float sum = sum_of_rows<Rows>(sums, lane);
+if (lane < Rows) {
+  parts[slot * Rows + lane] = sum;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 

@@ -1,3 +1,7 @@
+#include "activations.h"
+#include "matvec.h"
+#include "reduce.h"
+
 // The first half of every expert that a token uses: silu(gate x) * (up x), the routed experts'
 // rows first, in router order, then the shared expert's.
 //
@@ -34,10 +38,8 @@ if (first < Routed) {
       input, shared_up, shared_up_scales, shared_up_biases, row, K, lane, ups);
 }
 
-for (int r = 0; r < Rows; ++r) {
-  const float g = simd_sum(gates[r]);
-  const float u = simd_sum(ups[r]);
-  if (lane == r) {
-    h[token * (Routed + SharedN) + first + r] = OutT(g / (1.0f + metal::exp(-g)) * u);
-  }
+const float g = sum_of_rows<Rows>(gates, lane);
+const float u = sum_of_rows<Rows>(ups, lane);
+if (lane < Rows) {
+  h[token * (Routed + SharedN) + first + lane] = OutT(silu(g) * u);
 }

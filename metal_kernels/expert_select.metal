@@ -1,3 +1,5 @@
+#include "activations.h"
+
 // Which experts answer a token, and with what weight: sigmoid, bias, grouped top-k, renormalised.
 //
 //   logits       [B, E] float
@@ -24,7 +26,7 @@ for (int i = 0; i < Owned; ++i) {
   scores[i] = 0;
   merits[i] = -INFINITY;
   if (expert < E) {
-    scores[i] = 1.0f / (1.0f + metal::exp(-logits[token * E + expert]));
+    scores[i] = sigmoid_as_written(logits[token * E + expert]);
     merits[i] = scores[i] + bias[expert];
     biased[expert] = merits[i];
   }

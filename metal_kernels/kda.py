@@ -1,4 +1,4 @@
-"""The delta rule, in whichever form suits the number of tokens and the device."""
+"""The delta rule, in whichever chosen suits the number of tokens and the device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
 CHUNKED_FROM = 32  # tokens; two chunks
 
 
-class Form(NamedTuple):
-    """One form of the operator, and why it was chosen."""
+class Implementation(NamedTuple):
+    """One implementation of the operator, and why it was chosen."""
 
     run: Callable[..., tuple[mx.array, mx.array]]  # arguments and results of naive_kda
     why: str
@@ -33,25 +33,25 @@ def kda(
     state: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """`naive_kda`, chosen in this one place; the arguments and results are its own."""
-    form = chosen_form(q.shape[1], q.shape[-1], v.shape[-1])
-    return form.run(q, k, v, alpha, beta, state)
+    chosen = chosen_implementation(q.shape[1], q.shape[-1], v.shape[-1])
+    return chosen.run(q, k, v, alpha, beta, state)
 
 
-def chosen_form(T: int, Dk: int, Dv: int) -> Form:
-    """The form that takes T tokens of heads of this size at this moment."""
+def chosen_implementation(T: int, Dk: int, Dv: int) -> Implementation:
+    """The implementation that takes T tokens of heads of this size at this moment."""
     if T == 1:
-        return Form(kda_sequential.naive_kda, "one token: a few MLX operations")
+        return Implementation(kda_sequential.naive_kda, "one token: a few MLX operations")
     if backend() is None:
-        return Form(kda_chunk.kda_chunk, NO_BACKEND)
+        return Implementation(kda_chunk.kda_chunk, NO_BACKEND)
     many = T >= CHUNKED_FROM
-    refused = (kda_chunk if many else kda_sequential).refused(Dk, Dv)
-    if refused is not None:
-        return Form(kda_chunk.kda_chunk, refused)
+    why = (kda_chunk if many else kda_sequential).unsupported_reason(Dk, Dv)
+    if why is not None:
+        return Implementation(kda_chunk.kda_chunk, why)
     if many:
-        return Form(kda_chunk.kda_chunk_kernel, f"{CHUNKED_FROM} tokens or more")
-    return Form(kda_sequential.kda_sequential_kernel, f"fewer than {CHUNKED_FROM} tokens")
+        return Implementation(kda_chunk.kda_chunk_kernel, f"{CHUNKED_FROM} tokens or more")
+    return Implementation(kda_sequential.kda_sequential_kernel, f"fewer than {CHUNKED_FROM} tokens")
 
 
-def decode_refused(weights: kda_decode.DecodeWeights, D: int) -> str | None:
+def decode_unsupported_reason(weights: kda_decode.DecodeWeights, D: int) -> str | None:
     """Why a layer's decode step takes the way of many tokens; None: `kda_decode` takes it."""
-    return NO_BACKEND if backend() is None else kda_decode.refused(weights, D)
+    return NO_BACKEND if backend() is None else kda_decode.unsupported_reason(weights, D)

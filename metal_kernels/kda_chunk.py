@@ -27,19 +27,6 @@ SEGMENT = 2048  # tokens between which the kernels hand over: 29 KB each at 32 h
 COLUMNS = 16  # of the state, of a simdgroup of the scan
 CUDA_COLUMNS = 8  # an NVIDIA GPU has more schedulers than a text has simdgroups of 16
 SIZES = (64, 128)
-BETWEEN = ("k_prefix", "q_prefix", "k_suffix", "decay", "solve", "mix")
-GRAM = Kernel(
-    "kda_chunk_gram",
-    inputs=("q", "k", "alpha", "beta", "T"),
-    outputs=BETWEEN,
-    headers=("vectors.h", "tiles.h", "reduce.h"),
-)
-SCAN = Kernel(
-    "kda_chunk_scan",
-    inputs=(*BETWEEN, "v", "state", "T"),
-    outputs=("o", "new_state"),
-    headers=("vectors.h", "tiles.h"),
-)
 
 
 class Chunks(NamedTuple):
@@ -64,12 +51,12 @@ def kda_chunk(
 ) -> tuple[mx.array, mx.array]:
     """`naive_kda` for many tokens: same arguments, same results, no loop over tokens.
 
-    A chunk is a power of two; the last one is filled up with inert tokens (no decay, no write).
+    A chunk is a power of two; the last one is filled up with padding (no decay, no write).
     """
     B, T, H, _ = q.shape
     chunk = min(chunk, 1 << (T - 1).bit_length())
     q, k, v, beta = (_chunked(x, chunk) for x in (q, k, v, beta[..., None]))
-    parts = _prepare(q, k, v, _chunked(alpha, chunk, inert=1.0), beta)
+    parts = _prepare(q, k, v, _chunked(alpha, chunk, fill=1.0), beta)
     # [B, H, Dk, Dv] in the scan: products with a transposed right side are twice as slow on CPU.
     S = mx.contiguous(state.swapaxes(-1, -2))
     reads, deltas = [], []
@@ -84,12 +71,12 @@ def kda_chunk(
     return o, mx.contiguous(S.swapaxes(-1, -2))
 
 
-def _chunked(x: mx.array, chunk: int, inert: float = 0.0) -> mx.array:
-    """[B, T, H, D] -> [N, B, H, C, D] float32, filled up with `inert` after the last token."""
+def _chunked(x: mx.array, chunk: int, fill: float = 0.0) -> mx.array:
+    """[B, T, H, D] -> [N, B, H, C, D] float32, filled up with `fill` after the last token."""
     B, T, H, D = x.shape
     padding = -T % chunk
     if padding:
-        x = mx.pad(x, [(0, 0), (0, padding), (0, 0), (0, 0)], constant_values=inert)
+        x = mx.pad(x, [(0, 0), (0, padding), (0, 0), (0, 0)], constant_values=fill)
     return x.astype(mx.float32).reshape(B, -1, chunk, H, D).transpose(1, 0, 3, 2, 4)
 
 
@@ -145,6 +132,21 @@ def _lower(upper_left: mx.array, lower_left: mx.array, lower_right: mx.array) ->
     return mx.concatenate([top, bottom], axis=-2)
 
 
+BETWEEN = ("k_prefix", "q_prefix", "k_suffix", "decay", "solve", "mix")
+GRAM = Kernel(
+    "kda_chunk_gram",
+    inputs=("q", "k", "alpha", "beta", "T"),
+    outputs=BETWEEN,
+    wide=("q", "k", "alpha", "beta", *BETWEEN),
+)
+SCAN = Kernel(
+    "kda_chunk_scan",
+    inputs=(*BETWEEN, "v", "state", "T"),
+    outputs=("o", "new_state"),
+    wide=(*BETWEEN, "v", "o"),
+)
+
+
 def kda_chunk_kernel(
     q: mx.array,
     k: mx.array,
@@ -155,7 +157,7 @@ def kda_chunk_kernel(
     stage: mx.Dtype | None = None,
     segment: int = SEGMENT,
 ) -> tuple[mx.array, mx.array]:
-    """`naive_kda` in two launches a segment, within the domain of `refused`.
+    """`naive_kda` in two launches a segment, for the sizes that `unsupported_reason` allows.
 
     Args:
         q, k, v: of any float dtype.
@@ -201,6 +203,6 @@ def _launch(tokens: list[mx.array], state: mx.array, stage: mx.Dtype) -> tuple[m
     return o, state
 
 
-def refused(Dk: int, Dv: int) -> str | None:
+def unsupported_reason(Dk: int, Dv: int) -> str | None:
     """Why `kda_chunk_kernel` does not take heads of this size; None: it does."""
-    return kda_sequential.refused(Dk, Dv, SIZES)
+    return kda_sequential.unsupported_reason(Dk, Dv, SIZES)

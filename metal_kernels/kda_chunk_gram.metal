@@ -1,3 +1,7 @@
+#include "reduce.h"
+#include "tiles.h"
+#include "vectors.h"
+
 // What the scan of the chunkwise delta rule needs of each chunk of 16 tokens and cannot get from the
 // state. With P_i the product of the decays up to token i of the chunk, R_j of those after token j:
 //
@@ -28,14 +32,23 @@ const int head = thread_position_in_grid.y;  // b * H + h
 const int chunk = thread_position_in_grid.z;
 const int chunks = (T + C - 1) / C;
 const int first = chunk * C;
-const int tokens = head / H * T * H + head % H;  // of the token 0, in the arrays over tokens
 const int channel = Channels * lane;
 
-// Tokens after the last are inert: no key, no query, no decay, no write.
+// Where the chunk starts in the arrays over tokens, and in the outputs.
+const size_t token = (size_t(head / H) * T + first) * H + head % H;
+const size_t place = size_t(head) * chunks + chunk;
+const auto q_here = q + token * Dk + channel;
+const auto k_here = k + token * Dk + channel;
+const auto alpha_here = alpha + token * Dk + channel;
+const auto k_prefix_here = k_prefix + place * (C * Dk);
+const auto q_prefix_here = q_prefix + place * (C * Dk);
+const auto k_suffix_here = k_suffix + place * (C * Dk);
+
+// Tokens after the last are padding: no key, no query, no decay, no write.
 const int column = lane % C;
-float strength = 0;  // of the write of token `column`
+float own_beta = 0;  // of token `column`
 if (first + column < T) {
-  strength = beta[tokens + (first + column) * H];
+  own_beta = beta[token + column * H];
 }
 
 // Walk down the rows. The faded keys are what is left of each key so far; the product with them
@@ -44,14 +57,13 @@ Slice faded[C];
 Slice prefix = filled<Channels>(1);
 float gram[C];  // k_i . faded k_column in the lower half simdgroup, q_i . faded k_column in the upper
 const bool upper = lane >= C;
-const int staged = (head * chunks + chunk) * C * Dk;
 #pragma unroll
 for (int i = 0; i < C; ++i) {
-  const bool real = first + i < T;
-  const int place = (tokens + (first + i) * H) * Dk + channel;
-  const Slice key = load_if<Channels>(real, k + place, 0);
-  const Slice query = load_if<Channels>(real, q + place, 0);
-  const Slice fading = load_if<Channels>(real, alpha + place, 1);
+  const bool valid = first + i < T;
+  const int row = i * H * Dk;
+  const Slice key = load_if<Channels>(valid, k_here + row, 0);
+  const Slice query = load_if<Channels>(valid, q_here + row, 0);
+  const Slice fading = load_if<Channels>(valid, alpha_here + row, 1);
 
   // The two halves swap what the other one sums. Rows of the first tile have 8 columns.
   float products[C];
@@ -73,20 +85,20 @@ for (int i = 0; i < C; ++i) {
   gram[i] = i < 8 ? sums_over_half<8>(products, lane) : sums_over_half<16>(products, lane);
 
   prefix *= fading;
-  const int at = staged + (channel / 8 * 2 + i / 8) * Tile + in_tile(i % 8, channel % 8);
-  store<Channels>(k_prefix + at, prefix * key);
-  store<Channels>(q_prefix + at, prefix * query);
+  const int at = (channel / 8 * 2 + i / 8) * Tile + in_tile(i % 8, channel % 8);
+  store<Channels>(k_prefix_here + at, prefix * key);
+  store<Channels>(q_prefix_here + at, prefix * query);
 }
 
 // After the last token the faded keys are k_suffix. Its tokens are neighbours: store 4 at a time.
-store<Channels>(decay + (head * chunks + chunk) * Dk + channel, prefix);
+store<Channels>(decay + place * Dk + channel, prefix);
 #pragma unroll
 for (int c = 0; c < Channels; ++c) {
 #pragma unroll
   for (int j = 0; j < C; j += 4) {
     const int tile = (channel + c) / 8 * 2 + j / 8;
-    const int at = staged + tile * Tile + in_tile((channel + c) % 8, j % 8);
-    store<4>(k_suffix + at, float4(faded[j][c], faded[j + 1][c], faded[j + 2][c], faded[j + 3][c]));
+    const int at = tile * Tile + in_tile((channel + c) % 8, j % 8);
+    store<4>(k_suffix_here + at, float4(faded[j][c], faded[j + 1][c], faded[j + 2][c], faded[j + 3][c]));
   }
 }
 
@@ -99,16 +111,17 @@ for (int i = 0; i < C; ++i) {
   for (int j = 0; j < i; ++j) {
     sum += simd_broadcast(gram[i], j) * X[j];
   }
-  X[i] = (i == column ? 1.0f : 0.0f) - simd_broadcast(strength, i) * sum;
+  X[i] = (i == column ? 1.0f : 0.0f) - simd_broadcast(own_beta, i) * sum;
 }
 
-const int square = (head * chunks + chunk) * C * C;
+const auto solve_here = solve + place * (C * C);
+const auto mix_here = mix + place * (C * C);
 #pragma unroll
 for (int i = 0; i < C; ++i) {
-  const int at = square + (i / 8 * 2 + column / 8) * Tile + in_tile(i % 8, column % 8);
+  const int at = (i / 8 * 2 + column / 8) * Tile + in_tile(i % 8, column % 8);
   if (upper) {
-    mix[at] = gram[i];
+    mix_here[at] = gram[i];
   } else {
-    solve[at] = X[i] * strength;
+    solve_here[at] = X[i] * own_beta;
   }
 }

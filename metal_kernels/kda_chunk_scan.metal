@@ -1,3 +1,6 @@
+#include "tiles.h"
+#include "vectors.h"
+
 // The delta rule over chunks of 16 tokens, from what kda_chunk_gram found out about each. With S the
 // state before a chunk, [Dk, Dv] as in the paper:
 //
@@ -22,7 +25,7 @@ typedef vec<StageT, 2> Staged;
 const int lane = thread_position_in_grid.x;
 const int head = thread_position_in_grid.z;  // b * H + h
 const int chunks = (T + C - 1) / C;
-const int tokens = head / H * T * H + head % H;  // of the token 0, in the arrays over tokens
+const size_t text = size_t(head / H) * T;  // its first token
 const int row = tile_row(lane);
 const int value = thread_position_in_grid.y * Columns + tile_column(lane);
 
@@ -39,17 +42,25 @@ for (int j = 0; j < Js; ++j) {
 }
 
 for (int n = 0; n < chunks; ++n) {
-  const int chunk = head * chunks + n;
-  const int staged = chunk * C * Dk + 2 * lane;
-  const int square = chunk * C * C + 2 * lane;
+  // Where the chunk starts in the arrays of chunks and in those over tokens.
+  const size_t chunk = size_t(head) * chunks + n;
+  const size_t token = (text + n * C) * H + head % H;
+  const auto k_prefix_here = k_prefix + chunk * (C * Dk) + 2 * lane;
+  const auto q_prefix_here = q_prefix + chunk * (C * Dk) + 2 * lane;
+  const auto k_suffix_here = k_suffix + chunk * (C * Dk) + 2 * lane;
+  const auto decay_here = decay + chunk * Dk + row;
+  const auto solve_here = solve + chunk * (C * C) + 2 * lane;
+  const auto mix_here = mix + chunk * (C * C) + 2 * lane;
+  const auto v_here = v + token * Dv + value;
+  const auto o_here = o + token * Dv + value;
 
   // What the state holds for the keys, and for the queries.
-  float2 recalled[Js][Is], output[Js][Is];
+  float2 kv_mem[Js][Is], output[Js][Is];
 #pragma unroll
   for (int j = 0; j < Js; ++j) {
 #pragma unroll
     for (int i = 0; i < Is; ++i) {
-      recalled[j][i] = output[j][i] = filled<2>(0);
+      kv_mem[j][i] = output[j][i] = filled<2>(0);
     }
   }
 #pragma unroll
@@ -57,13 +68,13 @@ for (int n = 0; n < chunks; ++n) {
     Staged keys[Is], queries[Is];
 #pragma unroll
     for (int i = 0; i < Is; ++i) {
-      keys[i] = fetch<2>(k_prefix + staged + (d * Is + i) * Tile);
-      queries[i] = fetch<2>(q_prefix + staged + (d * Is + i) * Tile);
+      keys[i] = fetch<2>(k_prefix_here + (d * Is + i) * Tile);
+      queries[i] = fetch<2>(q_prefix_here + (d * Is + i) * Tile);
     }
 #pragma unroll
     for (int j = 0; j < Js; ++j) {
       const float2 held = as_right<float>(S[j][d]);
-      multiply_add<Is, StageT, float>(keys, held, recalled[j]);
+      multiply_add<Is, StageT, float>(keys, held, kv_mem[j]);
       multiply_add<Is, StageT, float>(queries, held, output[j]);
     }
   }
@@ -73,35 +84,35 @@ for (int n = 0; n < chunks; ++n) {
   float2 solve_first[Is], mix_first[Is], solve_last[1], mix_last[1];  // tiles of the two columns
 #pragma unroll
   for (int i = 0; i < Is; ++i) {
-    solve_first[i] = load<2>(solve + square + 2 * i * Tile);
-    mix_first[i] = load<2>(mix + square + 2 * i * Tile);
+    solve_first[i] = load<2>(solve_here + 2 * i * Tile);
+    mix_first[i] = load<2>(mix_here + 2 * i * Tile);
   }
-  solve_last[0] = load<2>(solve + square + 3 * Tile);
-  mix_last[0] = load<2>(mix + square + 3 * Tile);
-  float2 written[Js][Is];
+  solve_last[0] = load<2>(solve_here + 3 * Tile);
+  mix_last[0] = load<2>(mix_here + 3 * Tile);
+  float2 delta[Js][Is];
 #pragma unroll
   for (int j = 0; j < Js; ++j) {
-    float2 missing[Is];
+    float2 v_minus_mem[Is];
 #pragma unroll
     for (int i = 0; i < Is; ++i) {
-      const int t = n * C + 8 * i + row;
-      const int at = (tokens + t * H) * Dv + value + 8 * j;
-      missing[i] = as_right<float>(load_if<2>(t < T, v + at, 0) - recalled[j][i]);
-      written[j][i] = filled<2>(0);
+      const int t = 8 * i + row;  // of the chunk
+      const int at = t * H * Dv + 8 * j;
+      v_minus_mem[i] = as_right<float>(load_if<2>(n * C + t < T, v_here + at, 0) - kv_mem[j][i]);
+      delta[j][i] = filled<2>(0);
     }
-    multiply_add<2, float, float>(solve_first, missing[0], written[j]);
-    multiply_add<1, float, float>(solve_last, missing[1], written[j] + 1);
+    multiply_add<2, float, float>(solve_first, v_minus_mem[0], delta[j]);
+    multiply_add<1, float, float>(solve_last, v_minus_mem[1], delta[j] + 1);
 #pragma unroll
     for (int i = 0; i < Is; ++i) {
-      written[j][i] = as_right<float>(written[j][i]);
+      delta[j][i] = as_right<float>(delta[j][i]);
     }
-    multiply_add<2, float, float>(mix_first, written[j][0], output[j]);
-    multiply_add<1, float, float>(mix_last, written[j][1], output[j] + 1);
+    multiply_add<2, float, float>(mix_first, delta[j][0], output[j]);
+    multiply_add<1, float, float>(mix_last, delta[j][1], output[j] + 1);
 #pragma unroll
     for (int i = 0; i < Is; ++i) {
-      const int t = n * C + 8 * i + row;
-      if (t < T) {
-        store<2>(o + (tokens + t * H) * Dv + value + 8 * j, output[j][i]);
+      const int t = 8 * i + row;
+      if (n * C + t < T) {
+        store<2>(o_here + t * H * Dv + 8 * j, output[j][i]);
       }
     }
   }
@@ -109,7 +120,7 @@ for (int n = 0; n < chunks; ++n) {
   // The state after the chunk, two tiles at a time.
 #pragma unroll
   for (int d = 0; d < Ds; d += 2) {
-    const float fading[2] = {decay[chunk * Dk + 8 * d + row], decay[chunk * Dk + 8 * d + 8 + row]};
+    const float fading[2] = {decay_here[8 * d], decay_here[8 * d + 8]};
 #pragma unroll
     for (int j = 0; j < Js; ++j) {
       S[j][d] *= fading[0];
@@ -118,11 +129,11 @@ for (int n = 0; n < chunks; ++n) {
 #pragma unroll
     for (int i = 0; i < Is; ++i) {
       const Staged keys[2] = {
-          fetch<2>(k_suffix + staged + (d * Is + i) * Tile),
-          fetch<2>(k_suffix + staged + ((d + 1) * Is + i) * Tile)};
+          fetch<2>(k_suffix_here + (d * Is + i) * Tile),
+          fetch<2>(k_suffix_here + ((d + 1) * Is + i) * Tile)};
 #pragma unroll
       for (int j = 0; j < Js; ++j) {
-        multiply_add<2, StageT, float>(keys, written[j][i], &S[j][d]);
+        multiply_add<2, StageT, float>(keys, delta[j][i], &S[j][d]);
       }
     }
   }

@@ -1,3 +1,9 @@
+#include "activations.h"
+#include "dequantize.h"
+#include "norm.h"
+#include "reduce.h"
+#include "vectors.h"
+
 // One token of a KDA layer, between its input projections and its output projection.
 //
 //     q | k | v = silu(conv(...))      q, k normalised      alpha = exp(-exp(A_log) softplus(f_b f))
@@ -28,7 +34,7 @@ typedef float4 Quad;
 threadgroup Quad qkv[3 * D / 4];
 threadgroup Quad fg[2 * Rank / 4];
 threadgroup Quad decays[D / 4];
-threadgroup float squares[Simdgroups];
+threadgroup float partial[Simdgroups];
 
 const int index = thread_position_in_threadgroup.x;
 const int head = threadgroup_position_in_grid.y;
@@ -69,14 +75,14 @@ for (int i = 0; i < Rank / 4 / Lanes; ++i) {
   fading += fg[group] * weights_at<Bits, Group>(f_b, f_scales, f_biases, at);
   opening += fg[Rank / 4 + group] * weights_at<Bits, Group>(g_b, g_scales, g_biases, at);
 }
-const float f = sum_over_row(fading) + float(dt_bias[head * D + row]);
-const float gate = sigmoid(sum_over_row(opening));
+const float f = sum_over_four_lanes(fading) + float(dt_bias[head * D + row]);
+const float gate = sigmoid(sum_over_four_lanes(opening));
 if (part == 0) {
   ((threadgroup float*)decays)[row] = exp(-exp(float(A_log[head])) * softplus(f));
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-// Let the state fade, and ask it what it holds for this key. 1e-6 keeps the norm of nothing finite.
+// Let the state fade, and ask it what it holds for this key.
 // Keys and queries stay where they are: with the state they would not fit 512 threads' registers.
 const threadgroup Quad* query = qkv;
 const threadgroup Quad* key = qkv + D / 4;
@@ -89,35 +95,28 @@ for (int i = 0; i < Groups; ++i) {
   S[i] *= decays[at];
   products += S[i] * key[at];
 }
-const float key_scale = rsqrt(sum_over_row(keys) + 1e-6f);
-const float query_scale = rsqrt(float(D) * (sum_over_row(queries) + 1e-6f));
-const float recalled = key_scale * sum_over_row(products);
+const float key_scale = inverse_l2(sum_over_four_lanes(keys), 1);
+const float query_scale = inverse_l2(sum_over_four_lanes(queries), D);
+const float kv_mem = key_scale * sum_over_four_lanes(products);
 
 // Correct that towards the value, and answer the query.
-const float strength = sigmoid(float(x[b * Width + Channels + 2 * Rank + head]));
+const float beta = sigmoid(float(x[b * Width + Channels + 2 * Rank + head]));
 const float value = ((threadgroup float*)qkv)[2 * D + row];
-const float correction = key_scale * strength * (value - recalled);
+const float delta = key_scale * beta * (value - kv_mem);
 products = filled<4>(0);
 #pragma unroll
 for (int i = 0; i < Groups; ++i) {
   const int at = Lanes * i + part;
-  S[i] += correction * key[at];
+  S[i] += delta * key[at];
   products += S[i] * query[at];
   store<4>(new_state + place + 4 * Lanes * i, S[i]);
 }
-const float answer = query_scale * sum_over_row(products);
+const float answer = query_scale * sum_over_four_lanes(products);
 
 // Normalise the answers of all rows, and gate them.
-const float square = simd_sum(part == 0 ? answer * answer : 0.0f);
-if (index % 32 == 0) {
-  squares[index / 32] = square;
-}
-threadgroup_barrier(mem_flags::mem_threadgroup);
-float total = 0;
-for (int i = 0; i < Simdgroups; ++i) {
-  total += squares[i];
-}
+const float square = part == 0 ? answer * answer : 0.0f;
+const float squares = sum_over_threadgroup<Simdgroups>(square, index, partial);
 if (part == 0) {
-  const float normed = answer * rsqrt(total / float(D) + eps) * float(norm[row]);
+  const float normed = answer * inverse_rms(squares, D, eps) * float(norm[row]);
   put(y + (b * H + head) * D + row, normed * gate);
 }

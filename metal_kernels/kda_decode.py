@@ -1,5 +1,8 @@
 """One token of a KDA layer, between its input projections and its output projection.
 
+    q | k | v = silu(conv(...))      q, k normalised      alpha = exp(-exp(A_log) softplus(f_b f))
+    S <- S diag(alpha)      S <- S + sigmoid(b) (v - S k) k^T      y = norm(S q) sigmoid(g_b g)
+
 The kernel rounds once, at the output. The ops form rounds after each step in a 16-bit dtype.
 """
 
@@ -16,15 +19,6 @@ from mlx_kimi.metal_kernels.matrix import Matrix
 
 LANES = 4  # that share a row
 SIZES = (32, 64, 128)
-KERNEL = Kernel(
-    "kda_decode",
-    inputs=(
-        *("x", "taps", "tail", "f_b", "f_scales", "f_biases", "g_b", "g_scales", "g_biases"),
-        *("A_log", "dt_bias", "norm", "state", "eps"),
-    ),
-    outputs=("y", "new_tail", "new_state"),
-    headers=("vectors.h", "kda_gate.h", "kda_decode.h"),
-)
 
 
 class DecodeWeights(NamedTuple):
@@ -70,10 +64,20 @@ def naive_kda_decode(
     return y.astype(x.dtype).reshape(B, -1), mx.contiguous(window[:, 1:]), state
 
 
+KERNEL = Kernel(
+    "kda_decode",
+    inputs=(
+        *("x", "taps", "tail", "f_b", "f_scales", "f_biases", "g_b", "g_scales", "g_biases"),
+        *("A_log", "dt_bias", "norm", "state", "eps"),
+    ),
+    outputs=("y", "new_tail", "new_state"),
+)
+
+
 def kda_decode(
     x: mx.array, weights: DecodeWeights, tail: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """`naive_kda_decode` in one launch, within the domain of `refused`."""
+    """`naive_kda_decode` in one launch, for the sizes that `unsupported_reason` allows."""
     B, H, D, _ = state.shape
     f_b, g_b = weights.f_b, weights.g_b
     y, tail, state = KERNEL(
@@ -96,7 +100,7 @@ def kda_decode(
     return y, tail, state
 
 
-def refused(weights: DecodeWeights, D: int) -> str | None:
+def unsupported_reason(weights: DecodeWeights, D: int) -> str | None:
     """Why `kda_decode` does not take a layer with these weights; None: it does."""
     f_b, g_b = weights.f_b, weights.g_b
     if D not in SIZES:

@@ -1,3 +1,7 @@
+#include "activations.h"
+#include "norm.h"
+#include "vectors.h"
+
 // The delta rule's outputs, normalised and gated: y = o / sqrt(mean(o^2) + eps) * norm * sigmoid(g).
 //
 //   o             [N, H, D] float
@@ -12,7 +16,7 @@ constexpr int Each = D / 32;
 
 const int lane = thread_position_in_grid.x;
 const int head = thread_position_in_grid.y;
-const int at = (thread_position_in_grid.z * H + head) * D + Each * lane;
+const size_t at = (size_t(thread_position_in_grid.z) * H + head) * D + Each * lane;
 
 const vec<float, Each> answer = load<Each>(o + at);
 const vec<float, Each> gate = load<Each>(g + at);
@@ -21,7 +25,7 @@ float square = 0;
 for (int i = 0; i < Each; ++i) {
   square += answer[i] * answer[i];
 }
-const float factor = rsqrt(simd_sum(square) / float(D) + eps);
+const float factor = inverse_rms(simd_sum(square), D, eps);
 vec<float, Each> result = answer * factor * load<Each>(norm + Each * lane);
 #pragma unroll
 for (int i = 0; i < Each; ++i) {

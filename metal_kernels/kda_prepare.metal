@@ -1,3 +1,7 @@
+#include "activations.h"
+#include "norm.h"
+#include "vectors.h"
+
 // What the delta rule is given for many tokens, made of a layer's input projections:
 //
 //     q | k | v = silu(convolution)      q <- q / |q| / sqrt(D)      k <- k / |k|
@@ -7,13 +11,13 @@
 //   f             [B, T, H * D] of any float type
 //   taps          [Taps, 3 * H * D] of any float type: the convolution, the present token's last
 //   tail          [B, Taps - 1, 3 * H * D] of x's type: q | k | v of the tokens before
-//   lengths       [B] int: how many tokens of a row are real; the others are inert
+//   lengths       [B] int: how many tokens of a row are valid; the others are padding
 //   A_log         [H], dt_bias [H, D] of any float types
 //   T             int
 //   q, k, v       [B, T, H, D] of x's type
-//   alpha         [B, T, H, D] float, 1 for an inert token
-//   beta          [B, T, H] float, 0 for an inert token
-//   new_tail      like tail: q | k | v of the last real tokens
+//   alpha         [B, T, H, D] float, 1 for padding
+//   beta          [B, T, H] float, 0 for padding
+//   new_tail      like tail: q | k | v of the last valid tokens
 // Template: H, D, Width, Taps, Run int. D is 64 or 128; Width is a multiple of D / 32.
 // Grid (32, 4 * H, B * ceil(T / Run)), any threadgroup (32, n, 1) that divides it: a simdgroup owns q, k,
 // v or the gate of one head, for Run tokens; a lane D / 32 neighbouring channels.
@@ -30,24 +34,33 @@ const int end = min(begin + Run, T);
 const int length = lengths[b];
 const int first = head * D + N * lane;  // the lane's first channel of what it makes
 
+// Of this run's first token, in the arrays over tokens; the next ones are 32 bits away.
+const size_t token = size_t(b) * T + begin;
+const size_t here = token * (H * D) + first;
+
 if (what == 3) {
   const float rate = exp(float(A_log[head]));
   const vec<float, N> bias = load<N>(dt_bias + first);
+  const auto f_here = f + here;
+  const auto b_here = x + token * Width + (Width - H + head);
+  const auto alpha_here = alpha + here;
+  const auto beta_here = beta + token * H + head;
   for (int t = begin; t < end; ++t) {
-    const int token = b * T + t;
-    vec<float, N> fading = load<N>(f + token * H * D + first) + bias;
+    const int i = t - begin;
+    vec<float, N> fading = load<N>(f_here + i * H * D) + bias;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      fading[i] = t < length ? exp(-rate * softplus(fading[i])) : 1.0f;
+    for (int c = 0; c < N; ++c) {
+      fading[c] = t < length ? exp(-rate * softplus(fading[c])) : 1.0f;
     }
-    store<N>(alpha + token * H * D + first, fading);
+    store<N>(alpha_here + i * H * D, fading);
     if (lane == 0) {
-      const float strength = sigmoid(float(x[token * Width + Width - H + head]));
-      beta[token * H + head] = t < length ? strength : 0.0f;
+      const float own_beta = sigmoid(float(b_here[i * Width]));
+      beta_here[i * H] = t < length ? own_beta : 0.0f;
     }
   }
 } else {
   const int channel = what * H * D + first;
+  const auto x_here = x + token * Width + channel;
 
   // What came before the first token: the window's oldest first.
   vec<float, N> window[Taps];
@@ -55,10 +68,10 @@ if (what == 3) {
   for (int i = 0; i < Taps - 1; ++i) {
     const int t = begin + i - (Taps - 1);
     window[i] = t < 0 ? load<N>(tail + (b * (Taps - 1) + t + Taps - 1) * Channels + channel)
-                      : load<N>(x + (b * T + t) * Width + channel);
+                      : load<N>(x_here + (t - begin) * Width);
   }
   for (int t = begin; t < end; ++t) {
-    window[Taps - 1] = load<N>(x + (b * T + t) * Width + channel);
+    window[Taps - 1] = load<N>(x_here + (t - begin) * Width);
     vec<float, N> sum = filled<N>(0);
 #pragma unroll
     for (int i = 0; i < Taps; ++i) {
@@ -70,13 +83,12 @@ if (what == 3) {
       sum[i] *= sigmoid(sum[i]);
       square += sum[i] * sum[i];
     }
-    // 1e-6 keeps the norm of nothing finite.
-    const float norm = simd_sum(square) + 1e-6f;
-    const int to = (b * T + t) * H * D + first;
+    const float squares = simd_sum(square);
+    const size_t to = here + (t - begin) * (H * D);
     if (what == 0) {
-      store<N>(q + to, sum * rsqrt(float(D) * norm));
+      store<N>(q + to, sum * inverse_l2(squares, D));
     } else if (what == 1) {
-      store<N>(k + to, sum * rsqrt(norm));
+      store<N>(k + to, sum * inverse_l2(squares, 1));
     } else {
       store<N>(v + to, sum);
     }
@@ -90,7 +102,7 @@ if (what == 3) {
     for (int i = 0; i < Taps - 1; ++i) {
       const int t = length + i - (Taps - 1);
       const auto from = t < 0 ? tail + (b * (Taps - 1) + t + Taps - 1) * Channels + channel
-                              : x + (b * T + t) * Width + channel;
+                              : x + (size_t(b) * T + t) * Width + channel;
       store<N>(new_tail + (b * (Taps - 1) + i) * Channels + channel, load<N>(from));
     }
   }

@@ -1,5 +1,9 @@
 """What stands before and behind the delta rule of many tokens, between a layer's projections.
 
+    q | k | v = silu(convolution)      q <- q / |q| / sqrt(D)      k <- k / |k|
+    alpha = exp(-exp(A_log) softplus(f + dt_bias))      beta = sigmoid(b)
+    y = o / sqrt(mean(o^2) + eps) * norm * sigmoid(g)
+
 The kernels round once, where they store. The ops form rounds after each step in a 16-bit dtype.
 """
 
@@ -17,18 +21,6 @@ from mlx_kimi.metal_kernels.kernel import NO_BACKEND, Kernel, backend
 
 RUN = 16  # tokens of a simdgroup, which reads Taps - 1 more
 SIZES = (64, 128)
-PREPARE = Kernel(
-    "kda_prepare",
-    inputs=("x", "f", "taps", "tail", "lengths", "A_log", "dt_bias", "T"),
-    outputs=("q", "k", "v", "alpha", "beta", "new_tail"),
-    headers=("vectors.h", "kda_gate.h"),
-)
-FINISH = Kernel(
-    "kda_finish",
-    inputs=("o", "g", "norm", "eps"),
-    outputs=("y",),
-    headers=("vectors.h", "kda_gate.h"),
-)
 
 
 class Projected(NamedTuple):
@@ -38,7 +30,7 @@ class Projected(NamedTuple):
     f: mx.array  # [B, T, H * D], the decay's second projection
     taps: mx.array  # [K, 3 * H * D], the convolution, the present token's last
     tail: mx.array  # [B, K - 1, 3 * H * D], the last tokens of q | k | v
-    lengths: mx.array | None  # [B] int32, how many tokens of each row are real; None: all T
+    lengths: mx.array | None  # [B] int32, how many tokens of each row are valid; None: all T
     A_log: mx.array  # [H]
     dt_bias: mx.array  # [H, D]
 
@@ -49,25 +41,25 @@ class Prepared(NamedTuple):
     q: mx.array  # [B, T, H, D], normalised and scaled
     k: mx.array  # [B, T, H, D], normalised
     v: mx.array
-    alpha: mx.array  # [B, T, H, D] float32, 1 for an inert token
-    beta: mx.array  # [B, T, H] float32, 0 for an inert token
+    alpha: mx.array  # [B, T, H, D] float32, 1 for padding
+    beta: mx.array  # [B, T, H] float32, 0 for padding
     tail: mx.array  # [B, K - 1, 3 * H * D]
 
 
 def kda_prepare(given: Projected) -> Prepared:
     """`naive_kda_prepare`, in a kernel where kernels run and take heads of this size."""
-    if refused(given.x.shape[-1], given.dt_bias.shape[-1]):
+    if unsupported_reason(given.x.shape[-1], given.dt_bias.shape[-1]):
         return naive_kda_prepare(given)
     return kda_prepare_kernel(given)
 
 
 def kda_finish(o: mx.array, g: mx.array, norm: mx.array, eps: float) -> mx.array:
     """`naive_kda_finish`, in a kernel where kernels run and take heads of this size."""
-    form = naive_kda_finish if refused(0, o.shape[-1]) else kda_finish_kernel
+    form = naive_kda_finish if unsupported_reason(0, o.shape[-1]) else kda_finish_kernel
     return form(o, g, norm, eps)
 
 
-def refused(width: int, D: int) -> str | None:
+def unsupported_reason(width: int, D: int) -> str | None:
     """Why the kernels do not take heads of D channels in rows of `width`; None: they do."""
     if backend() is None:
         return NO_BACKEND
@@ -78,7 +70,7 @@ def refused(width: int, D: int) -> str | None:
 
 def prepared_by(width: int, D: int) -> tuple[str, str]:
     """What runs for many tokens, and why."""
-    why = refused(width, D)
+    why = unsupported_reason(width, D)
     return ("ops form", why) if why else ("kda_prepare, kda_finish", "around the delta rule")
 
 
@@ -94,10 +86,10 @@ def naive_kda_prepare(given: Projected) -> Prepared:
     q, k = mx.split(l2_normalised(qk), 2, axis=2)
     alpha = forget_gate(f.reshape(B, T, H, D), A_log, dt_bias)
     beta = mx.sigmoid(b.astype(mx.float32))
-    if lengths is not None:  # an inert token neither decays the state nor writes to it
-        real = mx.arange(T) < lengths[:, None]
-        alpha = mx.where(real[..., None, None], alpha, 1)
-        beta = mx.where(real[..., None], beta, 0)
+    if lengths is not None:  # padding neither decays the state nor writes to it
+        valid = mx.arange(T) < lengths[:, None]
+        alpha = mx.where(valid[..., None, None], alpha, 1)
+        beta = mx.where(valid[..., None], beta, 0)
     return Prepared(q * D**-0.5, k, v, alpha, beta, tail)
 
 
@@ -127,7 +119,7 @@ def short_convolution(
     """Causal depthwise convolution over time, then SiLU.
 
     x [B, T, C] after `tail` [B, K - 1, C] -> convolved x, and the new tail. `lengths` [B] are the
-    tokens of each row that are real; padding never enters the tail.
+    tokens of each row that are valid; padding never enters the tail.
     """
     T, keep = x.shape[1], taps.shape[0] - 1
     window = mx.concatenate([tail, x], axis=1)  # [B, K - 1 + T, C]
@@ -137,11 +129,11 @@ def short_convolution(
         y = window[:, :T] * taps[0]
         for tap in range(1, keep + 1):
             y = y + window[:, tap : tap + T] * taps[tap]
-    return nn.silu(y), _last_real(window, keep, T, lengths)
+    return nn.silu(y), _last_valid(window, keep, T, lengths)
 
 
-def _last_real(window: mx.array, keep: int, T: int, lengths: mx.array | None) -> mx.array:
-    """The last `keep` real tokens of each row of `window` [B, keep + T, C]."""
+def _last_valid(window: mx.array, keep: int, T: int, lengths: mx.array | None) -> mx.array:
+    """The last `keep` valid tokens of each row of `window` [B, keep + T, C]."""
     if lengths is None:
         return mx.contiguous(window[:, T:])
     places = lengths[:, None] + mx.arange(keep)  # the tail itself comes before x's first token
@@ -149,8 +141,16 @@ def _last_real(window: mx.array, keep: int, T: int, lengths: mx.array | None) ->
 
 
 # ---------------------------------------------------------------------------------------- kernels
+PREPARE = Kernel(
+    "kda_prepare",
+    inputs=("x", "f", "taps", "tail", "lengths", "A_log", "dt_bias", "T"),
+    outputs=("q", "k", "v", "alpha", "beta", "new_tail"),
+    wide=("x", "f", "q", "k", "v", "alpha", "beta"),
+)
+
+
 def kda_prepare_kernel(given: Projected) -> Prepared:
-    """`naive_kda_prepare` in one launch, within the domain of `refused`."""
+    """`naive_kda_prepare` in one launch, for the sizes that `unsupported_reason` allows."""
     x, f, taps, tail, lengths, A_log, dt_bias = given
     B, T, width = x.shape
     H, D = dt_bias.shape
@@ -171,8 +171,16 @@ def kda_prepare_kernel(given: Projected) -> Prepared:
     )
 
 
+FINISH = Kernel(
+    "kda_finish",
+    inputs=("o", "g", "norm", "eps"),
+    outputs=("y",),
+    wide=("o", "g", "y"),
+)
+
+
 def kda_finish_kernel(o: mx.array, g: mx.array, norm: mx.array, eps: float) -> mx.array:
-    """`naive_kda_finish` in one launch, within the domain of `refused`."""
+    """`naive_kda_finish` in one launch, for the sizes that `unsupported_reason` allows."""
     B, T, H, D = o.shape
     (y,) = FINISH(
         inputs=[o, g, norm, eps],

@@ -1,10 +1,13 @@
+#include "reduce.h"
+#include "vectors.h"
+
 // The delta rule, one token after another, on rows of the state that never leave the registers:
 //
 //     S <- S diag(alpha)      S <- S + beta (v - S k) k^T      o = S q
 //
 //   q, k          [B, T, H, Dk] of any float type, q scaled
 //   v             [B, T, H, Dv] of any float type
-//   alpha         [B, T, H, Dk] float, the decay of each channel; 1 and beta 0 for an inert token
+//   alpha         [B, T, H, Dk] float, the decay of each channel; 1 and beta 0 for padding
 //   beta          [B, T, H] float
 //   state         [B, H, Dv, Dk] float: the transpose of the paper's S, so that a row is contiguous
 //   T             int
@@ -47,13 +50,13 @@ for (int t = 0; t < T; ++t, token += H) {
     S[r] *= fading;
     products[r] = dot(S[r], key);
   }
-  const float recalled = sum_of_lane<Rows, Share>(products);
+  const float kv_mem = sum_of_lane<Rows, Share>(products);
 
   // Correct that towards the value, each row by what its own lanes found, and answer the query.
-  const float correction = beta[token] * (float(v[row]) - recalled);
+  const float delta = beta[token] * (float(v[row]) - kv_mem);
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
-    S[r] += (r == 0 ? correction : simd_shuffle_xor(correction, r * Share)) * key;
+    S[r] += (r == 0 ? delta : simd_shuffle_xor(delta, r * Share)) * key;
     products[r] = dot(S[r], query);
   }
   const float answer = sum_of_lane<Rows, Share>(products);

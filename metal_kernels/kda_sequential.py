@@ -16,12 +16,6 @@ from mlx_kimi.metal_kernels.kernel import Kernel
 
 ROWS = 8  # of the state, of a lane, which has 4 elements of each
 SIZES = (32, 64, 128)
-KERNEL = Kernel(
-    "kda_sequential",
-    inputs=("q", "k", "v", "alpha", "beta", "state", "T"),
-    outputs=("o", "new_state"),
-    headers=("vectors.h", "kda_sequential.h"),
-)
 
 
 def naive_kda(
@@ -38,7 +32,7 @@ def naive_kda(
         q, k: [B, T, H, Dk], convolved and L2-normalised; q scaled by Dk^-1/2.
         v: [B, T, H, Dv].
         alpha: [B, T, H, Dk], the decay of each channel, in [0, 1]; not its log.
-        beta: [B, T, H], the write strength.
+        beta: [B, T, H], how much of each value is written.
         state: [B, H, Dv, Dk] float32, the transpose of the paper's S_0.
 
     Returns:
@@ -63,10 +57,17 @@ def kda_step(
     """One token of `naive_kda`: arguments and o without the axis T."""
     q, k, v, alpha, beta = (x.astype(mx.float32) for x in (q, k, v, alpha, beta))
     decayed = state * alpha[:, :, None, :]  # [B, H, Dv, Dk]
-    recalled = decayed @ k[..., None]  # [B, H, Dv, 1]
-    correction = beta[..., None, None] * (v[..., None] - recalled)
-    state = decayed + correction * k[:, :, None, :]
+    kv_mem = decayed @ k[..., None]  # [B, H, Dv, 1]
+    delta = beta[..., None, None] * (v[..., None] - kv_mem)
+    state = decayed + delta * k[:, :, None, :]
     return (state @ q[..., None])[..., 0], state
+
+
+KERNEL = Kernel(
+    "kda_sequential",
+    inputs=("q", "k", "v", "alpha", "beta", "state", "T"),
+    outputs=("o", "new_state"),
+)
 
 
 def kda_sequential_kernel(
@@ -77,7 +78,10 @@ def kda_sequential_kernel(
     beta: mx.array,
     state: mx.array,
 ) -> tuple[mx.array, mx.array]:
-    """`naive_kda` in one launch, within the domain of `refused`; q, k and v of any float dtype."""
+    """`naive_kda` in one launch, for the sizes that `unsupported_reason` allows.
+
+    q, k and v are of any float dtype.
+    """
     B, T, H, Dk = k.shape
     Dv = v.shape[-1]
     groups = Dv * Dk // (32 * ROWS * 4)
@@ -92,7 +96,7 @@ def kda_sequential_kernel(
     return o, state
 
 
-def refused(Dk: int, Dv: int, sizes: tuple[int, ...] = SIZES) -> str | None:
+def unsupported_reason(Dk: int, Dv: int, sizes: tuple[int, ...] = SIZES) -> str | None:
     """Why a kernel for heads of these `sizes` does not take these; None: it does."""
     if Dk in sizes and Dv in sizes:
         return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from math import prod
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -34,34 +36,62 @@ class Kernel:
     """One kernel. `<name>.metal` is its body, without the signature that `mx.fast` generates.
 
     Inputs of under 8 elements come in another address space, so the body never names the space of
-    an input. `headers` are files of helper functions.
+    an input. Its first lines name the headers it uses: `#include "tiles.h"`.
+
+    Indices are 32 bits wide. In the arrays named by `wide` the body starts from an offset of 64
+    bits, and only what it adds to that is narrow: they may have any size, all others not.
     """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    headers: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
-        return text_of(f"{self.name}.metal")
+        """The body; the lines that include headers are empty, so that all keep their numbers."""
+        return _without_includes(text_of(f"{self.name}.metal"))
 
     @property
     def header(self) -> str:
-        return "\n".join(map(text_of, self.headers))
+        """The text of all headers that the body includes."""
+        return self.header_with({})
+
+    def header_with(self, instead: Mapping[str, str]) -> str:
+        """The same with other files in place of some: {"tiles.h": "cuda_tiles.h"}."""
+        headers = _included_by(f"{self.name}.metal", instead)
+        return "\n".join(_without_includes(text_of(file)) for file in headers)
 
     def __call__(self, **launch: Any) -> list[mx.array]:
-        """Run it on the backend of this moment; arguments as of `Launch`."""
+        """Run it on the backend of this moment; arguments as of `Launch`.
+
+        Raises:
+            ValueError: an array that is not `wide` has 2^31 elements or more.
+        """
         build = backend()
         if build is None:
             raise RuntimeError(f"[{self.name}] no backend runs kernels here; use the ops form.")
+        self._check_sizes(launch["inputs"], launch["output_shapes"])
         return build(self)(**launch)
 
+    def _check_sizes(self, inputs: Sequence[Any], output_shapes: Sequence[Sequence[int]]) -> None:
+        shapes = [x.shape if isinstance(x, mx.array) else () for x in inputs]
+        for name, shape in zip(
+            (*self.inputs, *self.outputs), (*shapes, *output_shapes), strict=True
+        ):
+            if prod(shape) >= NARROW_SIZE and name not in self.wide:
+                raise ValueError(
+                    f"[{self.name}] {name} must have fewer than {NARROW_SIZE} elements but has "
+                    f"{prod(shape)}, in the shape {tuple(shape)}."
+                )
 
+
+_INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
 Backend = Callable[[Kernel], Launch]
 # Chosen by `use_backend`, with whether it can be traced; None: nothing is, and the GPU's own runs.
 _CHOSEN: ContextVar[tuple[Backend | None, bool] | None] = ContextVar("kernel backend", default=None)
 NO_BACKEND = "nothing runs kernels here"  # why an operator uses its ops form
+NARROW_SIZE = 1 << 31  # elements that an index of 32 bits does not reach
 OFF = "MLX_KIMI_NO_KERNELS"  # set in the environment, every operator uses its ops form
 
 
@@ -115,3 +145,24 @@ def _metal(kernel: Kernel) -> Launch:
 def text_of(file: str) -> str:
     """A file of this folder."""
     return (files(__package__) / file).read_text(encoding="utf-8")
+
+
+def _included_by(file: str, instead: Mapping[str, str]) -> list[str]:
+    """The headers that a file includes, each once and after those that it includes itself."""
+    found: dict[str, None] = {}
+
+    def visit(file: str, way: tuple[str, ...]) -> None:
+        for name in _INCLUDE.findall(text_of(file)):
+            header = instead.get(name, name)
+            if header in way:
+                raise ValueError(f"[{file}] includes must form no circle but {header} is in one.")
+            if header not in found:
+                visit(header, (*way, header))
+                found[header] = None
+
+    visit(file, ())
+    return list(found)
+
+
+def _without_includes(text: str) -> str:
+    return _INCLUDE.sub("", text)

@@ -1,3 +1,7 @@
+#include "eights.h"
+#include "tiles.h"
+#include "vectors.h"
+
 // Latents as a cache stores them: plain rows of any float type, or rows packed to 8 bits. A packed row
 // is groups of 64 channels, each 16 words of 4 codes, the first in the lowest bits, then a float scale
 // and a float bias: a channel is code * scale + bias. The last group may end with channels of nothing.
@@ -19,7 +23,8 @@ inline int row_size(const device uint*, int width) {
   return (width + 63) / 64 * GroupWords;
 }
 
-// The tail by the type of the segments: where that is another, segments, which nothing reads then.
+// The tail as a pointer to the type of the segments. Packed segments have another type: then the result is
+// `segments`, which is not read, since such a tail is read through its own pointer.
 template <typename T>
 inline const device T* as_stored(const device T* tail, const device T*) {
   return tail;
@@ -151,56 +156,6 @@ inline void as_keys(
 #pragma unroll
     for (int i = 0; i < 1 + P; ++i) {
       line[i][m] = line_of(fetched[m], i);
-    }
-  }
-}
-
-// score += channel . query, over I tiles of channels, for M tiles of rows and N of heads; `query` is
-// as_right. Packed channels are of one line, and query_sums[4 n] are the sums of the query over them, for
-// a lane's two heads of tile n.
-template <int I, int M, int N, typename K, bool Packed>
-inline void add_scores(
-    const thread Fragments<K, M>* key,
-    const thread Fragments<float, N>* query,
-    const thread float2* line,
-    const threadgroup float2* query_sums,
-    thread Fragments<float, M>* score) {
-  float2 sum[N][M];
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      sum[n][m] = Packed ? filled<2>(0) : score[n][m];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < I; ++i) {
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      multiply_add<M, K, float>(key[i], query[i][n], sum[n]);
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const float2 whole = Packed ? query_sums[4 * n] : filled<2>(0);
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      score[n][m] = Packed ? score[n][m] + sum[n][m] * line[m].x + whole * line[m].y : sum[n][m];
-    }
-  }
-}
-
-// output += share key. Where the keys are packed, shares already have the scale.
-template <int I, int M, int N, typename K>
-inline void add_outputs(
-    const thread Fragments<K, M>* key,
-    const thread Fragments<float, N>* share,
-    thread Fragments<float, N>* output) {
-#pragma unroll
-  for (int i = 0; i < I; ++i) {
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      multiply_add<N, float, K>(share[m], as_right<K>(key[i][m]), output[i]);
     }
   }
 }

@@ -7,6 +7,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 
+def with_scales(*names: str) -> tuple[str, ...]:
+    """The names of each matrix's `buffers` in a kernel."""
+    return tuple(part for name in names for part in (name, f"{name}_scales", f"{name}_biases"))
+
+
 class Matrix(NamedTuple):
     """W [..., out, in] of `x W^T`; leading axes are a stack."""
 

@@ -8,63 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_kimi.metal_kernels.kernel import Kernel
 from mlx_kimi.metal_kernels.latents import is_packed, unpack
-from mlx_kimi.metal_kernels.matrix import Matrix
+from mlx_kimi.metal_kernels.matrix import Matrix, with_scales
+from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan, sizes_in
 
-SEGMENTS = 26  # that one launch takes: three more inputs and two outputs fill Metal's 31 buffers
 OUTPUT_THREADS = 512
-MOST_SPLITS = 1024  # of mla_output; `_columns_of_a_split` asks for at most about 550
-
-QUERY = Kernel(
-    "mla_query",
-    inputs=(
-        *("x", "embed", "embed_scales", "embed_biases", "norm", "tail"),
-        *("plan", "scale", "eps"),
-    ),
-    outputs=("queries", "new_tail"),
-    headers=("vectors.h", "packed.h"),
-)
-ATTEND = Kernel(
-    "mla_attend",
-    inputs=("queries", "tail", *(f"segment{i + 1}" for i in range(SEGMENTS)), "plan"),
-    outputs=("outputs", "sums"),
-    headers=("vectors.h", "tiles.h", "eights.h", "latents.h"),
-)
-OUTPUT = Kernel(
-    "mla_output",
-    inputs=("outputs", "sums", "unembed", "unembed_scales", "unembed_biases", "splits"),
-    outputs=("y",),
-    headers=("packed.h",),
-)
-
-
-class Shape(NamedTuple):
-    """How mla_attend divides its work."""
-
-    heads: int  # of a threadgroup: each latent is read once for so many
-    channels: int  # of a simdgroup, 32 or 64
-    columns: int  # between two of its meetings, a multiple of 8
-
-    def fitted(self, H: int, lora: int) -> Shape:
-        """The same for a layer of these sizes."""
-        channels = 32 if lora % self.channels else self.channels
-        return Shape(min(self.heads, _multiple_of(8, H)), channels, self.columns)
-
-
-# Queries and outputs of 32 heads of the 48B fill 136 KB of registers, 16 simdgroups of 32 lanes
-# with 68 each. A GPU that cannot give such lanes their 104 takes half of the heads at a time, and
-# has the latents from its cache for the other half.
-WIDE = Shape(32, 32, 8)
-NARROW = Shape(16, 64, 8)
-NVIDIA = Shape(16, 64, 16)
+MOST_SPLITS = 1024  # of mla_output; `positions_of_a_split` asks for at most about 550
 
 
 class LatentWeights(NamedTuple):
@@ -91,35 +46,6 @@ class LatentWeights(NamedTuple):
     def shared(self, width: int) -> int:
         """Channels of the shared key, where the input projection has `width` outputs."""
         return (width - self.lora - self.heads * self.nope) // (self.heads + 1)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a token's attention is divided: the same in all layers that hold as many latents."""
-
-    arrays: tuple[mx.array, ...]  # int32, of each launch of mla_attend, which says what is in them
-    splits: tuple[int, ...]  # of each launch; they depend on the segments, not on the tail's size
-
-    @staticmethod
-    def of(size: int, room: int, segments: Sequence[int], columns: int | None = None) -> Plan:
-        """The plan for `size` latents, the new one included, in a tail of `room` rows.
-
-        `segments` are the sizes of the segments. `columns`, of a split, are a multiple of 8; None:
-        as many as keep a GPU busy. A launch takes SEGMENTS segments: a second one is needed from
-        about 800,000 columns on.
-        """
-        if columns is None:
-            columns = _columns_of_a_split(room + sum(segments))
-        arrays, splits = [], []
-        for start in range(0, max(len(segments), 1), SEGMENTS):
-            group = list(segments[start : start + SEGMENTS])
-            absent = [0] * (SEGMENTS - len(group))
-            held, rooms = (size, room) if start == 0 else (0, 0)
-            ends = list(accumulate(-(-n // columns) for n in [rooms, *group, *absent]))
-            numbers = [columns, ends[-1], 0, *ends[:-1], held, *group, *absent]
-            arrays.append(mx.array(numbers, mx.int32))
-            splits.append(ends[-1])
-        return Plan(tuple(arrays), tuple(splits))
 
 
 def naive_mla_decode(
@@ -162,23 +88,54 @@ def mla_decode(
     x: mx.array,
     weights: LatentWeights,
     tail: mx.array,
-    plan: Plan,
+    plan: SplitKVPlan,
     segments: Sequence[mx.array],
     shape: Shape | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """`naive_mla_decode` in three launches, within the domain of `refused`.
+    """`naive_mla_decode` in three launches, for the sizes that `unsupported_reason` allows.
 
     `plan` says the size of the tail. `shape` None: that of this GPU.
     """
     queries, tail = mla_query(x, weights, tail, plan)
-    outputs, sums = mla_attend(queries, tail, plan, segments, weights.lora, shape)
-    return mla_output(outputs, sums, weights, x.dtype), tail
+    acc, m_and_l = mla_attend(queries, tail, plan, segments, weights.lora, shape)
+    return mla_output(acc, m_and_l, weights, x.dtype), tail
+
+
+# ------------------------------------------------------------------------ into the space of latents
+def naive_mla_query(
+    x: mx.array, weights: LatentWeights, tail: mx.array, plan: SplitKVPlan
+) -> tuple[mx.array, mx.array]:
+    """The scaled queries [B, H, lora + shared] float32, and the tail with the new latent.
+
+    x and tail as of `naive_mla_decode`; `plan` counts the tail's latents with the new one.
+    """
+    H, lora = weights.heads, weights.lora
+    shared = weights.shared(x.shape[-1])
+    q, latent, key = mx.split(x, [-lora - shared, -shared], axis=-1)
+    q_nope, q_shared = mx.split(q.reshape(len(x), H, -1), [weights.nope], axis=-1)
+    absorbed = weights.embed_q.times(q_nope[:, :, None])[:, :, 0]
+    queries = mx.concatenate([absorbed, q_shared], axis=-1).astype(mx.float32) * weights.scale
+    latent = mx.fast.rms_norm(latent, weights.norm, weights.eps)
+    new = mx.concatenate([latent, key], axis=-1)[:, None]
+    newest = sizes_in(plan.arrays[0])[0] - 1
+    return queries, mx.where(mx.arange(tail.shape[1])[:, None] == newest, new, tail)
+
+
+QUERY = Kernel(
+    "mla_query",
+    inputs=(
+        *("x", *with_scales("embed"), "norm", "tail"),
+        *("plan", "scale", "eps"),
+    ),
+    outputs=("queries", "new_tail"),
+    wide=with_scales("embed"),
+)
 
 
 def mla_query(
-    x: mx.array, weights: LatentWeights, tail: mx.array, plan: Plan
+    x: mx.array, weights: LatentWeights, tail: mx.array, plan: SplitKVPlan
 ) -> tuple[mx.array, mx.array]:
-    """The scaled queries [B, H, lora + shared] float32, and the tail with the new latent."""
+    """`naive_mla_query` in one launch."""
     B, H, lora = x.shape[0], weights.heads, weights.lora
     shared = weights.shared(x.shape[-1])
     room = tail.shape[1]
@@ -200,102 +157,87 @@ def mla_query(
     return queries, tail
 
 
-def mla_attend(
+# -------------------------------------------------------------------------- attention to the splits
+def naive_mla_attend(
     queries: mx.array,
     tail: mx.array,
-    plan: Plan,
+    plan: SplitKVPlan,
     segments: Sequence[mx.array],
     lora: int,
-    shape: Shape | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Outputs [B, splits, H, lora] and sums [B, splits, H, 2] of unfinished softmaxes."""
-    shape = (shape or _shape_here()).fitted(queries.shape[1], lora)
-    found = [
-        _attend(
-            queries,
-            tail,
-            array,
-            splits,
-            segments[i * SEGMENTS : (i + 1) * SEGMENTS],
-            lora,
-            shape,
+    """The softmax of each split by itself, not yet divided by its sum.
+
+    Where the splits lie is for the kernel to say: here each launch has all in its first split, and
+    its others are empty, with m = -inf.
+
+    Args:
+        queries: [B, H, lora + shared] float32, scaled; tail and segments as of `naive_mla_decode`.
+
+    Returns:
+        acc [B, splits, H, lora] float32, the sum of exp(score - m) times the latents; and m, the
+        largest score, with l, the sum of exp(score - m): [B, splits, H, 2] float32.
+    """
+    launches = [
+        _all_in_one_split(
+            queries, [tail, *segments[i * SEGMENTS : (i + 1) * SEGMENTS]], array, splits, lora
         )
         for i, (array, splits) in enumerate(zip(plan.arrays, plan.splits, strict=True))
     ]
-    if len(found) == 1:
-        return found[0]
-    outputs, sums = (mx.concatenate(list(parts), axis=1) for parts in zip(*found, strict=True))
-    return outputs, sums
+    acc, m_and_l = (mx.concatenate(list(x), axis=1) for x in zip(*launches, strict=True))
+    return acc, m_and_l
 
 
-def _attend(
-    queries: mx.array,
-    tail: mx.array,
-    plan: mx.array,
-    splits: int,
-    segments: Sequence[mx.array],
-    lora: int,
-    shape: Shape,
+def _all_in_one_split(
+    queries: mx.array, parts: Sequence[mx.array], array: mx.array, splits: int, lora: int
 ) -> tuple[mx.array, mx.array]:
-    B, H, width = queries.shape
-    heads, channels, columns = shape
-    threads = 32 * lora // channels
-    packed = bool(segments) and is_packed(segments[0])
-    absent = segments[0] if segments else tail
-    outputs, sums = ATTEND(
-        inputs=[queries, tail, *segments, *[absent] * (SEGMENTS - len(segments)), plan],
-        template=[
-            *(("TailT", tail.dtype), ("StoredT", absent.dtype), ("Packed", packed)),
-            *(("H", H), ("Heads", heads), ("Lora", lora), ("Shared", width - lora)),
-            *(("Channels", channels), ("Block", columns)),
-            *(("Room", tail.shape[1]), ("Segments", SEGMENTS)),
-        ],
-        grid=(threads, splits, B * -(-H // heads)),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(B, splits, H, lora), (B, splits, H, 2)],
-        output_dtypes=[mx.float32, mx.float32],
+    """`naive_mla_attend` to the tail and the segments of one launch."""
+    (B, H, width), sizes = queries.shape, sizes_in(array)
+    scores, values = [], []
+    for i, rows in enumerate(parts):
+        latents = unpack(rows, width) if is_packed(rows) else rows.astype(mx.float32)
+        here = queries @ latents.swapaxes(-1, -2)
+        scores.append(mx.where(mx.arange(latents.shape[1]) < sizes[i], here, -mx.inf))
+        values.append(latents[..., :lora])
+    joined = mx.concatenate(scores, axis=-1)
+    m = joined.max(axis=-1, keepdims=True)
+    probs = mx.exp(joined - m)
+    acc = (probs @ mx.concatenate(values, axis=1))[:, None]
+    m_and_l = mx.concatenate([m, probs.sum(axis=-1, keepdims=True)], axis=-1)[:, None]
+    empty = mx.broadcast_to(mx.array([-mx.inf, 0.0]), (B, splits - 1, H, 2))
+    return (
+        mx.concatenate([acc, mx.zeros((B, splits - 1, H, lora))], axis=1),
+        mx.concatenate([m_and_l, empty], axis=1),
     )
-    return outputs, sums
 
 
-def mla_output(
-    outputs: mx.array, sums: mx.array, weights: LatentWeights, dtype: mx.Dtype
-) -> mx.array:
-    """The splits' outputs as one softmax, and each head's values of it: [B, H * v]."""
-    B, splits, H, lora = outputs.shape
-    matrix = weights.unembed_out
-    (y,) = OUTPUT(
-        inputs=[outputs, sums, *matrix.buffers(), splits],
-        template=[
-            *(("OutT", dtype), ("H", H), ("Lora", lora), ("V", matrix.rows)),
-            *(("Threads", OUTPUT_THREADS), ("MostSplits", MOST_SPLITS)),
-            *(("Bits", matrix.bits), ("Group", matrix.group_size)),
-        ],
-        grid=(OUTPUT_THREADS, H, B),
-        threadgroup=(OUTPUT_THREADS, 1, 1),
-        output_shapes=[(B, H * matrix.rows)],
-        output_dtypes=[dtype],
-    )
-    return y
+_SEGMENT_NAMES = tuple(f"segment{i + 1}" for i in range(SEGMENTS))
+ATTEND = Kernel(
+    "mla_attend",
+    inputs=("queries", "tail", *_SEGMENT_NAMES, "plan"),
+    outputs=("acc", "m_and_l"),
+    wide=("queries", "tail", *_SEGMENT_NAMES, "acc", "m_and_l"),
+)
 
 
-def refused(weights: LatentWeights, width: int) -> str | None:
-    """Why `mla_decode` does not take a layer whose input projection has `width` outputs."""
-    shared = weights.shared(width)
-    if weights.lora % 32 or not 0 < weights.lora <= 512:
-        return f"kv_lora_rank = {weights.lora} is not a multiple of 32 up to 512"
-    for name, size in (("qk_nope_head_dim", weights.nope), ("qk_rope_head_dim", shared)):
-        if size % 8 or size < 8:
-            return f"{name} = {size} is not a multiple of 8"
-    if weights.unembed_out.rows % 4:
-        return f"v_head_dim = {weights.unembed_out.rows} is not a multiple of 4"
-    for name in ("embed_q", "unembed_out"):
-        matrix = getattr(weights, name)
-        if matrix.bits not in (0, 4, 8):
-            return f"{name} has {matrix.bits} bits, not 4, 8 or 16"
-        if not matrix.is_affine:
-            return f"{name} is quantized in another mode than affine"
-    return None
+class Shape(NamedTuple):
+    """How mla_attend divides its work."""
+
+    heads: int  # of a threadgroup: each latent is read once for so many
+    channels: int  # of a simdgroup, 32 or 64
+    positions: int  # of a block, a multiple of 8: after each, all simdgroups wait for one another
+
+    def fitted(self, H: int, lora: int) -> Shape:
+        """The same for a layer of these sizes."""
+        channels = 32 if lora % self.channels else self.channels
+        return Shape(min(self.heads, _multiple_of(8, H)), channels, self.positions)
+
+
+# Queries and outputs of 32 heads of the 48B fill 136 KB of registers, 16 simdgroups of 32 lanes
+# with 68 each. A GPU that cannot give such lanes their 104 takes half of the heads at a time, and
+# has the latents from its cache for the other half.
+WIDE = Shape(32, 32, 8)
+NARROW = Shape(16, 64, 8)
+NVIDIA = Shape(16, 64, 16)
 
 
 @cache
@@ -315,13 +257,132 @@ def _shape_here() -> Shape:
     return NARROW if re.search(r"g1[34]", architecture) else WIDE
 
 
-def _columns_of_a_split(total: int) -> int:
-    """Enough splits for large GPUs to take two each, but none so short that it is mostly overhead.
+def mla_attend(
+    queries: mx.array,
+    tail: mx.array,
+    plan: SplitKVPlan,
+    segments: Sequence[mx.array],
+    lora: int,
+    shape: Shape | None = None,
+) -> tuple[mx.array, mx.array]:
+    """`naive_mla_attend` in a launch for every SEGMENTS segments.
 
-    What a split adds to what is read, its queries and its outputs, is as much as 120 columns.
+    `shape` None: that of this GPU.
     """
-    wanted = -(-total // 160) if total <= 160 * 1024 else max(1024, -(-total // 512))
-    return max(64, _multiple_of(64, wanted))
+    shape = (shape or _shape_here()).fitted(queries.shape[1], lora)
+    found = [
+        _attend(
+            queries,
+            tail,
+            array,
+            splits,
+            segments[i * SEGMENTS : (i + 1) * SEGMENTS],
+            lora,
+            shape,
+        )
+        for i, (array, splits) in enumerate(zip(plan.arrays, plan.splits, strict=True))
+    ]
+    if len(found) == 1:
+        return found[0]
+    acc, m_and_l = (mx.concatenate(list(parts), axis=1) for parts in zip(*found, strict=True))
+    return acc, m_and_l
+
+
+def _attend(
+    queries: mx.array,
+    tail: mx.array,
+    plan: mx.array,
+    splits: int,
+    segments: Sequence[mx.array],
+    lora: int,
+    shape: Shape,
+) -> tuple[mx.array, mx.array]:
+    B, H, width = queries.shape
+    heads, channels, positions = shape
+    threads = 32 * lora // channels
+    packed = bool(segments) and is_packed(segments[0])
+    absent = segments[0] if segments else tail
+    acc, m_and_l = ATTEND(
+        inputs=[queries, tail, *segments, *[absent] * (SEGMENTS - len(segments)), plan],
+        template=[
+            *(("TailT", tail.dtype), ("StoredT", absent.dtype), ("Packed", packed)),
+            *(("H", H), ("Heads", heads), ("Lora", lora), ("Shared", width - lora)),
+            *(("Channels", channels), ("Block", positions)),
+            *(("Room", tail.shape[1]), ("Segments", SEGMENTS)),
+        ],
+        grid=(threads, splits, B * -(-H // heads)),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(B, splits, H, lora), (B, splits, H, 2)],
+        output_dtypes=[mx.float32, mx.float32],
+    )
+    return acc, m_and_l
+
+
+# ------------------------------------------------------------------- back from the space of latents
+def naive_mla_output(
+    acc: mx.array, m_and_l: mx.array, weights: LatentWeights, dtype: mx.Dtype
+) -> mx.array:
+    """All splits merged to one softmax, and each head's values of it: [B, H * v].
+
+    acc and m_and_l as `naive_mla_attend` returns them.
+    """
+    m, total = mx.split(m_and_l, 2, axis=-1)
+    e = mx.exp(m - m.max(axis=1, keepdims=True))
+    latent = (e * acc).sum(axis=1) / (e * total).sum(axis=1)
+    y = weights.unembed_out.times(latent[:, :, None].astype(dtype))
+    return y.reshape(len(y), -1)
+
+
+OUTPUT = Kernel(
+    "mla_output",
+    inputs=("acc", "m_and_l", *with_scales("unembed"), "splits"),
+    outputs=("y",),
+    wide=("acc", "m_and_l", *with_scales("unembed")),
+)
+
+
+def mla_output(
+    acc: mx.array, m_and_l: mx.array, weights: LatentWeights, dtype: mx.Dtype
+) -> mx.array:
+    """`naive_mla_output` in one launch."""
+    B, splits, H, lora = acc.shape
+    if splits > MOST_SPLITS:
+        raise ValueError(
+            f"[mla_output] acc must have at most {MOST_SPLITS} splits but has {splits}."
+        )
+    matrix = weights.unembed_out
+    (y,) = OUTPUT(
+        inputs=[acc, m_and_l, *matrix.buffers(), splits],
+        template=[
+            *(("OutT", dtype), ("H", H), ("Lora", lora), ("V", matrix.rows)),
+            *(("Threads", OUTPUT_THREADS), ("MostSplits", MOST_SPLITS)),
+            *(("Bits", matrix.bits), ("Group", matrix.group_size)),
+        ],
+        grid=(OUTPUT_THREADS, H, B),
+        threadgroup=(OUTPUT_THREADS, 1, 1),
+        output_shapes=[(B, H * matrix.rows)],
+        output_dtypes=[dtype],
+    )
+    return y
+
+
+def unsupported_reason(weights: LatentWeights, width: int) -> str | None:
+    """Why `mla_decode` does not take a layer whose input projection has `width` outputs."""
+    shared = weights.shared(width)
+    if weights.lora % 32 or not 0 < weights.lora <= 512:
+        return f"kv_lora_rank = {weights.lora} is not a multiple of 32 up to 512"
+    for name, size in (("qk_nope_head_dim", weights.nope), ("qk_rope_head_dim", shared)):
+        if size % 8 or size < 8:
+            return f"{name} = {size} is not a multiple of 8"
+    if weights.unembed_out.rows % 4:
+        return f"v_head_dim = {weights.unembed_out.rows} is not a multiple of 4"
+    for name in ("embed_q", "unembed_out"):
+        matrix = getattr(weights, name)
+        if matrix.bits not in (0, 4, 8):
+            return f"{name} has {matrix.bits} bits, not 4, 8 or 16"
+        if not matrix.is_affine:
+            return f"{name} is quantized in another mode than affine"
+    return None
 
 
 def _multiple_of(divisor: int, x: int) -> int:

@@ -1,26 +1,30 @@
-// Many tokens' attention to a block of S columns among or before them, each head with keys and values of
+#include "eights.h"
+#include "tiles.h"
+#include "vectors.h"
+
+// Many tokens' attention to a block of S positions among or before them, each head with keys and values of
 // its own: a softmax over those of the block that a token may see, and no tensor of scores.
 //
 //     score = scale * query . (key | shared key)      output = softmax(scores) values
 //
-// Shares are rounded to x's type before they weigh the values, and summed before they are rounded.
+// Probabilities are rounded to x's type before they weigh the values, and summed before they are rounded.
 //
 //   x           [B, T, Row] of any float type: a token's queries stand first, [H, Nope + Shared]
 //   keys        [B, H, S, Nope] of x's type
-//   latents     [B, S, LatentRow] of x's type: a column's shared key stands last
+//   latents     [B, S, LatentRow] of x's type: a position's shared key stands last
 //   values      [B, H, S, V] of x's type
-//   T, S, offset   int: token t sees the columns up to t + offset
+//   T, S, offset   int: token t sees the positions up to t + offset
 //   scale       float
-//   outputs     [B, T, H, V] of any float type; 0 for a token that sees no column
-//   log_totals  [B, T, H] float: log of the sum of exp(score); below -1e29 where no column is seen
+//   outputs     [B, T, H, V] of any float type; 0 for a token that sees no position
+//   lse         [B, T, H] float: log of the sum of exp(score); below -1e29 where no position is seen
 // Template: XT, that of x; H, Nope, Shared, V, Row, LatentRow, Queries, Block int. Nope, Shared and V are
 // multiples of 32, Row and LatentRow of 4, Queries and Block of 8.
 // Grid (32, n, B * H), n >= ceil(T / Queries), any threadgroup (32, m, 1) that divides it: a simdgroup
-// owns Queries tokens of one head and walks over Block columns at a time; the last tokens, who see the
-// most columns, begin first. What is over does nothing.
+// owns Queries tokens of one head and walks over Block positions at a time; the last tokens, who see the
+// most positions, begin first. What is over does nothing.
 constexpr int Dk = Nope + Shared;
 constexpr int N = Queries / 8;  // tiles along the queries
-constexpr int M = Block / 8;    // along the columns
+constexpr int M = Block / 8;    // along the positions
 constexpr float Nothing = -1e30f;  // less than any score, and finite: a difference of two is 0
 typedef vec<XT, 2> Two;
 
@@ -52,30 +56,30 @@ for (int n = 0; n < N; ++n) {
   }
 }
 
-float2 output[V / 8][N], highest[N], total[N];
+float2 acc[V / 8][N], running_max[N], running_sum[N];
 #pragma unroll
 for (int n = 0; n < N; ++n) {
-  highest[n] = filled<2>(Nothing);
-  total[n] = filled<2>(0);
+  running_max[n] = filled<2>(Nothing);
+  running_sum[n] = filled<2>(0);
 #pragma unroll
   for (int i = 0; i < V / 8; ++i) {
-    output[i][n] = filled<2>(0);
+    acc[i][n] = filled<2>(0);
   }
 }
 
 const auto own_keys = keys + size_t(b * H + head) * S * Nope + neighbours;
 const auto own_values = values + size_t(b * H + head) * S * V + neighbours;
 const auto shared_keys = latents + size_t(b) * S * LatentRow + LatentRow - Shared + neighbours;
-const int end = min(S, first + Queries + offset);  // of the columns that some of these tokens see
+const int end = min(S, first + Queries + offset);  // of the positions that some of these tokens see
 for (int at = 0; at < end; at += Block) {
-  // What lies beyond the last column is the last column again, and weighs nothing.
+  // What lies beyond the last position is the last position again, and weighs nothing.
   int place[M];
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     place[m] = min(at + 8 * m + row, S - 1);
   }
 
-  // The scores: [column, query].
+  // The scores: [position, query].
   float2 score[N][M];
 #pragma unroll
   for (int n = 0; n < N; ++n) {
@@ -109,12 +113,12 @@ for (int at = 0; at < end; at += Block) {
     }
   }
 
-  // Each query's shares, as left factors: [query, column].
+  // Each query's probabilities, as left factors: [query, position].
   const bool all_seen = at + Block <= min(S, first + offset + 1);
-  Two share[M][N];
+  Two probs[M][N];
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    float2 most = highest[n];
+    float2 new_max = running_max[n];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -122,30 +126,31 @@ for (int at = 0; at < end; at += Block) {
         const int last = min(S - 1, first + 8 * n + column + i + offset);
         const bool seen = all_seen || at + 8 * m + row <= last;
         score[n][m][i] = seen ? scale * score[n][m][i] : -INFINITY;
-        most[i] = max(most[i], score[n][m][i]);
+        new_max[i] = max(new_max[i], score[n][m][i]);
       }
     }
-    float2 fade;
+    float2 rescale;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      most[i] = max_over_rows(most[i]);
-      fade[i] = exp(highest[n][i] - most[i]);
+      new_max[i] = max_over_rows(new_max[i]);
+      rescale[i] = exp(running_max[n][i] - new_max[i]);
     }
-    highest[n] = most;
-    total[n] *= fade;
+    running_max[n] = new_max;
+    running_sum[n] *= rescale;
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      const float2 shares = float2(exp(score[n][m].x - most.x), exp(score[n][m].y - most.y));
-      total[n] += shares;
-      share[m][n] = transposed<XT>(vec<XT, 2>(XT(shares.x), XT(shares.y)), lane);
+      const float2 p = float2(exp(score[n][m].x - new_max.x), exp(score[n][m].y - new_max.y));
+      running_sum[n] += p;
+      probs[m][n] = transposed<XT>(vec<XT, 2>(XT(p.x), XT(p.y)), lane);
     }
-    const float kept = transposed<float>(fade, lane)[0];  // of the query of this lane's row
+    const float own_rescale = transposed<float>(rescale, lane)[0];  // of the query of this lane's row
 #pragma unroll
     for (int i = 0; i < V / 8; ++i) {
-      output[i][n] *= kept;
+      acc[i][n] *= own_rescale;
     }
   }
 
+  // What they say of the values.
 #pragma unroll
   for (int e = 0; e < V / 32; ++e) {
 #pragma unroll
@@ -154,7 +159,7 @@ for (int at = 0; at < end; at += Block) {
       fetch_eight(eight, own_values + place[m] * V + 32 * e);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        multiply_add<N, XT, XT>(share[m], as_right<XT>(pair_of(eight, i)), output[4 * e + i]);
+        multiply_add<N, XT, XT>(probs[m], as_right<XT>(pair_of(eight, i)), acc[4 * e + i]);
       }
     }
   }
@@ -165,19 +170,19 @@ for (int n = 0; n < N; ++n) {
   float2 whole;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    whole[i] = max(sum_over_rows(total[n][i]), 1e-30f);
+    whole[i] = max(sum_over_rows(running_sum[n][i]), 1e-30f);
     const int t = first + 8 * n + column + i;
     if (row == 0 && t < T) {
-      log_totals[(b * T + t) * H + head] = highest[n][i] + log(whole[i]);
+      lse[(b * T + t) * H + head] = running_max[n][i] + log(whole[i]);
     }
   }
-  const float share = 1.0f / transposed<float>(whole, lane)[0];
+  const float factor = 1.0f / transposed<float>(whole, lane)[0];
   const int t = first + 8 * n + row;
   if (t < T) {
 #pragma unroll
     for (int i = 0; i < V / 8; i += 2) {
       const auto to = outputs + (size_t(b * T + t) * H + head) * V + i / 4 * 32 + neighbours + i % 4 * 2;
-      const float2 one = output[i][n] * share, other = output[i + 1][n] * share;
+      const float2 one = acc[i][n] * factor, other = acc[i + 1][n] * factor;
       store<4>(to, float4(one.x, one.y, other.x, other.y));
     }
   }

@@ -1,4 +1,7 @@
-"""Many tokens of an MLA layer: attention over expanded keys and values, block by block."""
+"""Many tokens of an MLA layer: attention over expanded keys and values, block by block.
+
+score = scale * query . (key | shared key)      output = softmax(scores) values
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,13 @@ from mlx_kimi.metal_kernels.attention import NO_KEY
 from mlx_kimi.metal_kernels.kernel import Kernel
 
 SIMDGROUPS = 4  # of a threadgroup: they read the same keys at about the same time
-KERNEL = Kernel(
-    "mla_prefill",
-    inputs=("x", "keys", "latents", "values", "T", "S", "offset", "scale"),
-    outputs=("outputs", "log_totals"),
-    headers=("vectors.h", "tiles.h", "eights.h"),
-)
 
 
 class Shape(NamedTuple):
     """How the kernel divides its work."""
 
     queries: int  # of a simdgroup
-    columns: int  # that it takes at a time
+    positions: int  # that it takes at a time
 
 
 # At the published sizes and in 16 bits, queries and outputs of 8 tokens take 24 and 32 registers of
@@ -32,14 +29,14 @@ NVIDIA_PREFILL_SHAPE = Shape(16, 32)
 
 
 class Expanded(NamedTuple):
-    """Tokens, and a block of S columns that stands expanded for them."""
+    """Tokens, and a block of S positions that stands expanded for them."""
 
     x: mx.array  # [B, T, row], the input projection: first the queries of each head, nope | shared
     keys: mx.array  # [B, H, S, nope], as the next two in x's dtype
     latents: mx.array  # [B, S, lora + shared], of which the shared keys are last
     values: mx.array  # [B, H, S, v]
     scale: float  # of the scores
-    offset: int  # token t sees the columns up to t + offset, which may be none
+    offset: int  # token t sees the positions up to t + offset, which may be none
 
     @property
     def shared(self) -> int:
@@ -49,12 +46,12 @@ class Expanded(NamedTuple):
 
 
 def naive_mla_prefill(given: Expanded, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Attend to a block of columns.
+    """Attend to a block of positions.
 
     Returns:
-        The outputs [B, T, H, v] in `dtype` and the logarithms of their totals [B, T, H] float32:
-        what `attention.together` joins with those of other blocks. Where a token sees no column
-        the output is 0 and the logarithm below -1e29.
+        outputs [B, T, H, v] in `dtype`, and lse [B, T, H] float32, the logarithm of the sum of
+        exp(score): `attention.merge_attention` merges them with those of other blocks. Where a
+        token sees no position its output is 0 and its lse below -1e29.
     """
     x, keys, latents, values, scale, offset = given
     B, T, _ = x.shape
@@ -65,45 +62,53 @@ def naive_mla_prefill(given: Expanded, dtype: mx.Dtype) -> tuple[mx.array, mx.ar
     k = mx.concatenate([keys, beside], axis=-1).astype(mx.float32)
     scores = scale * q @ k.swapaxes(-1, -2)  # [B, H, T, S]
     seen = mx.arange(S) <= mx.arange(T)[:, None] + offset
-    highest = mx.where(seen, scores, NO_KEY).max(axis=-1, keepdims=True)
-    shares = mx.where(seen, mx.exp(scores - highest), 0)
-    total = mx.maximum(shares.sum(axis=-1, keepdims=True), 1e-30)
-    outputs = shares @ values.astype(mx.float32) / total
-    log_totals = (highest + mx.log(total))[..., 0]
-    return outputs.swapaxes(1, 2).astype(dtype), log_totals.swapaxes(1, 2)
+    m = mx.where(seen, scores, NO_KEY).max(axis=-1, keepdims=True)
+    probs = mx.where(seen, mx.exp(scores - m), 0)
+    total = mx.maximum(probs.sum(axis=-1, keepdims=True), 1e-30)
+    outputs = probs @ values.astype(mx.float32) / total
+    lse = (m + mx.log(total))[..., 0]
+    return outputs.swapaxes(1, 2).astype(dtype), lse.swapaxes(1, 2)
+
+
+KERNEL = Kernel(
+    "mla_prefill",
+    inputs=("x", "keys", "latents", "values", "T", "S", "offset", "scale"),
+    outputs=("outputs", "lse"),
+    wide=("x", "keys", "latents", "values", "outputs"),
+)
 
 
 def mla_prefill(
     given: Expanded, dtype: mx.Dtype, shape: Shape | None = None
 ) -> tuple[mx.array, mx.array]:
-    """`naive_mla_prefill` in one launch, within the domain of `refused`.
+    """`naive_mla_prefill` in one launch, for the sizes that `unsupported_reason` allows.
 
-    Shares are rounded to x's dtype before they weigh the values, and summed before that. `shape`
-    None: that of this GPU.
+    Probabilities are rounded to x's dtype before they weigh the values, and summed before that.
+    `shape` None: that of this GPU.
     """
     x, keys, latents, values, scale, offset = given
     B, T, _ = x.shape
     _, H, S, nope = keys.shape
     v = values.shape[-1]
     here = NVIDIA_PREFILL_SHAPE if mx.cuda.is_available() else PREFILL_SHAPE
-    queries, columns = shape or here
+    queries, positions = shape or here
     groups = -(-T // (queries * SIMDGROUPS)) * SIMDGROUPS
-    outputs, log_totals = KERNEL(
+    outputs, lse = KERNEL(
         inputs=[x, keys, latents, values, T, S, offset, scale],
         template=[
             *(("XT", x.dtype), ("H", H), ("Nope", nope), ("V", v)),
             *(("Shared", given.shared), ("Row", x.shape[-1])),
-            *(("LatentRow", latents.shape[-1]), ("Queries", queries), ("Block", columns)),
+            *(("LatentRow", latents.shape[-1]), ("Queries", queries), ("Block", positions)),
         ],
         grid=(32, groups, B * H),
         threadgroup=(32, SIMDGROUPS, 1),
         output_shapes=[(B, T, H, v), (B, T, H)],
         output_dtypes=[dtype, mx.float32],
     )
-    return outputs, log_totals
+    return outputs, lse
 
 
-def refused(lora: int, nope: int, shared: int, v: int) -> str | None:
+def unsupported_reason(lora: int, nope: int, shared: int, v: int) -> str | None:
     """Why `mla_prefill` does not take a layer of these sizes; None: it does."""
     if lora % 4:
         return f"kv_lora_rank = {lora} is not a multiple of 4"

@@ -1,3 +1,8 @@
+#include "matvec.h"
+#include "norm.h"
+#include "reduce.h"
+#include "vectors.h"
+
 // One token on its way into the space of latents: its queries, and its own latent behind the tail.
 //
 //     query = scale * (embed q_nope | q_shared)      new_tail = tail, then (norm(latent) | shared key)
@@ -41,11 +46,9 @@ if (head < H && first < Lora) {
       Nope,
       lane,
       sums);
-  for (int r = 0; r < Rows; ++r) {
-    const float sum = scale * simd_sum(sums[r]);
-    if (lane == r) {
-      queries[(b * H + head) * Width + first + r] = sum;
-    }
+  const float sum = scale * sum_of_rows<Rows>(sums, lane);
+  if (lane < Rows) {
+    queries[(b * H + head) * Width + first + lane] = sum;
   }
 } else if (head < H) {
   for (int i = lane; i < Shared; i += 32) {
@@ -57,7 +60,7 @@ if (head < H && first < Lora) {
   for (int i = lane; i < Lora; i += 32) {
     square += float(input[Latent + i]) * float(input[Latent + i]);
   }
-  const float factor = rsqrt(simd_sum(square) / float(Lora) + eps);
+  const float factor = inverse_rms(simd_sum(square), Lora, eps);
   auto to = new_tail + (b * Room + place) * Width;
   for (int i = lane; i < Lora; i += 32) {
     put(to + i, float(input[Latent + i]) * factor * float(norm[i]));

@@ -7,7 +7,7 @@ import os
 os.environ["MLX_ENABLE_TF32"] = "0"
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizer_files import trained_tokens, write_tiktoken
 
 from mlx_kimi.loading.load import load_model
+from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.model.kimi_linear import KimiLinear
 
 # What was started with nohup, or by a script in its background, ignores Ctrl-C, and so would every
@@ -78,3 +79,12 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights["lm_head.weight"][first_control:] = 0
     save_file(weights, path / "model.safetensors")
     return path
+
+
+@pytest.fixture
+def emulated() -> Iterator[None]:
+    """Kernels run on the emulator."""
+    from kernel_cases import emulator  # here: it needs a compiler, and few tests ask
+
+    with use_backend(emulator):
+        yield

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from assertions import assert_close
-from twins import twins
+from reference_backend import reference_backend
 
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.chat.state_files import restore_states, write_state
@@ -20,7 +20,7 @@ from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import TAIL, CacheEntry
 from mlx_kimi.model.kimi_linear import SUBMITTED_FROM, KimiLinear
 
-# Float32, added in another order: MLX joins operations in a compiled graph, and the kernels' twins
+# Float32, added in another order: MLX joins operations in a compiled graph, and the reference
 # divide attention otherwise than the ops form.
 SAME = 1e-4
 
@@ -32,12 +32,12 @@ def pocket() -> KimiLinear:
 
 @pytest.fixture
 def launched() -> Iterator[list[str]]:
-    """Kernels run as their twins; those that Python launched, by name: a compiled step has none."""
+    """Kernels run on the reference backend; those that Python launched, by name."""
     names: list[str] = []
 
     def counting(kernel: Kernel) -> Launch:
         names.append(kernel.name)
-        return twins(kernel)
+        return reference_backend(kernel)
 
     with use_backend(counting, traced=True):
         yield names
@@ -100,9 +100,9 @@ def test_takes_a_large_batch(pocket: KimiLinear, launched: list[str]) -> None:
 def test_latents_freeze_in_8_bits_as_layer_by_layer(pocket: KimiLinear) -> None:
     """(Not as in the ops form, which packs a full tail before it attends to it.)"""
     tokens = ids(1, 20)
-    with use_backend(twins, traced=True):
+    with use_backend(reference_backend, traced=True):
         compiled = one_by_one(pocket, tokens, prompted(pocket, 1, TAIL - 6, 8))
-    with use_backend(twins):
+    with use_backend(reference_backend):
         apart = one_by_one(pocket, tokens, prompted(pocket, 1, TAIL - 6, 8))
     assert_close("logits", compiled, apart, 1e-6)
 
@@ -170,7 +170,7 @@ def test_a_step_goes_on_from_many_tokens_and_they_from_a_step(
     parts = [(0, 1), (1, 2), (2, 13), (13, 14), (14, 30), (30, 31)]
     logits = []
     for start, stop in parts:
-        with use_backend(None) if stop - start > 1 else use_backend(twins, traced=True):
+        with use_backend(None) if stop - start > 1 else use_backend(reference_backend, traced=True):
             logits.append(pocket(tokens[:, start:stop], cache))
     with use_backend(None):
         expected = pocket(tokens, prompted(pocket, 1, 11))
@@ -192,16 +192,16 @@ def test_projections_apart_are_projections_in_one(
 def test_what_cannot_be_traced_is_not(pocket: KimiLinear) -> None:
     cache = prompted(pocket, 1, 5)
     assert not pocket.compiled.takes(cache)  # nothing runs kernels
-    for backend, traced in ((twins, False), (None, True)):
+    for backend, traced in ((reference_backend, False), (None, True)):
         with use_backend(backend, traced):
             assert not is_traced() and not pocket.compiled.takes(cache)
-    with use_backend(twins, traced=True):
+    with use_backend(reference_backend, traced=True):
         assert pocket.compiled.takes(cache)
         assert not pocket.compiled.takes(pocket.make_cache())  # has read nothing
         with use_backend(None):
             padded = pocket.make_cache()
             pocket(ids(2, 4), padded, lengths=[4, 2])
-        with use_backend(twins, traced=True):
+        with use_backend(reference_backend, traced=True):
             assert not pocket.compiled.takes(padded)
 
 

@@ -1,13 +1,10 @@
 """The expert kernels on the emulator, against float64, with no finding."""
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits, numbers
-from emulator import emulator
-from emulator.lint import linter
+from kernel_cases import exact, linter, matrix, on_the_emulator
 
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
 from mlx_kimi.metal_kernels.experts import (
@@ -18,50 +15,32 @@ from mlx_kimi.metal_kernels.experts import (
     expert_combine,
     expert_mlp,
     expert_select,
-    refused,
+    naive_expert_select,
+    unsupported_reason,
 )
 from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.metal_kernels.matrix import Matrix
-from mlx_kimi.model.moe import _select
 
+pytestmark = on_the_emulator
 # One rounding of the output and one of what stands between the two launches, on top of float32.
 LARGEST = {mx.float32: 2e-5, mx.float16: 2e-3, mx.bfloat16: 1.2e-2}
 
 
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
-
-
-def matrix(shape: tuple[int, ...], bits: int, group: int, dtype: mx.Dtype) -> Matrix:
-    weight = (mx.random.normal(shape) * shape[-1] ** -0.5).astype(dtype)
-    if not bits:
-        return Matrix(weight)
-    packed = mx.quantize(weight, group_size=group, bits=bits)
-    return Matrix(*packed, bits=bits, group_size=group)
+def random_matrix(shape: tuple[int, ...], bits: int, group: int, dtype: mx.Dtype) -> Matrix:
+    return matrix(mx.random.normal(shape) * shape[-1] ** -0.5, bits, group, dtype)
 
 
 def gated(
     lead: tuple[int, ...], N: int, K: int, bits: int, group: int, dtype: mx.Dtype
 ) -> SwiGLUWeights:
     return SwiGLUWeights(
-        matrix((*lead, N, K), bits, group, dtype),
-        matrix((*lead, N, K), bits, group, dtype),
-        matrix((*lead, K, N), bits, group, dtype),
+        random_matrix((*lead, N, K), bits, group, dtype),
+        random_matrix((*lead, N, K), bits, group, dtype),
+        random_matrix((*lead, K, N), bits, group, dtype),
     )
 
 
 ROUTER = Matrix(mx.zeros((4, 64)))
-
-
-def exact(m: Matrix) -> np.ndarray:
-    """The matrix in float64."""
-    if m.scales is None or m.biases is None:
-        return numbers(m.weight)
-    scales, biases = (a.astype(mx.float32) for a in (m.scales, m.biases))
-    whole = mx.dequantize(m.weight, scales, biases, group_size=m.group_size, bits=m.bits)
-    return numbers(whole)
 
 
 def swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -102,7 +81,7 @@ def test_experts_equal_float64(B, K, N, shared_N, bits, shared_bits, group, dtyp
     x = mx.random.normal((B, K)).astype(dtype)
     experts = mx.argsort(mx.random.uniform(shape=(B, 5)), axis=-1)[:, :3].astype(mx.int32)
     weights = mx.random.uniform(shape=(B, 3))
-    assert refused(ROUTER, routed, shared, 3) is None
+    assert unsupported_reason(ROUTER, routed, shared, 3) is None
     y = expert_mlp(x, experts, weights, routed, shared)
     assert y.dtype == dtype
     expected = oracle(x, experts, weights, routed, shared)
@@ -113,7 +92,7 @@ def scored(B: int, E: int, W: int, bits: int, dtype: mx.Dtype) -> tuple:
     """The arguments of add_norm_scores; a router is float32 in every folder."""
     mx.random.seed(E + W)
     x, part, weight = (mx.random.normal(s).astype(dtype) for s in ((B, W), (B, W), (W,)))
-    return x, part, weight, 1e-5, matrix((E, W), bits, 32, mx.float32)
+    return x, part, weight, 1e-5, random_matrix((E, W), bits, 32, mx.float32)
 
 
 @pytest.mark.parametrize("dtype", LARGEST, ids=str)
@@ -202,7 +181,7 @@ def test_the_choice_is_that_of_the_ops_form(B, E, top_k, groups, best, renormali
     logits, bias = mx.random.normal((B, E)), mx.random.normal((E,)) * 0.05
     how = (top_k, groups, best, renormalize, 2.446)
     experts, weights = expert_select(logits, bias, *how)
-    expected_experts, expected_weights = _select(logits, bias, *how)
+    expected_experts, expected_weights = naive_expert_select(logits, bias, *how)
     assert experts.tolist() == expected_experts.tolist()
     assert_close("weights", weights, expected_weights, 1e-6)
 
@@ -215,16 +194,18 @@ def test_of_equal_scores_the_first_expert_is_chosen() -> None:
 def test_what_is_outside_the_domain_is_named() -> None:
     routed = gated((4,), 32, 64, 4, 32, mx.float32)
     other = gated((4,), 32, 64, 2, 32, mx.float32)
-    assert refused(ROUTER, other, None, 2) == "gate has 2 bits, not 4, 8 or 16"
-    odd = SwiGLUWeights(matrix((4, 30, 64), 4, 32, mx.float32), routed.up, routed.down)
-    assert "multiple of 4 rows" in str(refused(ROUTER, odd, None, 2))
-    mixed = SwiGLUWeights(routed.gate, matrix((4, 32, 64), 8, 32, mx.float32), routed.down)
-    assert refused(ROUTER, mixed, None, 2) == "gate and up are stored differently"
-    assert refused(ROUTER, routed, None, 16) == "16 experts a token are more than 15"
-    assert refused(ROUTER, routed, None, 15) is None
-    assert "wider than 7168" in str(refused(Matrix(mx.zeros((4, 7200))), routed, None, 2))
+    assert unsupported_reason(ROUTER, other, None, 2) == "gate has 2 bits, not 4, 8 or 16"
+    odd = SwiGLUWeights(random_matrix((4, 30, 64), 4, 32, mx.float32), routed.up, routed.down)
+    assert "multiple of 4 rows" in str(unsupported_reason(ROUTER, odd, None, 2))
+    mixed = SwiGLUWeights(routed.gate, random_matrix((4, 32, 64), 8, 32, mx.float32), routed.down)
+    assert unsupported_reason(ROUTER, mixed, None, 2) == "gate and up are stored differently"
+    assert unsupported_reason(ROUTER, routed, None, 16) == "16 experts a token are more than 15"
+    assert unsupported_reason(ROUTER, routed, None, 15) is None
+    assert "wider than 7168" in str(
+        unsupported_reason(Matrix(mx.zeros((4, 7200))), routed, None, 2)
+    )
     narrow = Matrix(mx.zeros((4, 60)))
-    assert "router is no multiple" in str(refused(narrow, routed, None, 2))
+    assert "router is no multiple" in str(unsupported_reason(narrow, routed, None, 2))
 
 
 def test_of_no_numbers_experts_are_chosen_all_the_same() -> None:

@@ -1,21 +1,22 @@
 """The delta rule's kernels on the emulator: float64 recurrence -> each kernel, with no finding."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits
-from emulator import emulator
-from emulator.lint import linter
 from kda_cases import GATES, Inputs, case, recurrence
+from kernel_cases import linter, on_the_emulator
 
 from mlx_kimi.metal_kernels import kda_chunk, kda_sequential
-from mlx_kimi.metal_kernels.kda import chosen_form, kda
+from mlx_kimi.metal_kernels.kda import chosen_implementation, kda
 from mlx_kimi.metal_kernels.kda_chunk import CHUNK, kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import use_backend
+
+pytestmark = on_the_emulator
 
 
 class Form(NamedTuple):
@@ -35,12 +36,6 @@ KERNELS = (kda_sequential.KERNEL, kda_chunk.GRAM, kda_chunk.SCAN)
 ALWAYS_LARGE = {name for kernel in KERNELS for name in kernel.inputs} - {"beta"}
 of_form = pytest.mark.parametrize("form", FORMS)
 of_chunks = pytest.mark.parametrize("form", ["chunk", "chunk16"])
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
 
 
 def assert_is_recurrence(form: str, inputs: Inputs) -> None:
@@ -212,13 +207,13 @@ def test_inert_tokens_after_real_ones_change_nothing(form: str, real: int) -> No
 def test_chooses_by_the_number_of_tokens_and_the_domain(
     T: int, Dk: int, Dv: int, name: str
 ) -> None:
-    form = chosen_form(T, Dk, Dv)
+    form = chosen_implementation(T, Dk, Dv)
     assert form.name == name and form.why
 
 
 def test_chooses_operations_where_nothing_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_kimi.metal_kernels.kda.backend", lambda: None)
-    assert [chosen_form(T, 128, 128).name for T in (2, 32)] == ["kda_chunk", "kda_chunk"]
+    assert [chosen_implementation(T, 128, 128).name for T in (2, 32)] == ["kda_chunk", "kda_chunk"]
 
 
 @pytest.mark.parametrize("T", [1, 5, 40])
@@ -232,5 +227,5 @@ def test_the_chosen_form_equals_the_recurrence(T: int) -> None:
 
 @pytest.mark.parametrize("module", [kda_sequential, kda_chunk])
 def test_a_kernel_says_which_heads_it_does_not_take(module: Any) -> None:
-    assert module.refused(128, 64) is None
-    assert "Dv = 48" in module.refused(64, 48)
+    assert module.unsupported_reason(128, 64) is None
+    assert "Dv = 48" in module.unsupported_reason(64, 48)

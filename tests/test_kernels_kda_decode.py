@@ -1,28 +1,21 @@
 """A KDA layer's decode step: float64 -> naive_kda_decode -> kda_decode, plain and quantized."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits, numbers
-from emulator import emulator
-from emulator.lint import linter
+from kernel_cases import assert_all_close, exact, linter, matrix, on_the_emulator, sigmoid
 
 from mlx_kimi.metal_kernels import kda_decode as module
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, Matrix, kda_decode, naive_kda_decode
 from mlx_kimi.metal_kernels.kernel import use_backend
 
+pytestmark = on_the_emulator
 RMS, LARGEST = 5e-6, 2e-5
 FORMS = {"naive": naive_kda_decode, "kernel": kda_decode}
 of_form = pytest.mark.parametrize("form", FORMS)
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
 
 
 class Case(NamedTuple):
@@ -32,11 +25,6 @@ class Case(NamedTuple):
     weights: DecodeWeights
     tail: mx.array
     state: mx.array
-
-
-def matrix(values: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype) -> Matrix:
-    w = mx.array(values).astype(dtype)
-    return Matrix(*mx.quantize(w, group_size, bits), group_size, bits) if bits else Matrix(w)
 
 
 def case(
@@ -72,17 +60,6 @@ def case(
     return Case(x, weights, tail, mx.array(normal(B, H, D, D)))
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-def plain(W: Matrix) -> np.ndarray:
-    if not W.bits:
-        return numbers(W.weight)
-    exact = (y.astype(mx.float32) for y in (W.scales, W.biases))
-    return numbers(mx.dequantize(W.weight, *exact, W.group_size, W.bits))
-
-
 def oracle(given: Case) -> tuple[np.ndarray, np.ndarray]:
     """y and the next state in float64, from the published equations."""
     weights, S = given.weights, numbers(given.state)
@@ -94,23 +71,22 @@ def oracle(given: Case) -> tuple[np.ndarray, np.ndarray]:
     qkv = (window * taps).sum(1)
     q, k, v = np.split((qkv * sigmoid(qkv)).reshape(B, 3 * H, D), 3, axis=1)
     q, k = (y / np.sqrt((y**2).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
-    softplus = np.logaddexp((f @ plain(weights.f_b).T).reshape(B, H, D) + weights.dt_bias, 0)
+    softplus = np.logaddexp((f @ exact(weights.f_b).T).reshape(B, H, D) + weights.dt_bias, 0)
     alpha = np.exp(-np.exp(numbers(weights.A_log))[:, None] * softplus)
     S = S * alpha[:, :, None]
-    correction = sigmoid(b)[..., None] * (v - np.einsum("bhvk,bhk->bhv", S, k))
-    S = S + correction[..., None] * k[:, :, None]
+    delta = sigmoid(b)[..., None] * (v - np.einsum("bhvk,bhk->bhv", S, k))
+    S = S + delta[..., None] * k[:, :, None]
     o = np.einsum("bhvk,bhk->bhv", S, q * D**-0.5)
     o = o / np.sqrt((o**2).mean(-1, keepdims=True) + weights.eps) * numbers(weights.norm)
-    gate = sigmoid((g @ plain(weights.g_b).T).reshape(B, H, D))
+    gate = sigmoid((g @ exact(weights.g_b).T).reshape(B, H, D))
     return (o * gate).reshape(B, -1), S
 
 
 def assert_is_oracle(form: str, given: Case, largest: float = LARGEST, rms: float = RMS) -> None:
     y, tail, state = FORMS[form](*given)
     expected, last = oracle(given)
-    assert y.dtype == given.x.dtype and state.dtype == mx.float32
-    assert_close("state", state, last, LARGEST, RMS)
-    assert_close("y", y, expected, largest, rms)
+    assert_all_close(mx.float32, LARGEST, RMS, state=(state, last))
+    assert_all_close(given.x.dtype, largest, rms, y=(y, expected))
     channels = tail.shape[-1]
     window = mx.concatenate([given.tail, given.x[:, None, :channels]], axis=1)
     assert_same_bits("tail", tail.astype(mx.float32), window[:, 1:].astype(mx.float32))
@@ -169,7 +145,7 @@ def test_a_slow_decay_is_not_lost() -> None:
 
 def test_says_what_it_does_not_take() -> None:
     weights = case(bits=4).weights
-    assert module.refused(weights, 64) is None
-    assert "D = 96" in str(module.refused(weights, 96))
+    assert module.unsupported_reason(weights, 64) is None
+    assert "D = 96" in str(module.unsupported_reason(weights, 96))
     other = weights._replace(g_b=case(bits=8).weights.g_b)
-    assert "differ" in str(module.refused(other, 64))
+    assert "differ" in str(module.unsupported_reason(other, 64))

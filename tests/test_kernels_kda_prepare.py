@@ -1,13 +1,10 @@
 """What stands around the delta rule of many tokens: float64 -> the ops form -> the kernels."""
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits, numbers
-from emulator import emulator
-from emulator.lint import linter
+from kernel_cases import assert_all_close, linter, on_the_emulator, sigmoid
 
 from mlx_kimi.metal_kernels import kda_prepare as module
 from mlx_kimi.metal_kernels.kda_prepare import (
@@ -20,6 +17,7 @@ from mlx_kimi.metal_kernels.kda_prepare import (
 )
 from mlx_kimi.metal_kernels.kernel import use_backend
 
+pytestmark = on_the_emulator
 # Float32 against float64, as for every operator: the exponent of a strong decay is a large number
 # that was rounded. The kernels round once in 16 bits, by half of 2^-11 or 2^-8.
 RMS = {mx.float32: 5e-6, mx.float16: 4e-4, mx.bfloat16: 2.5e-3}
@@ -27,12 +25,6 @@ LARGEST = {mx.float32: 2e-5, mx.float16: 1e-3, mx.bfloat16: 4e-3}
 PREPARES = {"naive": naive_kda_prepare, "kernel": kda_prepare_kernel}
 FINISHES = {"naive": naive_kda_finish, "kernel": kda_finish_kernel}
 of_form = pytest.mark.parametrize("form", PREPARES)
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
 
 
 def case(
@@ -63,10 +55,6 @@ def case(
     )
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
 def oracle(given: Projected) -> Prepared:
     """In float64, from the published equations."""
     x, taps, tail = numbers(given.x), numbers(given.taps), numbers(given.tail)
@@ -89,15 +77,12 @@ def oracle(given: Projected) -> Prepared:
 
 def assert_is_oracle(form: str, given: Projected) -> None:
     ours, expected = PREPARES[form](given), oracle(given)
-    dtype = given.x.dtype
-    for name in ("q", "k", "v"):
-        found = getattr(ours, name)
-        assert found.dtype == dtype
-        assert_close(name, found, getattr(expected, name), LARGEST[dtype], RMS[dtype])
-    for name in ("alpha", "beta"):  # float32 whatever the dtype of what they are made of
-        found = getattr(ours, name)
-        assert found.dtype == mx.float32
-        assert_close(name, found, getattr(expected, name), LARGEST[mx.float32], RMS[mx.float32])
+    both = {name: (getattr(ours, name), getattr(expected, name)) for name in Prepared._fields}
+    gate = {name: both.pop(name) for name in ("alpha", "beta")}
+    del both["tail"]
+    assert_all_close(given.x.dtype, LARGEST[given.x.dtype], RMS[given.x.dtype], **both)
+    # float32 whatever the dtype of what they are made of
+    assert_all_close(mx.float32, LARGEST[mx.float32], RMS[mx.float32], **gate)
     assert_same_bits("tail", ours.tail.astype(mx.float32), expected.tail.astype(mx.float32))
 
 
@@ -160,8 +145,8 @@ def test_every_version_of_metal_takes_the_text(dtype: mx.Dtype) -> None:
 
 
 def test_says_what_it_does_not_take() -> None:
-    assert module.refused(400, 128) is None
-    assert module.refused(400, 32) == "D = 32 is not among (64, 128)"
-    assert "no multiple of 4" in str(module.refused(402, 64))
+    assert module.unsupported_reason(400, 128) is None
+    assert module.unsupported_reason(400, 32) == "D = 32 is not among (64, 128)"
+    assert "no multiple of 4" in str(module.unsupported_reason(402, 64))
     with use_backend(None):
-        assert module.refused(400, 128) is not None
+        assert module.unsupported_reason(400, 128) is not None

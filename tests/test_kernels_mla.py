@@ -1,40 +1,32 @@
 """An MLA layer's decode step: float64 -> naive_mla_decode -> mla_decode, and packed latents."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits, numbers
-from emulator import emulator
-from emulator.lint import linter
+from kernel_cases import assert_all_close, emulator, exact, linter, matrix, on_the_emulator
 
 from mlx_kimi.metal_kernels import mla_decode as module
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.metal_kernels.latents import CODE_WORDS, GROUP_WORDS, pack, unpack
-from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.mla_decode import (
     NARROW,
     NVIDIA,
-    SEGMENTS,
     WIDE,
     LatentWeights,
-    Plan,
     Shape,
     mla_decode,
     naive_mla_decode,
 )
+from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan, positions_of_a_split
 
+pytestmark = on_the_emulator
 # Float32 against float64: sums of up to a thousand products, and exp of their scores.
 RMS, LARGEST = 5e-6, 2e-5
 of_form = pytest.mark.parametrize("form", ["naive", "kernel"])
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
 
 
 class Sizes(NamedTuple):
@@ -67,13 +59,8 @@ class Case(NamedTuple):
         if form == "naive":
             return naive_mla_decode(*self)
         sizes = [segment.shape[1] for segment in self.segments]
-        plan = Plan.of(self.size, self.tail.shape[1], sizes, columns)
+        plan = SplitKVPlan.of(self.size, self.tail.shape[1], sizes, columns)
         return mla_decode(self.x, self.weights, self.tail, plan, self.segments, shape)
-
-
-def matrix(values: np.ndarray, bits: int, group_size: int, dtype: mx.Dtype) -> Matrix:
-    w = mx.array(values).astype(dtype)
-    return Matrix(*mx.quantize(w, group_size, bits), group_size, bits) if bits else Matrix(w)
 
 
 def case(
@@ -118,13 +105,6 @@ def case(
     )
 
 
-def exact(W: Matrix) -> np.ndarray:
-    if W.scales is None or W.biases is None:
-        return numbers(W.weight)
-    scales, biases = (y.astype(mx.float32) for y in (W.scales, W.biases))
-    return numbers(mx.dequantize(W.weight, scales, biases, W.group_size, W.bits))
-
-
 def oracle(given: Case) -> tuple[np.ndarray, np.ndarray]:
     """y and the new latent with its shared key in float64, from the published equations.
 
@@ -155,10 +135,9 @@ def assert_is_oracle(
 ) -> None:
     y, tail = given.run(form, **how)
     expected, new = oracle(given)
-    assert y.dtype == tail.dtype == given.x.dtype
-    assert_close("y", y, expected, largest, rms)
     assert tail.shape == given.tail.shape
-    assert_close("new latent", tail[:, given.size - 1], new, largest, rms)
+    newest = tail[:, given.size - 1]
+    assert_all_close(given.x.dtype, largest, rms, y=(y, expected), new_latent=(newest, new))
     before, after = (t[:, : given.size - 1].astype(mx.float32) for t in (given.tail, tail))
     assert_same_bits("tail", after, before)
 
@@ -315,14 +294,14 @@ def test_a_token_takes_three_launches() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_version_of_metal_takes_the_text(packed: bool, bits: int, dtype: mx.Dtype) -> None:
     kernels = (module.QUERY, module.ATTEND, module.OUTPUT)
-    with use_backend(linter(large={name for k in kernels for name in k.inputs} - {"sums"})):
+    with use_backend(linter(large={name for k in kernels for name in k.inputs} - {"m_and_l"})):
         case(POCKET, bits=bits, dtype=dtype, packed=packed).run()
 
 
 def test_says_what_it_does_not_take() -> None:
     def of(sizes: Sizes, **how: Any) -> str | None:
         given = case(sizes, **how)
-        return module.refused(given.weights, given.x.shape[-1])
+        return module.unsupported_reason(given.weights, given.x.shape[-1])
 
     assert of(PUBLISHED, bits=4) is None
     assert of(SMALL._replace(lora=48)) == "kv_lora_rank = 48 is not a multiple of 32 up to 512"
@@ -335,7 +314,7 @@ def test_says_what_it_does_not_take() -> None:
 
 @pytest.mark.parametrize("total", [1, 64, 65, 5000, 131_072, 200_000, 524_288, 1 << 20, 1 << 23])
 def test_splits_are_enough_and_not_too_many(total: int) -> None:
-    columns = module._columns_of_a_split(total)
+    columns = positions_of_a_split(total)
     splits = -(-total // columns)
     assert columns % 8 == 0
     # Every segment and the tail may end with a split that is not full.

@@ -1,6 +1,5 @@
 """Many tokens' attention to a block of columns: float64 -> naive_mla_prefill -> mla_prefill."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -8,10 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits, numbers
-from emulator import emulator
-from emulator.lint import linter
+from kernel_cases import assert_all_close, emulator, linter, on_the_emulator
 
-from mlx_kimi.metal_kernels.attention import together
+from mlx_kimi.metal_kernels.attention import merge_attention
 from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.metal_kernels.mla_prefill import (
     KERNEL,
@@ -21,19 +19,14 @@ from mlx_kimi.metal_kernels.mla_prefill import (
     Shape,
     mla_prefill,
     naive_mla_prefill,
-    refused,
+    unsupported_reason,
 )
 
+pytestmark = on_the_emulator
 # Float32 against float64: sums of up to a hundred products, and exp of their scores.
 LARGEST, RMS = 2e-5, 5e-6
 SHAPES = [PREFILL_SHAPE, NVIDIA_PREFILL_SHAPE, Shape(24, 8)]
 of_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
 
 
 class Sizes(NamedTuple):
@@ -108,16 +101,15 @@ def oracle(given: Case) -> tuple[np.ndarray, np.ndarray]:
 def assert_is_oracle(
     given: Case, shape: Shape | None = None, largest: float = LARGEST, rms: float = RMS
 ) -> None:
-    outputs, log_totals = given.run(shape)
-    expected, logs = oracle(given)
-    assert outputs.dtype == given.x.dtype and log_totals.dtype == mx.float32
-    assert_close("outputs", outputs, expected, largest, rms)
-    assert_close("log totals", log_totals, logs, largest)
+    outputs, lse = given.run(shape)
+    expected, expected_lse = oracle(given)
+    assert_all_close(given.x.dtype, largest, rms, outputs=(outputs, expected))
+    assert_all_close(mx.float32, largest, lse=(lse, expected_lse))
 
 
 # ------------------------------------------------------------------------------------- numbers
 @pytest.mark.parametrize("T, offset", [(1, 19), (20, 0), (20, -7), (5, 40)])
-def test_the_twin_equals_the_definition(T: int, offset: int) -> None:
+def test_the_naive_form_equals_the_definition(T: int, offset: int) -> None:
     given = case(T, 20, offset, B=2)
     for found, expected in zip(given.naive(), oracle(given), strict=True):
         assert_close("naive", found, expected, LARGEST)
@@ -189,7 +181,7 @@ def test_any_blocks_are_one_softmax(shape: Shape) -> None:
     parts = [given.columns(*pair).run(shape, mx.float32) for pair in pairwise(ends)]
     output, log_total = parts[0][0], parts[0][1][..., None]
     for more, log_more in parts[1:]:
-        log_total, output = together(log_total, output, log_more[..., None], more)
+        log_total, output = merge_attention(log_total, output, log_more[..., None], more)
     expected, logs = oracle(given)
     assert_close("outputs", output, expected, LARGEST, RMS)
     assert_close("log totals", log_total[..., 0], logs, LARGEST)
@@ -234,8 +226,8 @@ def test_every_version_of_metal_takes_the_text(dtype: mx.Dtype) -> None:
 
 
 def test_says_what_it_does_not_take() -> None:
-    assert refused(512, 128, 64, 128) is None
-    assert refused(510, 128, 64, 128) == "kv_lora_rank = 510 is not a multiple of 4"
-    assert refused(512, 48, 64, 128) == "qk_nope_head_dim = 48 is not a multiple of 32"
-    assert refused(512, 128, 8, 128) == "qk_rope_head_dim = 8 is not a multiple of 32"
-    assert refused(512, 128, 64, 0) == "v_head_dim = 0 is not a multiple of 32"
+    assert unsupported_reason(512, 128, 64, 128) is None
+    assert unsupported_reason(510, 128, 64, 128) == "kv_lora_rank = 510 is not a multiple of 4"
+    assert unsupported_reason(512, 48, 64, 128) == "qk_nope_head_dim = 48 is not a multiple of 32"
+    assert unsupported_reason(512, 128, 8, 128) == "qk_rope_head_dim = 8 is not a multiple of 32"
+    assert unsupported_reason(512, 128, 64, 0) == "v_head_dim = 0 is not a multiple of 32"

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits
 from click.testing import CliRunner
-from twins import twins
+from reference_backend import reference_backend
 
 from mlx_kimi import load, stream_generate
 from mlx_kimi.bundled import pocket_folder
@@ -137,13 +137,13 @@ def test_formats_without_biases_stream(
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", [2, 9])
 def test_the_expert_kernels_take_slots(streamed: Streamed, slots: int) -> None:
-    """One token takes the kernels' way; here their twins compute."""
+    """One token takes the kernels' way; here the reference computes."""
     model, whole = streamed(pocket_folder(), slots), load_model(pocket_folder())
     launched = []
 
     def backend(kernel):  # type: ignore[no-untyped-def]
         launched.append(kernel.name)
-        return twins(kernel)
+        return reference_backend(kernel)
 
     text = [[t] for t in ids(12)]
     with use_backend(backend):
@@ -161,7 +161,7 @@ def test_a_token_whose_experts_are_there_is_one_graph(streamed: Streamed) -> Non
 
     def backend(kernel: Kernel) -> Launch:
         launched.append(kernel.name)
-        return twins(kernel)
+        return reference_backend(kernel)
 
     counts, steps, extra = model.offload.counts, [], []
     cache, other = model.make_cache(), whole.make_cache()
@@ -188,14 +188,14 @@ def test_a_token_whose_experts_are_there_is_one_graph(streamed: Streamed) -> Non
 def test_what_the_expert_kernels_refuse_streams_in_graphs(
     streamed: Streamed, monkeypatch: pytest.MonkeyPatch, slots: int, B: int
 ) -> None:
-    monkeypatch.setattr(moe, "refused", lambda *_: "they have other bits")
+    monkeypatch.setattr(moe, "unsupported_reason", lambda *_: "they have other bits")
     model, whole = streamed(pocket_folder(), slots), load_model(pocket_folder())
     cache, other = model.make_cache(), whole.make_cache()
     for token in [3, 5, *[7] * 12, 9, 9]:
-        with use_backend(twins, traced=True):
+        with use_backend(reference_backend, traced=True):
             logits = model(mx.array([[token]] * B), cache)
             mx.eval(logits, caches.arrays(cache))
-        with use_backend(twins):
+        with use_backend(reference_backend):
             assert_close("logits", logits, whole(mx.array([[token]] * B), other), 1e-4)
 
 

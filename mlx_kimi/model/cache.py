@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_kimi.errors import KimiError
 from mlx_kimi.metal_kernels.latents import BITS, is_packed, pack, unpack
-from mlx_kimi.metal_kernels.mla_decode import Plan
+from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 
 TAIL = 256  # tokens of the latent that may be rebuilt at every step (0.3 MB)
 RADIX = 8  # neighbours of one size class that merge into one of the next
@@ -168,10 +168,10 @@ class LatentCache:
             return Segment(mx.zeros((B, TAIL, width), dtype), spare=TAIL)
         return self.tail.with_room(TAIL)
 
-    def plan(self) -> Plan:
+    def plan(self) -> SplitKVPlan:
         """How `mla_decode` divides the next token's attention."""
         held = 0 if self.tail is None else self.tail.size
-        return Plan.of(held + 1, TAIL, [segment.size for segment in self.frozen])
+        return SplitKVPlan.of(held + 1, TAIL, [segment.size for segment in self.frozen])
 
     def grow_tail(self, latents: mx.array) -> None:
         """Take the latents of `roomy_tail`, with one more token among them."""

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.metal_kernels.kernel import backend, is_traced
-from mlx_kimi.metal_kernels.mla_decode import Plan
+from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
 from mlx_kimi.model.mla import MultiHeadLatentAttention
 from mlx_kimi.model.step import ForwardBatch
@@ -77,7 +77,7 @@ class CompiledStep:
     def __call__(self, ids: mx.array, cache: Sequence[CacheEntry]) -> mx.array:
         """ids [B, 1] -> [B, 1, hidden]; the entries' arrays move on, their lengths do not."""
         latents = [entry for entry in cache if isinstance(entry, LatentCache)]
-        plan = latents[0].plan() if latents else Plan.of(1, TAIL, [])
+        plan = latents[0].plan() if latents else SplitKVPlan.of(1, TAIL, [])
         frozen = [segment.size for segment in latents[0].frozen] if latents else []
         bits = latents[0].bits if latents else None
         shapes = (ids.shape, *frozen, bits, backend())
@@ -151,7 +151,7 @@ def _compiled(
         cache = [entry(*pair) for pair in zip(owner.make_cache(), arrays, strict=True)]
         optimistic = owner.offload.optimistic if owner.offload else NOTHING_OFFLOADED
         residency = optimistic.begin(slots)
-        batch = ForwardBatch(plan=Plan(plan, splits), residency=residency)
+        batch = ForwardBatch(plan=SplitKVPlan(plan, splits), residency=residency)
         hidden = owner.run(ids, cache, batch)
         arrays = [e.arrays() if isinstance(e, KDACache) else e.arrays()[-1:] for e in cache]
         return hidden, arrays, residency.choices()

@@ -9,7 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_kimi.checkpoint.config import ModelConfig
-from mlx_kimi.metal_kernels.kda import CHUNKED_FROM, chosen_form, decode_refused, kda
+from mlx_kimi.metal_kernels.kda import (
+    CHUNKED_FROM,
+    chosen_implementation,
+    decode_unsupported_reason,
+    kda,
+)
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode
 from mlx_kimi.metal_kernels.kda_prepare import Projected, kda_finish, kda_prepare, prepared_by
 from mlx_kimi.model.cache import KDACache
@@ -45,7 +50,11 @@ class KimiDeltaAttention(nn.Module):
         `lengths` [B] are the tokens of each row that are no padding; None: all T.
         """
         B, T, _ = x.shape
-        if T == 1 and lengths is None and decode_refused(self._for_decode, self.head_dim) is None:
+        if (
+            T == 1
+            and lengths is None
+            and decode_unsupported_reason(self._for_decode, self.head_dim) is None
+        ):
             return self._decode(x, cache)
         y = self.in_proj.joined(x)
         f_a, g_a = mx.split(y, self._ends, axis=-1)[1:3]
@@ -58,9 +67,9 @@ class KimiDeltaAttention(nn.Module):
 
     def implementations(self) -> list[tuple[str, str, str]]:
         """For a step of one, few and many tokens: how many, what runs, and why."""
-        reason = decode_refused(self._for_decode, self.head_dim)
-        few = chosen_form(2, self.head_dim, self.head_dim)
-        many = chosen_form(CHUNKED_FROM, self.head_dim, self.head_dim)
+        reason = decode_unsupported_reason(self._for_decode, self.head_dim)
+        few = chosen_implementation(2, self.head_dim, self.head_dim)
+        many = chosen_implementation(CHUNKED_FROM, self.head_dim, self.head_dim)
         return [
             ("1 token", "ops form", reason) if reason else ("1 token", "kda_decode", "its domain"),
             (f"2 to {CHUNKED_FROM - 1} tokens", few.name, few.why),

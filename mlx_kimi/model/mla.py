@@ -11,9 +11,16 @@ import mlx.nn as nn
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.metal_kernels import mla_prefill
-from mlx_kimi.metal_kernels.attention import Block, SubmitLimit, attend, query_block, together
+from mlx_kimi.metal_kernels.attention import (
+    Block,
+    SubmitLimit,
+    attend,
+    merge_attention,
+    query_block,
+)
 from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
-from mlx_kimi.metal_kernels.mla_decode import LatentWeights, Plan, mla_decode, refused
+from mlx_kimi.metal_kernels.mla_decode import LatentWeights, mla_decode, unsupported_reason
+from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 from mlx_kimi.model.cache import LatentCache, Segment
 from mlx_kimi.model.layers import RMSNorm
 from mlx_kimi.model.linear import FusedLinear
@@ -55,7 +62,7 @@ class MultiHeadLatentAttention(nn.Module):
         x: mx.array,
         cache: LatentCache,
         valid: mx.array | None,
-        plan: Plan | None = None,
+        plan: SplitKVPlan | None = None,
         submit_limit: SubmitLimit | None = None,
     ) -> mx.array:
         """x [B, T, hidden] -> [B, T, hidden]; `cache` takes up T latents.
@@ -98,7 +105,7 @@ class MultiHeadLatentAttention(nn.Module):
             ),
         ]
 
-    def _decode(self, x: mx.array, cache: LatentCache, plan: Plan) -> mx.array:
+    def _decode(self, x: mx.array, cache: LatentCache, plan: SplitKVPlan) -> mx.array:
         """One token [B, 1, hidden], with three kernels between two matrices."""
         tail = cache.roomy_tail(x.shape[0], self.width, x.dtype).latents
         frozen = [segment.latents for segment in cache.frozen]
@@ -114,11 +121,13 @@ class MultiHeadLatentAttention(nn.Module):
     def prefill_unsupported_reason(self, cache: LatentCache) -> str | None:
         """Why many tokens take MLX operations; None: `mla_prefill` takes them."""
         sizes = (self.nope, self.width - self.lora, self.unembed_out.out_features)
-        return _kernels_unsupported_reason(cache) or mla_prefill.refused(self.lora, *sizes)
+        return _kernels_unsupported_reason(cache) or mla_prefill.unsupported_reason(
+            self.lora, *sizes
+        )
 
     @cached_property
     def _unsupported_reason(self) -> str | None:
-        return refused(self._for_decode, self.in_proj.width)
+        return unsupported_reason(self._for_decode, self.in_proj.width)
 
     @cached_property
     def _for_decode(self) -> LatentWeights:
@@ -164,7 +173,7 @@ class MultiHeadLatentAttention(nn.Module):
         given = mla_prefill.Expanded(x, keys, latents, values, self.scale, offset)
         output, lse = mla_prefill.mla_prefill(given, dtype)
         found = lse[..., None], output
-        return found if sums is None else together(*sums, *found)
+        return found if sums is None else merge_attention(*sums, *found)
 
     def _absorbed(
         self, q: mx.array, cache: LatentCache, past: int, submit_limit: SubmitLimit

@@ -17,7 +17,8 @@ from mlx_kimi.metal_kernels.experts import (
     expert_combine,
     expert_mlp,
     expert_select,
-    refused,
+    naive_expert_select,
+    unsupported_reason,
 )
 from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
 from mlx_kimi.model.layers import MLP, RMSNorm, swiglu
@@ -50,7 +51,7 @@ class Router(nn.Module):
 
         The bias decides who is chosen; the weights are the scores without it.
         """
-        return _select(self.gate(x.astype(mx.float32)), *self._rule())
+        return naive_expert_select(self.gate(x.astype(mx.float32)), *self._rule())
 
     def after_norm(
         self, norm: RMSNorm, x: mx.array, residual: mx.array
@@ -67,36 +68,6 @@ class Router(nn.Module):
     def _rule(self) -> tuple[mx.array, int, int, int, bool, float]:
         bias, scale = self.e_score_correction_bias, self.scale
         return bias, self.top_k, self.groups, self.best_groups, self.renormalize, scale
-
-
-@mx.compile
-def _select(
-    logits: mx.array,
-    bias: mx.array,
-    top_k: int,
-    groups: int,
-    best_groups: int,
-    renormalize: bool,
-    scale: float,
-) -> tuple[mx.array, mx.array]:
-    """logits [B, T, E] -> experts and weights [B, T, k]."""
-    scores = mx.sigmoid(logits)
-    biased = scores + bias
-    if groups > 1:
-        biased = _within_best_groups(biased, groups, best_groups)
-    experts = mx.argsort(-biased, axis=-1)[..., :top_k]
-    weights = mx.take_along_axis(scores, experts, axis=-1)
-    if renormalize:
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-    return experts, weights * scale
-
-
-def _within_best_groups(biased: mx.array, groups: int, best_groups: int) -> mx.array:
-    """Drop the experts outside the best groups; a group is as good as its best two experts."""
-    grouped = biased.reshape(*biased.shape[:-1], groups, -1)
-    value = mx.topk(grouped, 2, axis=-1).sum(axis=-1, keepdims=True)  # [B, T, G, 1]
-    ranks = mx.argsort(mx.argsort(-value, axis=-2), axis=-2)
-    return mx.where(ranks < best_groups, grouped, -mx.inf).reshape(biased.shape)
 
 
 class Experts(nn.Module):
@@ -152,7 +123,7 @@ class DecodeMoE:
         if shared is not None:
             gate, up = shared.gate_up.members()
             self.shared = SwiGLUWeights(gate.matrix, up.matrix, shared.down_proj.matrix)
-        self._unsupported_reason = refused(
+        self._unsupported_reason = unsupported_reason(
             router.gate.matrix, self.routed, self.shared, router.top_k
         )
 

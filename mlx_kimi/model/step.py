@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_kimi.metal_kernels.attention import SubmitLimit
-from mlx_kimi.metal_kernels.mla_decode import Plan
+from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 from mlx_kimi.offload.optimistic import Residency
 
 
@@ -18,7 +18,7 @@ class ForwardBatch:
 
     valid: mx.array | None = None  # [B, T] bool, of a right-padded batch; None: no padding
     lengths: mx.array | None = None  # [B], the valid tokens of each row; None: all T
-    plan: Plan | None = None  # of one token's attention; None: each layer makes its own
+    plan: SplitKVPlan | None = None  # of one token's attention; None: each layer makes its own
     submit_limit: SubmitLimit | None = None  # of many tokens; None: nothing is submitted early
     residency: Residency | None = None  # where a graph takes experts to be; None: layers look
 

@@ -1,0 +1,57 @@
+"""How one token's attention is cut into splits: parts of the KV positions, each its own softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import mlx.core as mx
+
+SEGMENTS = 26  # that one launch takes: three more inputs and two outputs fill Metal's 31 buffers
+
+
+@dataclass(frozen=True)
+class SplitKVPlan:
+    """The splits of a token's attention: the same in all layers that hold as many latents."""
+
+    arrays: tuple[mx.array, ...]  # int32, one a launch of mla_attend, whose text says what is in it
+    splits: tuple[int, ...]  # of each launch; they depend on the segments, not on the tail's size
+
+    @staticmethod
+    def of(
+        size: int, room: int, segments: Sequence[int], positions: int | None = None
+    ) -> SplitKVPlan:
+        """The plan for `size` latents, the new one included, in a tail of `room` rows.
+
+        Args:
+            segments: the sizes of the segments. A launch takes SEGMENTS of them: a second launch
+                is needed from about 800,000 positions on.
+            positions: of a split, a multiple of 8; None: as many as keep a GPU busy.
+        """
+        if positions is None:
+            positions = positions_of_a_split(room + sum(segments))
+        arrays, splits = [], []
+        for start in range(0, max(len(segments), 1), SEGMENTS):
+            group = list(segments[start : start + SEGMENTS])
+            absent = [0] * (SEGMENTS - len(group))
+            held, rooms = (size, room) if start == 0 else (0, 0)
+            ends = list(accumulate(-(-n // positions) for n in [rooms, *group, *absent]))
+            numbers = [positions, ends[-1], 0, *ends[:-1], held, *group, *absent]
+            arrays.append(mx.array(numbers, mx.int32))
+            splits.append(ends[-1])
+        return SplitKVPlan(tuple(arrays), tuple(splits))
+
+
+def positions_of_a_split(total: int) -> int:
+    """Enough splits for large GPUs to take two each, but none so short that it is mostly overhead.
+
+    What a split adds to what is read, its queries and its outputs, is as much as 120 positions.
+    """
+    wanted = -(-total // 160) if total <= 160 * 1024 else max(1024, -(-total // 512))
+    return max(64, -(-wanted // 64) * 64)
+
+
+def sizes_in(array: mx.array) -> mx.array:
+    """Of one of a plan's arrays: how many latents are in the tail, and in each segment."""
+    return array[2 + SEGMENTS + 1 :]

@@ -1,0 +1,138 @@
+"""A backend that computes each kernel of a model's decode step in its form of MLX operations.
+
+Its launches can be traced, so that graphs which hold kernels are tested where no GPU is.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_kimi.metal_kernels import experts
+from mlx_kimi.metal_kernels.add_norm import naive_add_norm
+from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, naive_kda_decode
+from mlx_kimi.metal_kernels.kernel import Kernel, Launch
+from mlx_kimi.metal_kernels.matrix import Matrix
+from mlx_kimi.metal_kernels.mla_decode import (
+    LatentWeights,
+    naive_mla_attend,
+    naive_mla_output,
+    naive_mla_query,
+)
+from mlx_kimi.metal_kernels.mla_prefill import Expanded, naive_mla_prefill
+from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan
+
+
+def reference_backend(kernel: Kernel) -> Launch:
+    compute = REFERENCES[kernel.name]
+
+    def launch(*, inputs: Any, template: Any, output_shapes: Any, **rest: Any) -> list[mx.array]:
+        arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
+        given = dict(zip(kernel.inputs, arrays, strict=True))
+        outputs = compute(given, dict(template) | {"shapes": output_shapes})
+        dtypes = rest["output_dtypes"]
+        assert [tuple(y.shape) for y in outputs] == [tuple(shape) for shape in output_shapes]
+        return [y.astype(dtype) for y, dtype in zip(outputs, dtypes, strict=True)]
+
+    return launch
+
+
+Inputs = dict[str, mx.array]
+Sizes = dict[str, Any]
+
+
+def _matrix(x: Inputs, name: str, bits: int, group: int, prefix: str | None = None) -> Matrix:
+    prefix = name if prefix is None else prefix
+    parts = [x[f"{prefix}_{part}"] if bits else None for part in ("scales", "biases")]
+    return Matrix(x[name], *parts, group, bits)
+
+
+def _add_norm(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    return naive_add_norm(x["x"], x["part"], x["weight"], x["eps"].item())
+
+
+def _kda_decode(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    f_b, g_b = (_matrix(x, f"{c}_b", n["Bits"], n["Group"], c) for c in "fg")
+    gate = (x["A_log"], x["dt_bias"], x["norm"], x["eps"].item())
+    return naive_kda_decode(
+        x["x"], DecodeWeights(x["taps"], f_b, g_b, *gate), x["tail"], x["state"]
+    )
+
+
+def _mla_query(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    embed = _matrix(x, "embed", n["Bits"], n["Group"])
+    weights = LatentWeights(embed, embed, x["norm"], x["eps"].item(), x["scale"].item())
+    return naive_mla_query(x["x"], weights, x["tail"], SplitKVPlan((x["plan"],), (0,)))
+
+
+def _mla_attend(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    plan = SplitKVPlan((x["plan"],), (n["shapes"][0][1],))
+    segments = [x[f"segment{i + 1}"] for i in range(SEGMENTS)]
+    return naive_mla_attend(x["queries"], x["tail"], plan, segments, n["Lora"])
+
+
+def _mla_output(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    unembed = _matrix(x, "unembed", n["Bits"], n["Group"])
+    weights = LatentWeights(unembed, unembed, x["acc"], 0, 0)
+    return (naive_mla_output(x["acc"], x["m_and_l"], weights, n["OutT"]),)
+
+
+def _mla_prefill(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    arrays = (x["x"], x["keys"], x["latents"], x["values"])
+    given = Expanded(*arrays, x["scale"].item(), int(x["offset"].item()))
+    return naive_mla_prefill(given, x["x"].dtype)
+
+
+def _add_norm_scores(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    gate = _matrix(x, "gate", n["Bits"], n["Group"])
+    return experts.naive_add_norm_scores(x["x"], x["part"], x["weight"], x["eps"].item(), gate)
+
+
+def _expert_select(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    rule = (n["TopK"], n["Groups"], n["BestGroups"], n["Renormalize"])
+    chosen: tuple[mx.array, mx.array] = experts.naive_expert_select(
+        x["logits"], x["bias"], *rule, x["scale"].item()
+    )
+    return chosen
+
+
+def _swiglu(x: Inputs, n: Sizes, *names: str) -> tuple[experts.SwiGLUWeights, Any]:
+    """The routed and the shared experts, of which a kernel has the matrices `names`."""
+
+    def weights(prefix: str, bits: int, group: int) -> experts.SwiGLUWeights:
+        found = {name: _matrix(x, f"{prefix}{name}", bits, group) for name in names}
+        any_of_them = found[names[0]]
+        return experts.SwiGLUWeights(*(found.get(m, any_of_them) for m in ("gate", "up", "down")))
+
+    routed = weights("", n["Bits"], n["Group"])
+    shared = weights("shared_", n["SharedBits"], n["SharedGroup"]) if n["SharedN"] else None
+    return routed, shared
+
+
+def _expert_gate_up(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    routed, shared = _swiglu(x, n, "gate", "up")
+    return (experts.naive_expert_gate_up(x["x"], x["experts"], routed, shared),)
+
+
+def _expert_down(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    routed, shared = _swiglu(x, n, "down")
+    return (experts.naive_expert_down(x["h"], x["experts"], x["weights"], routed, shared),)
+
+
+def _expert_combine(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    shared = x["shared"] if n["Shared"] else None
+    return (experts.naive_expert_combine(x["y"], x["places"], x["weights"], shared),)
+
+
+REFERENCES = {
+    "add_norm": _add_norm,
+    "kda_decode": _kda_decode,
+    "mla_query": _mla_query,
+    "mla_attend": _mla_attend,
+    "mla_output": _mla_output,
+    "mla_prefill": _mla_prefill,
+    "add_norm_scores": _add_norm_scores,
+    "expert_select": _expert_select,
+    "expert_gate_up": _expert_gate_up,
+    "expert_down": _expert_down,
+    "expert_combine": _expert_combine,
+}
