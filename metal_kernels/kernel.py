@@ -88,7 +88,7 @@ class Kernel:
 
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
 Backend = Callable[[Kernel], Launch]
-# Chosen by `use_backend`, with whether it can be traced; None: nothing is, and the GPU's own runs.
+# What `use_backend` chose, and whether its launches can be traced; None: the GPU's own backend.
 _CHOSEN: ContextVar[tuple[Backend | None, bool] | None] = ContextVar("kernel backend", default=None)
 NO_BACKEND = "nothing runs kernels here"  # why an operator uses its ops form
 NARROW_SIZE = 1 << 31  # elements that an index of 32 bits does not reach
