@@ -23,7 +23,7 @@ const auto part_row = part + start;
 const auto sum_row = sum + start;
 const auto normed_row = normed + start;
 
-// What is normalised is the sum as it is kept.
+// The norm is that of the sum as it is stored: rounded.
 float kept[Owned];
 float square = 0;
 #pragma unroll

@@ -27,7 +27,7 @@ const int lane = index % 32;
 const int expert = threadgroup_position_in_grid.y * Experts + index / 32;
 const int b = threadgroup_position_in_grid.z;
 
-// What is normalised is the sum as it is kept.
+// The norm is that of the sum as it is stored: rounded.
 float kept[Owned];
 float square = 0;
 #pragma unroll

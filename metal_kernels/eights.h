@@ -1,7 +1,8 @@
 #include "vectors.h"
 
-// Rows of 32 channels as fragments of 4 tiles: a lane takes 8 neighbouring channels, the first 4 times its
-// tile_column, and 2 i and 2 i + 1 of them stand in tile i. Tiles that meet follow the same order.
+// 32 channels of a row are fragments of 4 tiles. A lane takes 8 neighbouring channels, the first of which is
+// 4 * tile_column; channels 2 i and 2 i + 1 of them stand in tile i. All factors of a product follow this
+// order.
 template <typename T>
 struct Eight {
   vec<T, 4> low, high;

@@ -18,7 +18,7 @@ threadgroup float biased[E];
 const int lane = thread_position_in_grid.x;
 const int token = thread_position_in_grid.y;
 
-// A score for every expert; those that do not exist can never be the best.
+// A score for every expert. Experts beyond the last have the merit -infinity: they are never chosen.
 float scores[Owned];
 float merits[Owned];
 for (int i = 0; i < Owned; ++i) {

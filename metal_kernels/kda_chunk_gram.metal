@@ -2,8 +2,8 @@
 #include "tiles.h"
 #include "vectors.h"
 
-// What the scan of the chunkwise delta rule needs of each chunk of 16 tokens and cannot get from the
-// state. With P_i the product of the decays up to token i of the chunk, R_j of those after token j:
+// What the scan of the chunkwise delta rule needs to know of each chunk of 16 tokens, all of which does not
+// depend on the state. With P_i the product of the decays up to token i of the chunk, R_j of those after token j:
 //
 //     A_ij = beta_i sum_d k_id k_jd prod_{m=j+1..i} alpha_md, j < i      solve = (I + A)^-1 diag(beta)
 //     mix_ij = sum_d q_id k_jd prod_{m=j+1..i} alpha_md, j <= i
@@ -17,7 +17,7 @@
 //                 [16, Dk], those of one 8 channels together, each as tiles.h orders it
 //   k_suffix      the same of the transposed matrix [Dk, 16]
 //   decay         [B * H, N, Dk] float
-//   solve, mix    [B * H, N, 2, 2, 64] float, in tiles; that above the diagonal is not for reading
+//   solve, mix    [B * H, N, 2, 2, 64] float, in tiles; elements above the diagonal mean nothing
 // Template: StageT float or half, which suffices: no staged element exceeds 1. H, Dk int; Dk is 64
 // or 128.
 // Grid (32, B * H, N), any threadgroup (32, n, 1) that divides it: a simdgroup owns one chunk of one
@@ -51,8 +51,8 @@ if (first + column < T) {
   own_beta = beta[token + column * H];
 }
 
-// Walk down the rows. The faded keys are what is left of each key so far; the product with them
-// holds all decays that it needs, and every factor is in [0, 1].
+// The rows one after another. faded[j] is key j times all decays since token j: a product with it needs no
+// other decay, and no factor is outside [0, 1].
 Slice faded[C];
 Slice prefix = filled<Channels>(1);
 float gram[C];  // k_i . faded k_column in the lower half simdgroup, q_i . faded k_column in the upper
@@ -65,7 +65,8 @@ for (int i = 0; i < C; ++i) {
   const Slice query = load_if<Channels>(valid, q_here + row, 0);
   const Slice fading = load_if<Channels>(valid, alpha_here + row, 1);
 
-  // The two halves swap what the other one sums. Rows of the first tile have 8 columns.
+  // One half of the simdgroup sums the products of keys, the other those of queries: they exchange the rest.
+  // Rows of the first tile have 8 columns.
   float products[C];
   faded[i] = key;
 #pragma unroll

@@ -54,7 +54,7 @@ for (int n = 0; n < chunks; ++n) {
   const auto v_here = v + token * Dv + value;
   const auto o_here = o + token * Dv + value;
 
-  // What the state holds for the keys, and for the queries.
+  // kv_mem = k_prefix S is what the state holds for the keys, q_prefix S what it holds for the queries.
   float2 kv_mem[Js][Is], output[Js][Is];
 #pragma unroll
   for (int j = 0; j < Js; ++j) {
@@ -79,8 +79,8 @@ for (int n = 0; n < chunks; ++n) {
     }
   }
 
-  // What the values add to that, what each token writes of it, and what the outputs see of the writes of
-  // their own chunk. Of `solve` and `mix` the tile above the diagonal is nothing.
+  // D = solve (V - k_prefix S) is what each token writes, and mix D what the outputs see of that. The tiles of
+  // `solve` and `mix` above the diagonal mean nothing and take no part.
   float2 solve_first[Is], mix_first[Is], solve_last[1], mix_last[1];  // tiles of the two columns
 #pragma unroll
   for (int i = 0; i < Is; ++i) {

@@ -42,7 +42,7 @@ const int b = threadgroup_position_in_grid.z;
 const int row = index / Lanes;
 const int part = index % Lanes;
 
-// Ask for the state first: nothing else is as far away.
+// The state is loaded first: it comes from memory, and takes longest.
 const int place = ((b * H + head) * D + row) * D + 4 * part;
 float4 S[Groups];
 #pragma unroll
@@ -50,7 +50,7 @@ for (int i = 0; i < Groups; ++i) {
   S[i] = load<4>(state + place + 4 * Lanes * i);
 }
 
-// Convolve, and move the window on.
+// The convolution, and the window of the next token.
 if (index < 3 * D) {
   const int channel = (index / D * H + head) * D + index % D;
   float sum = float(x[b * Width + channel]) * float(taps[(Taps - 1) * Channels + channel]);
@@ -82,7 +82,7 @@ if (part == 0) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-// Let the state fade, and ask it what it holds for this key.
+// The state decays, S <- S diag(alpha), and kv_mem = S k is what it holds for this key.
 // Keys and queries stay where they are: with the state they would not fit 512 threads' registers.
 const threadgroup Quad* query = qkv;
 const threadgroup Quad* key = qkv + D / 4;
@@ -99,7 +99,7 @@ const float key_scale = inverse_l2(sum_over_four_lanes(keys), 1);
 const float query_scale = inverse_l2(sum_over_four_lanes(queries), D);
 const float kv_mem = key_scale * sum_over_four_lanes(products);
 
-// Correct that towards the value, and answer the query.
+// The state is corrected towards the value, S <- S + delta k^T, and S q answers the query.
 const float beta = sigmoid(float(x[b * Width + Channels + 2 * Rank + head]));
 const float value = ((threadgroup float*)qkv)[2 * D + row];
 const float delta = key_scale * beta * (value - kv_mem);

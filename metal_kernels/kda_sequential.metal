@@ -43,7 +43,7 @@ for (int t = 0; t < T; ++t, token += H) {
   const float4 fading = load<4>(alpha + token * Dk + part);
   const int row = token * Dv + first + own;
 
-  // Let the state fade, and ask it what it holds for this key.
+  // The state decays, S <- S diag(alpha), and kv_mem = S k is what it holds for this key.
   float products[Rows];
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
@@ -52,7 +52,7 @@ for (int t = 0; t < T; ++t, token += H) {
   }
   const float kv_mem = sum_of_lane<Rows, Share>(products);
 
-  // Correct that towards the value, each row by what its own lanes found, and answer the query.
+  // Each row is corrected by what its own lanes found, S <- S + delta k^T, and S q answers the query.
   const float delta = beta[token] * (float(v[row]) - kv_mem);
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {

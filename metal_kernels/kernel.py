@@ -75,20 +75,21 @@ class Kernel:
         return build(self)(**launch)
 
     def _check_sizes(self, inputs: Sequence[Any], output_shapes: Sequence[Sequence[int]]) -> None:
-        shapes = [x.shape if isinstance(x, mx.array) else () for x in inputs]
-        for name, shape in zip(
-            (*self.inputs, *self.outputs), (*shapes, *output_shapes), strict=True
-        ):
-            if prod(shape) >= NARROW_SIZE and name not in self.wide:
+        sizes = [x.size if isinstance(x, mx.array) else 1 for x in inputs]
+        sizes += [prod(shape) for shape in output_shapes]
+        if max(sizes) < NARROW_SIZE:  # (launches are many, and nearly all end here)
+            return
+        for name, size in zip((*self.inputs, *self.outputs), sizes, strict=True):
+            if size >= NARROW_SIZE and name not in self.wide:
                 raise ValueError(
                     f"[{self.name}] {name} must have fewer than {NARROW_SIZE} elements but has "
-                    f"{prod(shape)}, in the shape {tuple(shape)}."
+                    f"{size}."
                 )
 
 
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
 Backend = Callable[[Kernel], Launch]
-# Chosen by `use_backend`, with whether it can be traced; None: nothing is, and the GPU's own runs.
+# What `use_backend` chose, and whether its launches can be traced; None: the GPU's own backend.
 _CHOSEN: ContextVar[tuple[Backend | None, bool] | None] = ContextVar("kernel backend", default=None)
 NO_BACKEND = "nothing runs kernels here"  # why an operator uses its ops form
 NARROW_SIZE = 1 << 31  # elements that an index of 32 bits does not reach

@@ -4,15 +4,15 @@
 
 // Latents as a cache stores them: plain rows of any float type, or rows packed to 8 bits. A packed row
 // is groups of 64 channels, each 16 words of 4 codes, the first in the lowest bits, then a float scale
-// and a float bias: a channel is code * scale + bias. The last group may end with channels of nothing.
+// and a float bias: a channel is code * scale + bias. The last group may be used in part.
 //
-// `Fetched` is what a lane holds of one row, untouched until it is wanted as numbers, so that the lane may
-// ask for the next row and go on with the last: `Eights` times 8 neighbouring channels, 32 apart, the first
-// a multiple of 8 and all in one group, and `Pairs` times 2.
+// `Fetched` is what a lane holds of one row, as it is stored: `Eights` times 8 neighbouring channels, 32
+// apart, the first a multiple of 8 and all in one group, and `Pairs` times 2. It is unpacked where it is
+// used, so that the lane can load the next row while it works on this one.
 //
-// Products are made of keys: plain channels, or code - 128, which half holds exactly, and which cancels
-// less against the bias than the code does. A channel is then key * line.x + line.y, with one line for the
-// eights of a row and one for each pair; that of plain channels is (1, 0).
+// Keys are what products multiply: plain channels, or code - 128. half holds code - 128 exactly, and its
+// product cancels less against the bias than the code's would. A channel is key * line.x + line.y. The eights
+// of a row share a line, each pair has its own; the line of plain channels is (1, 0).
 constant constexpr int GroupWords = 18;
 
 template <typename T>
@@ -85,7 +85,7 @@ inline void fetch_pair(thread Fetched<uint, E, P>& to, int i, const device uint*
   to.lines[1 + i] = *(const device float2*)(group + 16);
 }
 
-// Eights from `channel` on, and pairs from `pair` on, `step` apart, as far as the row has them.
+// Loads the eights from `channel` on, and the pairs from `pair` on, `step` apart, that lie within the row.
 template <typename T, int E, int P>
 inline void fetch_row(
     thread Fetched<T, E, P>& to, const device T* row, int channel, int pair, int step, int width) {
@@ -98,13 +98,13 @@ inline void fetch_row(
   }
 }
 
-// In half the bits 0x6400 + n are 1024 + n, up to n = 1023.
+// Two codes as keys. The bits 0x6400 + n are the half 1024 + n, up to n = 1023; 0x6480 is 1024 + 128.
 inline half2 key_of(ushort codes) {
   const uint bits = 0x64006400u | (codes & 255u) | uint(codes >> 8) << 16;
   return as_type<half2>(bits) - as_type<half2>(0x64806480u);
 }
 
-// Channels 2 i and 2 i + 1 of all the eights.
+// Keys 2 i and 2 i + 1, counted through all eights of a row.
 template <typename T, int E, int P>
 inline vec<T, 2> key_of_eights(thread const Fetched<T, E, P>& fetched, int i) {
   return pair_of(fetched.eights[i / 4], i % 4);
@@ -136,8 +136,8 @@ inline float2 line_of(thread const Fetched<uint, E, P>& fetched, int i) {
 template <typename T, int N>
 using Fragments = vec<T, 2>[N];
 
-// Of M tiles of rows the keys, 4 E tiles of channels and P of pairs, and the lines, of the eights and of each
-// pair.
+// Unpacks a row for each of M tiles: the keys of 4 E tiles of channels and of P pairs, and the lines of the
+// eights and of each pair.
 template <int M, typename T, int E, int P>
 inline void as_keys(
     thread const Fetched<T, E, P>* fetched,

@@ -36,7 +36,7 @@ class Matrix(NamedTuple):
         return not self.bits or self.biases is not None
 
     def buffers(self) -> list[mx.array]:
-        """Weight, scales, biases; the weight fills places that nothing reads."""
+        """Weight, scales, biases; of a plain matrix thrice the weight: two are never read."""
         return [self.weight if part is None else part for part in self[:3]]
 
     def times(self, x: mx.array) -> mx.array:

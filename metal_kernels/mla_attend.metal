@@ -108,8 +108,8 @@ float2 line[1 + Sizes::Pairs][M];
 Fetched<StoredT, Sizes::Eights, Sizes::Pairs> ahead[M];
 vec<TailT, 2> tail_key[Sizes::Tiles + Sizes::Pairs][M];
 for (int at = count > 0 ? -Block : 0; at < count; at += Block) {
-  // Ask for the next block before this one: nothing else is as far away. After the last row comes the
-  // last row again, which must be some number.
+  // The next block is loaded before this one is used: memory is farther away than anything else. Rows
+  // beyond the last are the last row again: their scores are masked, but must be numbers.
   const int next = at + Block + row;
   if (at + Block < count && !in_tail) {
 #pragma unroll
@@ -143,7 +143,7 @@ for (int at = count > 0 ? -Block : 0; at < count; at += Block) {
   }
 
   if (in_tail) {
-    // (Nothing is fetched ahead: every lane of the other splits would hold a second block for it.)
+    // The tail is not loaded ahead: the registers for that would be taken from all other splits, too.
     Fetched<TailT, Sizes::Eights, Sizes::Pairs> fetched[M];
 #pragma unroll
     for (int t = 0; t < M; ++t) {

@@ -21,7 +21,7 @@
 // multiples of 32, Row and LatentRow of 4, Queries and Block of 8.
 // Grid (32, n, B * H), n >= ceil(T / Queries), any threadgroup (32, m, 1) that divides it: a simdgroup
 // owns Queries tokens of one head and walks over Block positions at a time; the last tokens, who see the
-// most positions, begin first. What is over does nothing.
+// most positions, begin first. Simdgroups beyond these do nothing.
 constexpr int Dk = Nope + Shared;
 constexpr int N = Queries / 8;  // tiles along the queries
 constexpr int M = Block / 8;    // along the positions

@@ -20,7 +20,7 @@
 // Template: H, Nope, Lora, Shared, Room, Segments, Bits, Group int. Nope and Lora are multiples of 8,
 // Nope of Group.
 // Grid (32, n, B), n >= H * (Lora / 4 + 1) + Room: a simdgroup owns 4 channels of a head's query
-// in latent space, or a head's shared query, or one row of the tail; what is over does nothing.
+// in latent space, or a head's shared query, or one row of the tail; simdgroups beyond these do nothing.
 constexpr int Rows = 4;
 constexpr int Width = Lora + Shared;
 constexpr int Latent = H * (Nope + Shared);  // where it stands in x

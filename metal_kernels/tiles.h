@@ -11,8 +11,8 @@ inline int tile_lane(int row, int column) {
   return row / 4 * 16 + row % 4 * 2 + column / 4 * 8 + column % 4 / 2;
 }
 
-// Where element (row, column) of a tile stands when all fragments stand in the order of the lanes,
-// so that a simdgroup reads 64 neighbours: in 4 x 4 blocks.
+// Where element (row, column) stands in a stored tile. Fragments are stored in the order of the lanes, which
+// makes 4 x 4 blocks: a simdgroup reads 64 neighbours.
 inline int in_tile(int row, int column) {
   return row / 4 * 32 + column / 4 * 16 + row % 4 * 4 + column % 4;
 }
@@ -29,7 +29,8 @@ inline vec<T, 2> transposed(vec<T, 2> elements, int lane) {
   return row % 2 == 0 ? vec<T, 2>(T(first.x), T(second.x)) : vec<T, 2>(T(first.y), T(second.y));
 }
 
-// A right factor as `multiply_add` wants it, from its fragment. NVIDIA's matrix units want another one.
+// The fragment of a matrix as the right factor of `multiply_add`: here as it is. NVIDIA's matrix units take
+// right factors in another layout than left ones (cuda_tiles.h).
 template <typename T>
 inline vec<T, 2> as_right(vec<T, 2> elements) {
   return elements;
@@ -52,7 +53,7 @@ inline void multiply_add(const thread vec<L, 2>* a, vec<R, 2> b, thread float2* 
   }
 }
 
-// Over the 8 lanes that hold a column of a tile.
+// The maximum and the sum over the 8 lanes that hold the same column of a tile.
 inline float max_over_rows(float x) {
   x = max(x, simd_shuffle_xor(x, 2));
   x = max(x, simd_shuffle_xor(x, 4));
@@ -63,7 +64,7 @@ inline float sum_over_rows(float x) {
   x += simd_shuffle_xor(x, 4);
   return x + simd_shuffle_xor(x, 16);
 }
-// Over the 4 lanes that hold a row of a tile.
+// The sum over the 4 lanes that hold the same row of a tile.
 inline float sum_over_columns(float x) {
   x += simd_shuffle_xor(x, 1);
   return x + simd_shuffle_xor(x, 8);
