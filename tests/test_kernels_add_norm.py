@@ -6,8 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits, numbers
-from emulator import emulator
-from emulator.lint import linter
+from emulated import emulator, linter
 
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel, naive_add_norm
 from mlx_kimi.metal_kernels.kernel import use_backend

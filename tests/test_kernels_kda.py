@@ -7,8 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits
-from emulator import emulator
-from emulator.lint import linter
+from emulated import emulator, linter
 from kda_cases import GATES, Inputs, case, recurrence
 
 from mlx_kimi.metal_kernels import kda_chunk, kda_sequential

@@ -7,8 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits, numbers
-from emulator import emulator
-from emulator.lint import linter
+from emulated import emulator, linter
 
 from mlx_kimi.metal_kernels import kda_decode as module
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, Matrix, kda_decode, naive_kda_decode

@@ -8,8 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from assertions import assert_close, assert_same_bits, numbers
-from emulator import emulator
-from emulator.lint import linter
+from emulated import emulator, linter
 
 from mlx_kimi.metal_kernels.attention import together
 from mlx_kimi.metal_kernels.kernel import use_backend

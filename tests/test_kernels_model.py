@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from assertions import assert_close
-from emulator import emulator
+from emulated import emulator
 from twins import twins
 
 from mlx_kimi.bundled import pocket_folder

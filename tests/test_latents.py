@@ -10,7 +10,7 @@ import pytest
 from assertions import assert_close, assert_same_bits
 from checkpoints import published_config, write_checkpoint
 from conftest import SEED
-from emulator import emulator
+from emulated import emulator
 
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.errors import KimiError
