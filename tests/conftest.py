@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS, TINY, write_checkpoint
 from safetensors.numpy import load_file, save_file
-from tokenizer_files import trained_tokens, write_tiktoken
 
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.model.kimi_linear import KimiLinear
+from tests.checkpoints import CONFIGS, TINY, write_checkpoint
+from tests.tokenizer_files import trained_tokens, write_tiktoken
 
 # What was started with nohup, or by a script in its background, ignores Ctrl-C, and so would every
 # program that tests start and interrupt.

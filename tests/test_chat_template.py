@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_files import write_json
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mlx_kimi.errors import KimiError
@@ -21,6 +20,7 @@ from mlx_kimi.text.chat_template import (
     load_chat_template,
 )
 from mlx_kimi.text.control_tokens import ControlTokens
+from tests.tokenizer_files import write_json
 
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief & <kind>."},

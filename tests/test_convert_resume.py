@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from checkpoints import TINY, WIDE, Config, write_checkpoint
-from processes import peak_memory
 
 from mlx_kimi.convert import output, partial
 from mlx_kimi.convert.convert import Preview, convert
 from mlx_kimi.convert.journal import Journal
 from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.errors import KimiError
+from tests.checkpoints import TINY, WIDE, Config, write_checkpoint
+from tests.processes import peak_memory
 
 KILLS = 10
 

@@ -3,12 +3,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close
-from emulated import emulator, linter
 from metal_emulator import LintError
 
 from mlx_kimi.metal_kernels.kda_sequential import KERNEL, kda_sequential_kernel, naive_kda
 from mlx_kimi.metal_kernels.kernel import use_backend
+from tests.assertions import assert_close
+from tests.emulated import emulator, linter
 
 
 def test_emulator_is_a_backend() -> None:

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits, numbers
-from emulated import emulator, linter
 
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel, naive_add_norm
 from mlx_kimi.metal_kernels.kernel import use_backend
+from tests.assertions import assert_close, assert_same_bits, numbers
+from tests.emulated import emulator, linter
 
 EPS = 1e-5
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits, numbers
-from emulated import emulator, linter
 
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
 from mlx_kimi.metal_kernels.experts import (
@@ -22,6 +20,8 @@ from mlx_kimi.metal_kernels.experts import (
 from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.model.moe import _select
+from tests.assertions import assert_close, assert_same_bits, numbers
+from tests.emulated import emulator, linter
 
 # One rounding of the output and one of what stands between the two launches, on top of float32.
 LARGEST = {mx.float32: 2e-5, mx.float16: 2e-3, mx.bfloat16: 1.2e-2}

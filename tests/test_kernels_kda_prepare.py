@@ -5,8 +5,6 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits, numbers
-from emulated import emulator, linter
 
 from mlx_kimi.metal_kernels import kda_prepare as module
 from mlx_kimi.metal_kernels.kda_prepare import (
@@ -18,6 +16,8 @@ from mlx_kimi.metal_kernels.kda_prepare import (
     naive_kda_prepare,
 )
 from mlx_kimi.metal_kernels.kernel import use_backend
+from tests.assertions import assert_close, assert_same_bits, numbers
+from tests.emulated import emulator, linter
 
 # Float32 against float64, as for every operator: the exponent of a strong decay is a large number
 # that was rounded. The kernels round once in 16 bits, by half of 2^-11 or 2^-8.

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits, numbers
-from emulated import emulator, linter
 
 from mlx_kimi.metal_kernels import mla_decode as module
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
@@ -24,6 +22,8 @@ from mlx_kimi.metal_kernels.mla_decode import (
     mla_decode,
     naive_mla_decode,
 )
+from tests.assertions import assert_close, assert_same_bits, numbers
+from tests.emulated import emulator, linter
 
 # Float32 against float64: sums of up to a thousand products, and exp of their scores.
 RMS, LARGEST = 5e-6, 2e-5

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits, numbers
-from emulated import emulator, linter
 
 from mlx_kimi.metal_kernels.attention import together
 from mlx_kimi.metal_kernels.kernel import use_backend
@@ -22,6 +20,8 @@ from mlx_kimi.metal_kernels.mla_prefill import (
     naive_mla_prefill,
     refused,
 )
+from tests.assertions import assert_close, assert_same_bits, numbers
+from tests.emulated import emulator, linter
 
 # Float32 against float64: sums of up to a hundred products, and exp of their scores.
 LARGEST, RMS = 2e-5, 5e-6
