@@ -7,7 +7,7 @@ import os
 os.environ["MLX_ENABLE_TF32"] = "0"
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlx_kimi.loading.load import load_model
+from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.model.kimi_linear import KimiLinear
 from tests.checkpoints import CONFIGS, TINY, write_checkpoint
+from tests.emulated import emulator
 from tests.tokenizer_files import trained_tokens, write_tiktoken
 
 # What was started with nohup, or by a script in its background, ignores Ctrl-C, and so would every
@@ -25,6 +27,13 @@ from tests.tokenizer_files import trained_tokens, write_tiktoken
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEED = 2  # the stored reference logits are of this seed's weights
+
+
+@pytest.fixture
+def on_the_emulator() -> Iterator[None]:
+    """The kernels run on the emulator, which raises a finding for a fault."""
+    with use_backend(emulator):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """The residual addition with its norm, on the emulator, against float64."""
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,18 +7,14 @@ import pytest
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel, naive_add_norm
 from mlx_kimi.metal_kernels.kernel import use_backend
 from tests.assertions import assert_close, assert_same_bits, numbers
-from tests.emulated import emulator, linter
+from tests.emulated import linter
+
+pytestmark = pytest.mark.usefixtures("on_the_emulator")
 
 EPS = 1e-5
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 # A sum of squares in float32; in 16 bits the norm is rounded once (naive: twice) of the same sum.
 RMS = {mx.float32: 5e-7, mx.float16: 4e-4, mx.bfloat16: 3e-3}
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
 
 
 def case(shape: tuple[int, ...], dtype: mx.Dtype, size: float = 1.0) -> list[mx.array]:

@@ -1,7 +1,5 @@
 """The expert kernels on the emulator, against float64, with no finding."""
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -21,16 +19,12 @@ from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.model.moe import _select
 from tests.assertions import assert_close, assert_same_bits, numbers
-from tests.emulated import emulator, linter
+from tests.emulated import linter
+
+pytestmark = pytest.mark.usefixtures("on_the_emulator")
 
 # One rounding of the output and one of what stands between the two launches, on top of float32.
 LARGEST = {mx.float32: 2e-5, mx.float16: 2e-3, mx.bfloat16: 1.2e-2}
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
 
 
 def matrix(shape: tuple[int, ...], bits: int, group: int, dtype: mx.Dtype) -> Matrix:

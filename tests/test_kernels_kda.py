@@ -1,6 +1,6 @@
 """The delta rule's kernels on the emulator: float64 recurrence -> each kernel, with no finding."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -13,8 +13,10 @@ from mlx_kimi.metal_kernels.kda_chunk import CHUNK, kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import use_backend
 from tests.assertions import assert_close, assert_same_bits
-from tests.emulated import emulator, linter
+from tests.emulated import linter
 from tests.kda_cases import GATES, Inputs, case, recurrence
+
+pytestmark = pytest.mark.usefixtures("on_the_emulator")
 
 
 class Form(NamedTuple):
@@ -34,12 +36,6 @@ KERNELS = (kda_sequential.KERNEL, kda_chunk.GRAM, kda_chunk.SCAN)
 ALWAYS_LARGE = {name for kernel in KERNELS for name in kernel.inputs} - {"beta"}
 of_form = pytest.mark.parametrize("form", FORMS)
 of_chunks = pytest.mark.parametrize("form", ["chunk", "chunk16"])
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
 
 
 def assert_is_recurrence(form: str, inputs: Inputs) -> None:

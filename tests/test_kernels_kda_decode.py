@@ -1,6 +1,5 @@
 """A KDA layer's decode step: float64 -> naive_kda_decode -> kda_decode, plain and quantized."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -11,17 +10,13 @@ from mlx_kimi.metal_kernels import kda_decode as module
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, Matrix, kda_decode, naive_kda_decode
 from mlx_kimi.metal_kernels.kernel import use_backend
 from tests.assertions import assert_close, assert_same_bits, numbers
-from tests.emulated import emulator, linter
+from tests.emulated import linter
+
+pytestmark = pytest.mark.usefixtures("on_the_emulator")
 
 RMS, LARGEST = 5e-6, 2e-5
 FORMS = {"naive": naive_kda_decode, "kernel": kda_decode}
 of_form = pytest.mark.parametrize("form", FORMS)
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
 
 
 class Case(NamedTuple):

@@ -1,7 +1,5 @@
 """What stands around the delta rule of many tokens: float64 -> the ops form -> the kernels."""
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -17,7 +15,9 @@ from mlx_kimi.metal_kernels.kda_prepare import (
 )
 from mlx_kimi.metal_kernels.kernel import use_backend
 from tests.assertions import assert_close, assert_same_bits, numbers
-from tests.emulated import emulator, linter
+from tests.emulated import linter
+
+pytestmark = pytest.mark.usefixtures("on_the_emulator")
 
 # Float32 against float64, as for every operator: the exponent of a strong decay is a large number
 # that was rounded. The kernels round once in 16 bits, by half of 2^-11 or 2^-8.
@@ -26,12 +26,6 @@ LARGEST = {mx.float32: 2e-5, mx.float16: 1e-3, mx.bfloat16: 4e-3}
 PREPARES = {"naive": naive_kda_prepare, "kernel": kda_prepare_kernel}
 FINISHES = {"naive": naive_kda_finish, "kernel": kda_finish_kernel}
 of_form = pytest.mark.parametrize("form", PREPARES)
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
 
 
 def case(

@@ -1,6 +1,6 @@
 """An MLA layer's decode step: float64 -> naive_mla_decode -> mla_decode, and packed latents."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -25,15 +25,11 @@ from mlx_kimi.metal_kernels.mla_decode import (
 from tests.assertions import assert_close, assert_same_bits, numbers
 from tests.emulated import emulator, linter
 
+pytestmark = pytest.mark.usefixtures("on_the_emulator")
+
 # Float32 against float64: sums of up to a thousand products, and exp of their scores.
 RMS, LARGEST = 5e-6, 2e-5
 of_form = pytest.mark.parametrize("form", ["naive", "kernel"])
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
 
 
 class Sizes(NamedTuple):

@@ -1,6 +1,5 @@
 """Many tokens' attention to a block of columns: float64 -> naive_mla_prefill -> mla_prefill."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -23,16 +22,12 @@ from mlx_kimi.metal_kernels.mla_prefill import (
 from tests.assertions import assert_close, assert_same_bits, numbers
 from tests.emulated import emulator, linter
 
+pytestmark = pytest.mark.usefixtures("on_the_emulator")
+
 # Float32 against float64: sums of up to a hundred products, and exp of their scores.
 LARGEST, RMS = 2e-5, 5e-6
 SHAPES = [PREFILL_SHAPE, NVIDIA_PREFILL_SHAPE, Shape(24, 8)]
 of_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulator() -> Iterator[None]:
-    with use_backend(emulator):
-        yield
 
 
 class Sizes(NamedTuple):
