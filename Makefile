@@ -43,10 +43,10 @@ $(VENV)/.runtime: pyproject.toml | $(VENV)/.made
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".$(if $(BACKEND),[$(BACKEND)])"
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/.made
+$(VENV)/.dev: pyproject.toml tools/metal_emulator/pyproject.toml | $(VENV)/.made
 	@$(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "The tests need Python 3.11 or later, since mlx-lm, a peer, does: make clean test PYTHON=python3.12")'
 	@echo "== installing mlx_kimi, test tools and the peers that tests compare with =="
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev$(if $(BACKEND),$(comma)$(BACKEND))]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev$(if $(BACKEND),$(comma)$(BACKEND))]" -e tools/metal_emulator
 	@touch $@ $(VENV)/.runtime
 
 clean:

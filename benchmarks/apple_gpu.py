@@ -1,6 +1,6 @@
 """Estimated cost on Apple GPUs, from counts. Nothing here was measured on one.
 
-    .venv/bin/python benchmarks/apple_gpu.py
+    .venv/bin/python -m benchmarks.apple_gpu
 
 The emulator counts what each kernel does (kernel_counts.py), and published figures of single
 operations turn that into time. First the model is held against public measurements of kernels that
@@ -21,7 +21,8 @@ from math import ceil
 from typing import NamedTuple
 
 import mlx.core as mx
-from kernel_counts import (
+
+from benchmarks.kernel_counts import (
     HIDDEN,
     INTERMEDIATE,
     Counted,

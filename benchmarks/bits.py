@@ -1,6 +1,6 @@
 """What bits and recipes cost the pocket model: size, exact match in its tasks, KL, top-1 agreement.
 
-    .venv/bin/python benchmarks/bits.py [--times 10]
+    .venv/bin/python -m benchmarks.bits [--times 10]
 
 The bundled weights are quantized and no others are kept: the reference is what they stand for, in
 float32. They were trained to be rounded to 4 bits, 6 in embeddings and lm_head.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,8 +32,6 @@ from mlx_kimi.convert.report.slices import read
 from mlx_kimi.loading.load import load
 from mlx_kimi.model.weights import Weights
 from mlx_kimi.units import human_size
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.pocket import tasks
 
 SEED = 2  # of the questions, as in tools.pocket.evaluate

@@ -1,6 +1,6 @@
 """Converts a checkpoint of full-width layers: is the stated memory held, are the bytes the same?
 
-    python benchmarks/convert_large.py NEW_FOLDER [--layers 2] [--kills 20] [--pairs 3]
+    python -m benchmarks.convert_large NEW_FOLDER [--layers 2] [--kills 20] [--pairs 3]
 
 Makes a random checkpoint in NEW_FOLDER (5.4 GB with two layers), converts it to 4 bits once without
 interruption and once killed (-9) at random moments, compares every file, and times the conversion
@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).parent
 CONVERT = "from mlx_kimi.cli.main import cli; cli()"
 # The same work in one thread: what is ahead is computed when it is asked for.
 SERIAL = """
@@ -162,7 +161,7 @@ def main() -> None:
             )
         source, out = arguments.folder / "source", arguments.folder / "out"
         # In a process of its own: a child's peak counts that of the process it was forked from.
-        make = [sys.executable, str(HERE / "large_checkpoint.py"), str(source)]
+        make = [sys.executable, "-m", "benchmarks.large_checkpoint", str(source)]
         subprocess.run([*make, str(arguments.layers)], check=True)
         seconds = whole_run(source, out)
         killed_runs(source, out, arguments.kills, seconds, arguments.seed)

@@ -1,6 +1,6 @@
 """Prefill and decode of a small model on the CPU, ours and mlx-lm's in turns, from one folder.
 
-    .venv/bin/python benchmarks/cpu.py
+    .venv/bin/python -m benchmarks.cpu
 
 Prints the fastest of the repeats and ratios. On Linux MLX multiplies float32 matrices at about
 3 to 6 GFLOP/s, which bounds both programs: the time without the delta rule stands beside the whole.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,9 +30,7 @@ from mlx_kimi.metal_kernels.kda import kda
 from mlx_kimi.metal_kernels.kda_prepare import l2_normalised
 from mlx_kimi.model import kda as ours_kda
 from mlx_kimi.model.cache import arrays
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from checkpoints import published_config, write_checkpoint
+from tests.checkpoints import published_config, write_checkpoint
 
 TOY = published_config(
     kda_layers=[1, 2, 3, 5],

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,9 +16,7 @@ from mlx_kimi.checkpoint.tensors import Tensor, tensors
 from mlx_kimi.metal_kernels import cuda
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.weights import Weights
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from checkpoints import PUBLISHED_48B
+from tests.checkpoints import PUBLISHED_48B
 
 CONFIG: dict[str, Any] = PUBLISHED_48B | {
     "dtype": "bfloat16",

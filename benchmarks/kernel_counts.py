@@ -7,7 +7,6 @@ a launch does is linear in its size, and two sizes give the line.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil, prod
@@ -17,6 +16,7 @@ from unittest.mock import patch
 
 import mlx
 import mlx.core as mx
+from metal_emulator import metal_kernel
 from mlx_lm.models import gated_delta
 
 from mlx_kimi.metal_kernels.experts import SwiGLUWeights, expert_mlp
@@ -27,10 +27,7 @@ from mlx_kimi.metal_kernels.kernel import Kernel, use_backend
 from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.mla_prefill import PREFILL_SHAPE, Expanded, mla_prefill
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from emulator import EmulatedKernel
-
-Work = dict[str, float]  # emulator.launch.COUNTS, bytes of the arrays, simdgroups, threadgroups
+Work = dict[str, float]  # metal_emulator.COUNTS, bytes of the arrays, simdgroups, threadgroups
 Size = tuple[int, int, int]
 
 D = 128  # of a head: keys and values
@@ -88,7 +85,7 @@ def counting() -> Iterator[list[tuple[str, Work]]]:
         source: str,
         header: str = "",
     ) -> Callable[..., list[mx.array]]:
-        kernel = EmulatedKernel(name, input_names, output_names, source, header, schedules=(0,))
+        kernel = metal_kernel(name, input_names, output_names, source, header, schedules=(0,))
 
         def launch(**how: Any) -> list[mx.array]:
             outputs = kernel(**how)

@@ -1,7 +1,7 @@
 """The kernels at the 48B's full size on the GPU at hand: are they right, and how long do they take?
 
-    .venv/bin/python benchmarks/kernels.py check
-    .venv/bin/python benchmarks/kernels.py time
+    .venv/bin/python -m benchmarks.kernels check
+    .venv/bin/python -m benchmarks.kernels time
 
 `check` compares every operator with its naive form and with float64, and a whole model with kernels
 on and off on forced tokens. `time` runs ours, mlx-lm's and, where they are installed, FLA's kernels
@@ -23,12 +23,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from benchmarks.full_size import CONFIG, our_model, peer_kernels, random_arrays
+from benchmarks.launches import launches
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.loading.load import load_model
@@ -52,12 +53,8 @@ from mlx_kimi.metal_kernels.mla_prefill import Expanded, mla_prefill, naive_mla_
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import load_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from assertions import largest_error, rms_error
-from full_size import CONFIG, our_model, peer_kernels, random_arrays
-from kda_cases import GATES, Inputs, case, recurrence
-from launches import launches
+from tests.assertions import largest_error, rms_error
+from tests.kda_cases import GATES, Inputs, case, recurrence
 
 H, D, HIDDEN, INNER, EXPERTS, TOP_K = 32, 128, 2304, 1024, 256, 8
 Tolerance = tuple[float, float]  # rms, largest

@@ -1,6 +1,6 @@
 """A random checkpoint of the 48B's full-width layers, written in little memory.
 
-    python benchmarks/large_checkpoint.py FOLDER [LAYERS]
+    python -m benchmarks.large_checkpoint FOLDER [LAYERS]
 
 Two layers are 5.4 GB: a dense one, one of 256 experts, and the embedding and head of 163840 tokens.
 """
@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 
 from mlx_kimi.convert.shards import OutputTensor, Shard, lay_out, write_index
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from checkpoints import PUBLISHED_48B, entries, to_bfloat16
+from tests.checkpoints import PUBLISHED_48B, entries, to_bfloat16
 
 MAX_SHARD = 2 * 10**9  # bytes; as the 48B's, shards divide the experts of a layer between them
 ROWS = 2**22  # elements that are in memory at once

@@ -1,6 +1,6 @@
 """Write a folder of the 48B's shape with random 4-bit weights, 27.6 GB, a layer at a time.
 
-    python benchmarks/random_folder.py FOLDER [--layers N]
+    python -m benchmarks.random_folder FOLDER [--layers N]
 
 It loads here and in mlx-lm, and answers nonsense. The tokenizer is the pocket model's.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from full_size import CONFIG, random_tensor
 
+from benchmarks.full_size import CONFIG, random_tensor
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig, read_json
 from mlx_kimi.checkpoint.files import INDEX

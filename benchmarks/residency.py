@@ -1,6 +1,6 @@
 """Which experts to keep in memory: policies compared on the pocket model's own routing.
 
-    python benchmarks/residency.py [--conversations N]
+    python -m benchmarks.residency [--conversations N]
 
 Records which experts each token of real conversations chooses, then plays them to expert caches of
 every size. `best` is what a policy would reach that knew the future (Belady, 1966).
@@ -9,9 +9,7 @@ every size. `best` is what a policy would reach that knew the future (Belady, 19
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,8 +20,6 @@ from mlx_kimi import generate, load
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.model.moe import MixtureOfExperts
 from mlx_kimi.offload.lrfu import DECAY, LRFU
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.pocket.tasks import TASKS, prompts
 
 Chosen = npt.NDArray[np.int64]  # [tokens, k], of one step

@@ -1,7 +1,7 @@
 """The 48B's shape with random 4-bit weights on the GPU at hand, ours and mlx-lm in turns.
 
-    .venv/bin/python benchmarks/speed.py                     # all of it
-    .venv/bin/python benchmarks/speed.py decode context      # some of it
+    .venv/bin/python -m benchmarks.speed                     # all of it
+    .venv/bin/python -m benchmarks.speed decode context      # some of it
 
 mlx-lm runs with its own Metal kernel for the delta rule: on NVIDIA GPUs through our dialect, since
 it loops in Python there otherwise; that figure stands beside it. A figure is the median of repeats,
@@ -13,25 +13,21 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from benchmarks.full_size import CONFIG, our_model, peer_kernels, peer_model, random_arrays
+from benchmarks.launches import launches
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.metal_kernels.kda import kda
 from mlx_kimi.model.cache import CacheEntry, LatentCache, arrays
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.step import ForwardBatch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from full_size import CONFIG, our_model, peer_kernels, peer_model, random_arrays
-from launches import launches
 
 GB = 1e9
 PREFILL_STEP = 2048

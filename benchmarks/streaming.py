@@ -1,6 +1,6 @@
 """A folder whole in memory, and with its experts in slots: speeds, hits, and the same bits.
 
-    python benchmarks/streaming.py FOLDER [--tokens N] [--repeats N] [--slots N ...]
+    python -m benchmarks.streaming FOLDER [--tokens N] [--repeats N] [--slots N ...]
 
 The tokens are the same in every run and repeat, so that from the second on all experts are there
 if the slots hold them: that is what slots cost when nothing is read. The first repeat tells hits.

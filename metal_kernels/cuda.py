@@ -1,7 +1,7 @@
 """Kernels on NVIDIA GPUs: the Metal text behind a header that gives CUDA Metal's language.
 
-The whole function that MLX generates for Metal goes into the header of a CUDA kernel, whose body is
-one call of it: templates, scalars and thread positions then mean what they mean in Metal.
+A kernel becomes a function in the header of a CUDA kernel, whose own body is one call of it:
+template values, scalars and thread positions then mean what they mean in Metal.
 """
 
 from __future__ import annotations
@@ -17,17 +17,38 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, text_of
-from mlx_kimi.metal_kernels.msl import Input, MetalText, metal_text
 
 # `threadgroup T x[N];` declares storage; a pointer has its `*` between T and x.
 _STORAGE = re.compile(r"\bthreadgroup\s+(?=[A-Za-z_][\w:]*(?:<[^;{}()]*?>)?\s+\w+\s*[\[;,])")
-_BUFFER = re.compile(r"\*(?= \w+ \[\[buffer)")
-_ATTRIBUTE = re.compile(r"\[\[[^\]]*\]\]")
-_INSTANCE = re.compile(r"^template \[\[host_name.*$", re.MULTILINE)
+_PLACE = re.compile(r"^inline (uint3?) (\w+)\(\)", re.MULTILINE)  # namespace place of cuda.h
 # MLX hashes the whole text at every launch: what only people read would cost it a microsecond.
 _FOR_PEOPLE = re.compile(r"[ \t]*//[^\n]*|^[ \t]+|(?<=\n)\n+", re.MULTILINE)
 _INSTEAD = {"tiles.h": "cuda_tiles.h"}  # the same functions for another layout of tiles
-_MACROS = ("device", "constant", "thread", "threadgroup")
+_HEADER = """{language}
+namespace msl {{
+{header}
+{template}void kernel({parameters}) {{
+{source}
+}}
+inline void entry({buffers}) {{ kernel{values}({arguments}); }}
+}}  // namespace msl
+#undef device
+#undef constant
+#undef thread
+#undef threadgroup
+// This says that one threadgroup fills a processor, so a thread has registers to load ahead: the
+// scan of kda_chunk takes half the time. The signature is MLX's to write.
+#undef __global__
+#define __global__ __attribute__((global)) __launch_bounds__({threads}, 1)
+"""
+
+
+@dataclass(frozen=True)
+class CudaText:
+    """What `mx.fast.cuda_kernel` takes."""
+
+    header: str
+    body: str
 
 
 @dataclass
@@ -83,18 +104,36 @@ class CudaKernel:
         template: Sequence[tuple[str, Any]] = (),
         threads: int = 1024,
     ) -> CudaText:
-        """The CUDA text for inputs and outputs of these types."""
-        return cuda_text(
-            metal_text(
-                self.name,
-                [Input.of(name, x) for name, x in zip(self.input_names, inputs, strict=True)],
-                list(zip(self.output_names, dtypes, strict=True)),
-                self.source,
-                self.header,
-                template,
-            ),
-            threads,
+        """The CUDA text for inputs and outputs of these types, and so many threads a threadgroup.
+
+        Raises:
+            ValueError: the text asks for an input's shape, strides or number of dimensions.
+        """
+        arrays = dict(zip(self.input_names, inputs, strict=True))
+        self._refuse_shapes(arrays)
+        given = [_buffer(n, f"const {_type(x.dtype)}", x.ndim == 0) for n, x in arrays.items()]
+        given += [_buffer(n, _type(d)) for n, d in zip(self.output_names, dtypes, strict=True)]
+        given += [place for name, place in _places().items() if name in self.source]
+        parameters, arguments = (", ".join(each) for each in zip(*given, strict=True))
+        buffers = [*self.input_names, *self.output_names]
+        header = _HEADER.format(
+            language=text_of("cuda.h"),
+            header=_STORAGE.sub("__shared__ ", self.header),
+            source=_STORAGE.sub("__shared__ ", self.source),
+            template=_template(template),
+            values=_values(template),
+            parameters=parameters,
+            arguments=arguments,
+            buffers=", ".join(f"const void* {name}" for name in buffers),
+            threads=threads,
         )
+        return CudaText(_FOR_PEOPLE.sub("", header), f"  msl::entry({', '.join(buffers)});")
+
+    def _refuse_shapes(self, arrays: dict[str, mx.array]) -> None:
+        whats = ("shape", "strides", "ndim")
+        names = sorted(f"{name}_{what}" for name, x in arrays.items() if x.ndim for what in whats)
+        if asked := [name for name in names if name in self.source]:
+            raise ValueError(f"no {', '.join(asked)} on NVIDIA GPUs")
 
     def _build(self, text: CudaText) -> Launch:
         # MLX finds a compiled kernel by its name alone, also one of an earlier run, on disk.
@@ -125,57 +164,36 @@ def cuda(kernel: Kernel) -> CudaKernel:
     return CudaKernel(kernel.name, kernel.inputs, kernel.outputs, kernel.source, header)
 
 
-@dataclass(frozen=True)
-class CudaText:
-    """What `mx.fast.cuda_kernel` takes."""
+def _template(values: Sequence[tuple[str, Any]]) -> str:
+    """The line before a function of template values; nothing if there are none."""
+    kinds = {mx.Dtype: "typename", bool: "bool"}
+    names = ", ".join(f"{kinds.get(type(value), 'int')} {name}" for name, value in values)
+    return f"template <{names}>\n" if names else ""
 
-    header: str
-    body: str
+
+def _values(template: Sequence[tuple[str, Any]]) -> str:
+    values = (_type(v) if isinstance(v, mx.Dtype) else str(int(v)) for _, v in template)
+    return f"<{', '.join(values)}>" if template else ""
 
 
-def cuda_text(metal: MetalText, threads: int) -> CudaText:
-    """The same kernel for CUDA, for threadgroups of so many threads.
+def _type(dtype: mx.Dtype) -> str:
+    """Its name in Metal, as MLX writes it."""
+    name = str(dtype).removeprefix("mlx.core.")
+    return {"bool": "bool", "float32": "float"}.get(name, f"{name}_t")
 
-    Raises:
-        ValueError: the text asks for an array's shape, strides or number of dimensions.
-    """
-    text = _INSTANCE.sub("", metal.text)
-    text = _STORAGE.sub("__shared__ ", text)
+
+Given = tuple[str, str]  # a parameter of the kernel's function, and the argument of its call
+
+
+def _buffer(name: str, kind: str, scalar: bool = False) -> Given:
+    if scalar:
+        return f"{kind}& {name}", f"*({kind}*){name}"
     # Outputs are arrays of their own, so that no store stands between two loads.
-    text = _BUFFER.sub("* __restrict__", text)
-    text = _ATTRIBUTE.sub("", text)
-    buffers = [p.name for p in metal.parameters if not p.attribute]
-    places = {p.name for p in metal.parameters if p.name.endswith(("_shape", "_strides", "_ndim"))}
-    if places:
-        raise ValueError(f"no {', '.join(sorted(places))} on NVIDIA GPUs")
-    parameters = ", ".join(f"const void* {name}" for name in buffers)
-    header = "\n".join(
-        [
-            text_of("cuda.h"),
-            "namespace msl {",
-            text,
-            f"inline void entry({parameters}) {{ {_call(metal)}; }}",
-            "}  // namespace msl",
-            *(f"#undef {name}" for name in _MACROS),
-            # This says that one threadgroup fills a processor, so a thread has registers to load
-            # ahead: the scan of kda_chunk takes half the time. The signature is MLX's to write.
-            "#undef __global__",
-            f"#define __global__ __attribute__((global)) __launch_bounds__({threads}, 1)",
-            "",
-        ]
-    )
-    return CudaText(_FOR_PEOPLE.sub("", header), f"  msl::entry({', '.join(buffers)});")
+    return f"{kind}* __restrict__ {name}", f"({kind}*){name}"
 
 
-def _call(metal: MetalText) -> str:
-    """The kernel, called with buffers as Metal declares them and with its thread's place."""
-    arguments = []
-    for parameter in metal.parameters:
-        name, kind = parameter.name, parameter.declaration.removesuffix(parameter.name).strip()
-        if parameter.attribute:
-            arguments.append(f"metal::place::{name}()")
-        elif kind.endswith("&"):
-            arguments.append(f"*({kind[:-1]}*){name}")
-        else:
-            arguments.append(f"({kind}){name}")
-    return f"{metal.function}{metal.arguments}({', '.join(arguments)})"
+@cache
+def _places() -> dict[str, Given]:
+    """A thread's position and its kin, by the names that a text asks for them with."""
+    found = _PLACE.findall(text_of("cuda.h"))
+    return {name: (f"{kind} {name}", f"metal::place::{name}()") for kind, name in found}

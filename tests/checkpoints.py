@@ -458,6 +458,6 @@ def reference(name: str) -> dict[str, np.ndarray]:
         fingerprint(CONFIGS[name], seed),
         stored["fingerprint"],
         rtol=1e-6,
-        err_msg="these weights are not the reference's: run tests/reference/make.py again",
+        err_msg="these weights are not the reference's: run tests.reference.make again",
     )
     return stored

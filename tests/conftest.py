@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS, TINY, write_checkpoint
 from safetensors.numpy import load_file, save_file
-from tokenizer_files import trained_tokens, write_tiktoken
 
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.model.kimi_linear import KimiLinear
+from tests.checkpoints import CONFIGS, TINY, write_checkpoint
+from tests.emulated import emulator
+from tests.tokenizer_files import trained_tokens, write_tiktoken
 
 # What was started with nohup, or by a script in its background, ignores Ctrl-C, and so would every
 # program that tests start and interrupt.
@@ -83,8 +84,6 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def emulated() -> Iterator[None]:
-    """Kernels run on the emulator."""
-    from kernel_cases import emulator  # here: it needs a compiler, and few tests ask
-
+    """Kernels run on the emulator, which raises a finding for a fault."""
     with use_backend(emulator):
         yield

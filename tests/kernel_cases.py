@@ -8,11 +8,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, numbers
-from emulator import emulator
-from emulator.lint import linter
 
 from mlx_kimi.metal_kernels.matrix import Matrix
+from tests.assertions import assert_close, numbers
+from tests.emulated import emulator, linter
 
 __all__ = ["emulator", "linter"]
 

@@ -1,17 +1,13 @@
 """Estimates for Apple GPUs: counts are what the mathematics says, the model is near to others."""
 
-import sys
 from functools import cache
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import apple_gpu
-import kernel_counts
-from apple_gpu import ACCESSES, MACHINES, Machine, Public, crowding, milliseconds
-from kernel_counts import HIDDEN, INTERMEDIATE, STATE, Counted, D, Work
+from benchmarks import apple_gpu, kernel_counts
+from benchmarks.apple_gpu import ACCESSES, MACHINES, Machine, Public, crowding, milliseconds
+from benchmarks.kernel_counts import HIDDEN, INTERMEDIATE, STATE, Counted, D, Work
 
 PACKED = 4 / 8 + 2 * 2 / 64  # bytes of a weight of 4 bits, with a scale and a bias for 64
 EXPERTS = 8 + 1

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits
-from checkpoints import ODD, TINY, random_tensor, tensor_shapes, token_ids
-from conftest import SEED
 
 from mlx_kimi.metal_kernels.attention import QUERY_BLOCK, Block, SubmitLimit, attend
 from mlx_kimi.model import cache, mla
 from mlx_kimi.model.kimi_linear import KimiLinear
+from tests.assertions import assert_close, assert_same_bits
+from tests.checkpoints import ODD, TINY, random_tensor, tensor_shapes, token_ids
+from tests.conftest import SEED
 
 
 @pytest.fixture(params=["a CPU's form", "a GPU's form"], autouse=True)

@@ -1,7 +1,6 @@
 """Calls of tools by token id, and Python functions as tools."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from mlx_kimi.chat.tool_calls import Call, CallReader
 from mlx_kimi.chat.tools import RESULT_CHARACTERS, load_tools
 from mlx_kimi.errors import KimiError
 from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 MODULE = '''
 """Tools for tests."""

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, TAB, UP, Terminal
 
 from mlx_kimi import load
 from mlx_kimi.chat.chat import Chat
@@ -26,6 +25,7 @@ from mlx_kimi.cli.chat.input import PipedLines
 from mlx_kimi.cli.chat.loop import Loop
 from mlx_kimi.cli.chat.screen import PlainScreen
 from mlx_kimi.text.tokenizer import load_tokenizer
+from tests.terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, TAB, UP, Terminal
 
 LEFT, BACKSPACE, ALT_B = "\x1b[D", "\x7f", "\x1bb"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}

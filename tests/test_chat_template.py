@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizer_files import write_json
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mlx_kimi.errors import KimiError
@@ -22,6 +21,7 @@ from mlx_kimi.text.chat_template import (
     load_chat_template,
 )
 from mlx_kimi.text.control_tokens import ControlTokens
+from tests.tokenizer_files import write_json
 
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief & <kind>."},

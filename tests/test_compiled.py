@@ -8,8 +8,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close
-from reference_backend import reference_backend
 
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.chat.state_files import restore_states, write_state
@@ -19,6 +17,8 @@ from mlx_kimi.metal_kernels.kernel import Kernel, Launch, is_traced, use_backend
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import TAIL, CacheEntry
 from mlx_kimi.model.kimi_linear import SUBMITTED_FROM, KimiLinear
+from tests.assertions import assert_close
+from tests.reference_backend import reference_backend
 
 # Float32, added in another order: MLX joins operations in a compiled graph, and the reference
 # divide attention otherwise than the ops form.

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS, GROUPED, MLA_LAYERS_48B, TINY, transformers_config
-from test_names import KIMI_48B
 
 from mlx_kimi.checkpoint.config import ModelConfig, Quantization
 from mlx_kimi.errors import KimiError
+from tests.checkpoints import CONFIGS, GROUPED, MLA_LAYERS_48B, TINY, transformers_config
+from tests.test_names import KIMI_48B
 
 Json = dict[str, Any]
 MISSING = object()

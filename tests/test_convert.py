@@ -14,16 +14,6 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits
-from checkpoints import (
-    FULL_WIDTH,
-    ODD,
-    TINY,
-    entries,
-    published_config,
-    token_ids,
-    write_checkpoint,
-)
 from click.testing import CliRunner, Result
 
 from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
@@ -34,6 +24,16 @@ from mlx_kimi.convert.convert import Summary, convert
 from mlx_kimi.convert.quantize import RECIPES, scheme
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.load import load_model
+from tests.assertions import assert_close, assert_same_bits
+from tests.checkpoints import (
+    FULL_WIDTH,
+    ODD,
+    TINY,
+    entries,
+    published_config,
+    token_ids,
+    write_checkpoint,
+)
 
 # Every width is a multiple of 64, those of the experts and the hidden state of 128.
 EVEN = published_config(

@@ -14,10 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from checkpoints import TINY, WIDE, write_checkpoint
 from click.testing import CliRunner
-from hub import NAME, Hub, serving
-from terminal import Terminal
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.hub_weights import HubWeights
@@ -32,6 +29,9 @@ from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.convert.request import request
 from mlx_kimi.convert.write import write_weights
 from mlx_kimi.durable import sync
+from tests.checkpoints import TINY, WIDE, write_checkpoint
+from tests.hub import NAME, Hub, serving
+from tests.terminal import Terminal
 
 SHARDS = 4  # experts of one layer are spread over two of them
 KILLS = 5

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from checkpoints import TINY, WIDE, Config, write_checkpoint
-from processes import peak_memory
 
 from mlx_kimi.convert import output, partial
 from mlx_kimi.convert.convert import convert
@@ -19,6 +17,8 @@ from mlx_kimi.convert.journal import Journal
 from mlx_kimi.convert.preview import Preview
 from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.errors import KimiError
+from tests.checkpoints import TINY, WIDE, Config, write_checkpoint
+from tests.processes import peak_memory
 
 KILLS = 10
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import TINY, write_checkpoint
-from hub import NAME, Hub, serving
-from tokenizer_files import trained_tokens, write_tiktoken
+
+from tests.checkpoints import TINY, write_checkpoint
+from tests.hub import NAME, Hub, serving
+from tests.tokenizer_files import trained_tokens, write_tiktoken
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits, numbers
-from kda_cases import GATES, Inputs, case, recurrence
 
 from mlx_kimi.metal_kernels.kda import kda
 from mlx_kimi.metal_kernels.kda_chunk import CHUNK, kda_chunk
 from mlx_kimi.metal_kernels.kda_gate import forget_gate
 from mlx_kimi.metal_kernels.kda_prepare import l2_normalised, short_convolution
 from mlx_kimi.metal_kernels.kda_sequential import naive_kda
+from tests.assertions import assert_close, assert_same_bits, numbers
+from tests.kda_cases import GATES, Inputs, case, recurrence
 
 # Worst float32 error observed over all cases is 1.1e-6 rms and 2e-6 of the maximum; the rest is
 # margin for exp (a few ulp) and the order of sums.

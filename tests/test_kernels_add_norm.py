@@ -3,11 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits, numbers
-from kernel_cases import DTYPES, linter, on_the_emulator
 
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel, naive_add_norm
 from mlx_kimi.metal_kernels.kernel import use_backend
+from tests.assertions import assert_close, assert_same_bits, numbers
+from tests.kernel_cases import DTYPES, linter, on_the_emulator
 
 pytestmark = on_the_emulator
 EPS = 1e-5

@@ -3,15 +3,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from kda_cases import case
-from nvrtc import NvrtcError, compile_cuda, nvrtc
-from test_kernels_experts import gated
-from test_kernels_kda_decode import case as decode_case
-from test_kernels_kda_prepare import case as prepare_case
-from test_kernels_mla import POCKET, PUBLISHED
-from test_kernels_mla import case as mla_case
-from test_kernels_mla_prefill import Sizes
-from test_kernels_mla_prefill import case as prefill_attention
 
 from mlx_kimi.metal_kernels import cuda
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
@@ -28,6 +19,15 @@ from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
 from mlx_kimi.metal_kernels.mla_decode import NARROW, NVIDIA, WIDE, Shape
 from mlx_kimi.metal_kernels.mla_prefill import NVIDIA_PREFILL_SHAPE, PREFILL_SHAPE
+from tests.kda_cases import case
+from tests.nvrtc import NvrtcError, compile_cuda, nvrtc
+from tests.test_kernels_experts import gated
+from tests.test_kernels_kda_decode import case as decode_case
+from tests.test_kernels_kda_prepare import case as prepare_case
+from tests.test_kernels_mla import POCKET, PUBLISHED
+from tests.test_kernels_mla import case as mla_case
+from tests.test_kernels_mla_prefill import Sizes
+from tests.test_kernels_mla_prefill import case as prefill_attention
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 of_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,8 +3,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits, numbers
-from kernel_cases import exact, linter, matrix, on_the_emulator
 
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
 from mlx_kimi.metal_kernels.experts import (
@@ -20,6 +18,8 @@ from mlx_kimi.metal_kernels.experts import (
 )
 from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.metal_kernels.matrix import Matrix
+from tests.assertions import assert_close, assert_same_bits, numbers
+from tests.kernel_cases import exact, linter, matrix, on_the_emulator
 
 pytestmark = on_the_emulator
 # One rounding of the output and one of what stands between the two launches, on top of float32.

@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits
-from kda_cases import GATES, Inputs, case, recurrence
-from kernel_cases import linter, on_the_emulator
 
 from mlx_kimi.metal_kernels import kda_chunk, kda_sequential
 from mlx_kimi.metal_kernels.kda import chosen_implementation, kda
 from mlx_kimi.metal_kernels.kda_chunk import CHUNK, kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import use_backend
+from tests.assertions import assert_close, assert_same_bits
+from tests.kda_cases import GATES, Inputs, case, recurrence
+from tests.kernel_cases import linter, on_the_emulator
 
 pytestmark = on_the_emulator
 

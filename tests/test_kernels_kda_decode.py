@@ -5,12 +5,12 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits, numbers
-from kernel_cases import assert_all_close, exact, linter, matrix, on_the_emulator, sigmoid
 
 from mlx_kimi.metal_kernels import kda_decode as module
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, Matrix, kda_decode, naive_kda_decode
 from mlx_kimi.metal_kernels.kernel import use_backend
+from tests.assertions import assert_close, assert_same_bits, numbers
+from tests.kernel_cases import assert_all_close, exact, linter, matrix, on_the_emulator, sigmoid
 
 pytestmark = on_the_emulator
 RMS, LARGEST = 5e-6, 2e-5

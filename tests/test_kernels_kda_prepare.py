@@ -3,8 +3,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits, numbers
-from kernel_cases import assert_all_close, linter, on_the_emulator, sigmoid
 
 from mlx_kimi.metal_kernels import kda_prepare as module
 from mlx_kimi.metal_kernels.kda_prepare import (
@@ -16,6 +14,8 @@ from mlx_kimi.metal_kernels.kda_prepare import (
     naive_kda_prepare,
 )
 from mlx_kimi.metal_kernels.kernel import use_backend
+from tests.assertions import assert_close, assert_same_bits, numbers
+from tests.kernel_cases import assert_all_close, linter, on_the_emulator, sigmoid
 
 pytestmark = on_the_emulator
 # Float32 against float64, as for every operator: the exponent of a strong decay is a large number

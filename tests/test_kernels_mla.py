@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits, numbers
-from kernel_cases import assert_all_close, emulator, exact, linter, matrix, on_the_emulator
 
 from mlx_kimi.metal_kernels import mla_decode as module
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
@@ -22,6 +20,8 @@ from mlx_kimi.metal_kernels.mla_decode import (
     naive_mla_decode,
 )
 from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan, positions_of_a_split
+from tests.assertions import assert_close, assert_same_bits, numbers
+from tests.kernel_cases import assert_all_close, emulator, exact, linter, matrix, on_the_emulator
 
 pytestmark = on_the_emulator
 # Float32 against float64: sums of up to a thousand products, and exp of their scores.

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits, numbers
-from kernel_cases import assert_all_close, emulator, linter, on_the_emulator
 
 from mlx_kimi.metal_kernels.attention import merge_attention
 from mlx_kimi.metal_kernels.kernel import use_backend
@@ -21,6 +19,8 @@ from mlx_kimi.metal_kernels.mla_prefill import (
     naive_mla_prefill,
     unsupported_reason,
 )
+from tests.assertions import assert_close, assert_same_bits, numbers
+from tests.kernel_cases import assert_all_close, emulator, linter, on_the_emulator
 
 pytestmark = on_the_emulator
 # Float32 against float64: sums of up to a hundred products, and exp of their scores.

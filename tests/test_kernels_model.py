@@ -5,9 +5,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from assertions import assert_close
-from kernel_cases import emulator
-from reference_backend import reference_backend
 
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cli import check, info
@@ -17,6 +14,9 @@ from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model import mla
 from mlx_kimi.model.cache import LatentCache
 from mlx_kimi.model.kimi_linear import KimiLinear
+from tests.assertions import assert_close
+from tests.kernel_cases import emulator
+from tests.reference_backend import reference_backend
 
 SPLIT = 1e-4  # of the largest logit: the two ways differ by rounding in float32
 

@@ -7,10 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits
-from checkpoints import published_config, write_checkpoint
-from conftest import SEED
-from kernel_cases import emulator
+from tests.conftest import SEED
 
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.errors import KimiError
@@ -21,6 +18,9 @@ from mlx_kimi.model import cache
 from mlx_kimi.model.cache import LatentCache, Segment
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import load_tokenizer
+from tests.assertions import assert_close, assert_same_bits
+from tests.checkpoints import published_config, write_checkpoint
+from tests.kernel_cases import emulator
 
 WIDTH = 72
 

@@ -1,22 +1,18 @@
 """How many kernels a GPU launches for one token of the 48B, counted from MLX's graph of it."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from checkpoints import PUBLISHED_48B, published_config, write_checkpoint
 
+from benchmarks.launches import launches
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model.cache import CacheEntry, arrays
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.step import ForwardBatch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from launches import launches
+from tests.checkpoints import PUBLISHED_48B, published_config, write_checkpoint
 
 LINEAR = PUBLISHED_48B["linear_attn_config"]
 MOST = 285

@@ -2,6 +2,7 @@
 
 import ast
 import fnmatch
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_kimi"
+EMULATOR = ROOT / "tools" / "metal_emulator"
 LINKS = ("cli", "convert", "metal_kernels")
 # A layer may import itself and what stands to its right.
 LAYERS = ("cli", "convert", "mlx_kimi", "metal_kernels")
@@ -224,6 +226,24 @@ def test_imports_name_the_installed_package(layer: str, path: Path) -> None:
 def test_operators_know_only_mlx_and_the_standard_library(path: Path) -> None:
     foreign = {m.partition(".")[0] for m in imported(path)} - set(sys.stdlib_module_names)
     assert foreign <= {"mlx", "mlx_kimi", "numpy"}
+
+
+@pytest.mark.parametrize("path", sorted(EMULATOR.rglob("*.py")), ids=lambda p: p.name)
+def test_the_emulator_knows_nothing_of_ours(path: Path) -> None:
+    """In `metal_emulator` modules import each other relatively."""
+    foreign = {m.partition(".")[0] for m in imported(path)} - set(sys.stdlib_module_names)
+    if path.parent.name == "metal_emulator":
+        assert foreign <= {"", "mlx", "numpy", "ziglang"}
+    assert "mlx_kimi" not in foreign
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "tools"])
+def test_no_program_changes_where_imports_are_looked_for(folder: str) -> None:
+    changed = re.compile(r"\bsys\.path\.(insert|append|extend)\b")
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files and not [
+        path for path in files if changed.search(path.read_text(encoding="utf-8"))
+    ]
 
 
 @pytest.mark.parametrize("name", LINKS)

@@ -11,12 +11,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close
-from checkpoints import TINY, token_ids, write_checkpoint
-from conftest import SEED
 
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.load import load, load_model
+from tests.assertions import assert_close
+from tests.checkpoints import TINY, token_ids, write_checkpoint
+from tests.conftest import SEED
 
 Header = dict[str, Any]
 FILE = "model.safetensors"

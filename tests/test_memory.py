@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import mlx.core as mx
 import psutil
 import pytest
-from checkpoints import PUBLISHED_48B
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
@@ -30,6 +29,7 @@ from mlx_kimi.loading.memory import (
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.units import human_size
+from tests.checkpoints import PUBLISHED_48B
 
 GB = 10**9
 CONFIG_48B = ModelConfig.from_json(PUBLISHED_48B)

@@ -9,13 +9,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits
-from checkpoints import CONFIGS, reference, token_ids
 
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.model import cache, mla
 from mlx_kimi.model.cache import CacheEntry
 from mlx_kimi.model.kimi_linear import KimiLinear
+from tests.assertions import assert_close, assert_same_bits
+from tests.checkpoints import CONFIGS, reference, token_ids
 
 # The stored logits are float64's. Transformers' own float32 is up to 1e-5 away from them, in
 # logits of deep products; five times that is room for another order of sums.

@@ -7,8 +7,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close
-from checkpoints import ODD, TINY, published_config, write_checkpoint
 from mlx.utils import tree_flatten
 
 from mlx_kimi.checkpoint.config import ModelConfig
@@ -19,6 +17,8 @@ from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.linear import Linear
 from mlx_kimi.model.step import ForwardBatch
 from mlx_kimi.model.weights import Weights
+from tests.assertions import assert_close
+from tests.checkpoints import ODD, TINY, published_config, write_checkpoint
 
 # Two float32 sums of the same few hundred products in another order.
 REORDERED = 1e-5

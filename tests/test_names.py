@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 import pytest
-from checkpoints import CONFIGS, PUBLISHED_48B, tensor_shapes
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import Join, tensors
+from tests.checkpoints import CONFIGS, PUBLISHED_48B, tensor_shapes
 
 KIMI_48B = {
     "architectures": ["KimiLinearForCausalLM"],

@@ -16,9 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits
 from click.testing import CliRunner
-from reference_backend import reference_backend
 
 from mlx_kimi import load, stream_generate
 from mlx_kimi.bundled import pocket_folder
@@ -39,6 +37,8 @@ from mlx_kimi.offload.expert_files import OpenFile
 from mlx_kimi.offload.lrfu import LRFU
 from mlx_kimi.offload.read_pool import ReadPool
 from mlx_kimi.text.tokenizer import load_tokenizer
+from tests.assertions import assert_close, assert_same_bits
+from tests.reference_backend import reference_backend
 
 GB = 10**9
 ROOMY = Budget(8 * GB)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +11,6 @@ from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.pocket import tasks
 
 LARGEST_WHEEL = 12_000_000  # bytes

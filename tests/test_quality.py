@@ -9,11 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import CONFIGS, PUBLISHED_48B, WIDE, write_checkpoint
 from click.testing import CliRunner
-from processes import peak_memory
 from safetensors.numpy import load_file
-from tokenizer_files import trained_tokens, write_tiktoken
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.files import Checkpoint
@@ -28,6 +25,9 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.evaluate import evaluate
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.model.step import ForwardBatch
+from tests.checkpoints import CONFIGS, PUBLISHED_48B, WIDE, write_checkpoint
+from tests.processes import peak_memory
+from tests.tokenizer_files import trained_tokens, write_tiktoken
 
 # Sums of float32 in another order: experts and blocks of rows come one after another here.
 ROUNDING = 2e-5

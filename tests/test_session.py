@@ -16,8 +16,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close
-from checkpoints import TINY, write_checkpoint
 
 from mlx_kimi import load, load_model
 from mlx_kimi.chat import state_files as states
@@ -31,6 +29,8 @@ from mlx_kimi.generation.generate import prompt_ids, stream_generate
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.model import cache as caches
+from tests.assertions import assert_close
+from tests.checkpoints import TINY, write_checkpoint
 
 FINGERPRINT = {"model": "m", "runtime": "0", "device": "cpu", "latent_bits": None}
 

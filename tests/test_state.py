@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits
 
 from mlx_kimi.model import cache
 from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache, Segment
 from mlx_kimi.model.kimi_linear import KimiLinear
+from tests.assertions import assert_close, assert_same_bits
 
 Models = Callable[[str], KimiLinear]
 STEPS = [1, 1, 1, 2, 5, 16, 17, 64, 180, 300]  # tokens

@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from test_chat_template import template
 
 from mlx_kimi.errors import KimiError
 from mlx_kimi.text import template_renderer
 from mlx_kimi.text.template_renderer import Renderer
+from tests.test_chat_template import template
 
 
 @pytest.fixture(scope="module")

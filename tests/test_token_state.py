@@ -5,7 +5,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from assertions import assert_close
 
 from mlx_kimi import load
 from mlx_kimi.generation.generate import stream_generate
@@ -14,6 +13,7 @@ from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import LatentCache
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
+from tests.assertions import assert_close
 
 
 @pytest.fixture(scope="module")

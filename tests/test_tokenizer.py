@@ -11,7 +11,11 @@ import pytest
 import regex  # type: ignore[import-untyped]
 import sentencepiece
 import tiktoken
-from tokenizer_files import (
+
+from mlx_kimi.errors import KimiError
+from mlx_kimi.text.tiktoken_vocabulary import RUN_CHARACTERS, cut
+from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
+from tests.tokenizer_files import (
     ALL_BYTES,
     SAMPLE,
     rank_lines,
@@ -20,10 +24,6 @@ from tokenizer_files import (
     write_sentencepiece,
     write_tiktoken,
 )
-
-from mlx_kimi.errors import KimiError
-from mlx_kimi.text.tiktoken_vocabulary import RUN_CHARACTERS, cut
-from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
 
 # The published pattern, spelled here once more and in one piece.
 PUBLISHED = (

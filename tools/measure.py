@@ -1,8 +1,8 @@
 """What a checkout's code is made of: modules, imports, long files and functions, assertions.
 
-    python tools/measure.py                   # this checkout
-    python tools/measure.py ../before .       # another one beside it
-    python tools/measure.py --cases .         # and the cases that pytest collects
+    python -m tools.measure                   # this checkout
+    python -m tools.measure ../before .       # another one beside it
+    python -m tools.measure --cases .         # and the cases that pytest collects
 
 Reads source text alone, so that it measures any commit; `--cases` runs pytest there.
 """

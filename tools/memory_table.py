@@ -6,16 +6,12 @@ three quarters above: what a Mac really gives is in `mlx_kimi info FOLDER`.
 
 from __future__ import annotations
 
-import sys
 from math import prod
-from pathlib import Path
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import Join, tensors
 from mlx_kimi.loading.memory import SCALES, needs, non_expert_bytes
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from checkpoints import PUBLISHED_48B
+from tests.checkpoints import PUBLISHED_48B
 
 GB = 10**9
 BITS = (8, 6, 4, 3)

@@ -1,6 +1,6 @@
 """Run the checkpoints of tests/checkpoints.py through transformers and store the logits.
 
-    python tests/reference/make.py [name...]
+    python -m tests.reference.make [name...]
 
 Needs the `reference` and `dev` extras; the tests read only the files that this writes. The stored
 logits are transformers' own code run in float64. Printed beside them, as max|difference| over
@@ -26,8 +26,7 @@ from safetensors import safe_open
 from transformers import DynamicCache, KimiLinearForCausalLM
 from transformers.models.kimi_linear import modeling_kimi_linear as modeling
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoints import CONFIGS, Config, fingerprint, token_ids, write_checkpoint  # noqa: E402
+from tests.checkpoints import CONFIGS, Config, fingerprint, token_ids, write_checkpoint
 
 SEED = 2
 LONG, SHORT = 150, 7  # tokens

@@ -18,6 +18,7 @@ import ziglang
 from .instrument import instrument
 
 HERE = Path(__file__).parent
+CACHE = "METAL_EMULATOR_CACHE"  # set in the environment, the folder of compiled libraries
 SHIM = HERE / "shim"
 RUNTIME = HERE / "runtime"
 
@@ -96,18 +97,27 @@ def runtime_library() -> Path:
 def cached(build: Callable[[Path], None], *key: str) -> Path:
     """The library that `build` writes into a folder named by the key, kept between runs."""
     digest = hashlib.sha256("\0".join([_toolchain(), *key]).encode()).hexdigest()[:32]
-    root = Path(tempfile.gettempdir()) / f"kernel_emulator_{os.getuid()}"
+    root = cache_folder()
     library = root / digest / "library"
-    if library.exists():
-        return library
-    root.mkdir(mode=0o700, exist_ok=True)
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if root.stat().st_uid != os.getuid():
         raise PermissionError(f"{root} belongs to someone else; its libraries are not loaded")
+    if library.exists():
+        return library
     with tempfile.TemporaryDirectory(dir=root) as folder:
         build(Path(folder))
         library.parent.mkdir(exist_ok=True)
         os.replace(Path(folder) / "library", library)  # whole, or not at all
     return library
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept between runs: one's own folder, which may be deleted at any time."""
+    if chosen := os.environ.get(CACHE):
+        return Path(chosen)
+    caches = "Library/Caches" if DARWIN else ".cache"
+    given = None if DARWIN else os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else Path.home() / caches) / "metal_emulator"
 
 
 def _link(unit: Path, library: Path) -> None:

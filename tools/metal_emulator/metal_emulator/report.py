@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mlx_kimi.metal_kernels.msl import MetalText
-
 from . import findings
 from .launch import Buffer, FoundStruct
+from .msl import MetalText
 
 FIRST_ARRAY = 32  # the first slot of threadgroup arrays: BUFFERS in runtime/memory.h
 IN_MEMORY = {

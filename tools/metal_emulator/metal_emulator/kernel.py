@@ -1,8 +1,4 @@
-"""Runs Metal kernels on the CPU, from the exact text that MLX generates, and checks every access.
-
-`use_backend(emulator)` runs the project's own kernels; `metal_kernel` stands in for
-`mx.fast.metal_kernel`, to run anyone's.
-"""
+"""A stand-in for `mx.fast.metal_kernel` that runs the text which MLX makes, and checks it."""
 
 from __future__ import annotations
 
@@ -14,25 +10,30 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_kimi.metal_kernels.kernel import Kernel
-from mlx_kimi.metal_kernels.msl import Input, MetalText, metal_text
-
 from . import findings
 from .arrays import as_array, contiguous, filled, from_bytes, memory, to_numpy
 from .compiler import kernel_library
 from .launch import FILLED_OUTPUT, OUTPUT, Buffer, Size, launch
+from .msl import Input, MetalText, metal_text
 from .report import raise_finding
 from .translate import Translation, translate
 
-SCHEDULES = (0, 1, 5)  # natural order, reversed, shuffled: all must give the same bits
+SCHEDULES = (0, 1, 5)  # natural order, reversed, shuffled
 
 
 @dataclass
 class EmulatedKernel:
-    """A kernel with the call of what `mx.fast.metal_kernel` returns.
+    """A kernel with the arguments of `mx.fast.metal_kernel`, and with the call of what it returns.
 
-    `counts` is what the last launch did: lane by lane for accesses and arithmetic, once per
-    simdgroup for what its lanes do together.
+    A call raises a `Finding` for the first fault, and a `CompileError` for what clang refuses.
+
+    Args:
+        schedules: orders in which threads run: 0 is natural, 1 reversed, others are seeds of a
+            shuffle. All must give the same bits; one is faster than three.
+        slices: inputs start one element after an aligned address, as slices of arrays may.
+
+    `counts` is what the last launch did, by the names of `COUNTS`: lane by lane for accesses and
+    arithmetic, once per simdgroup for what its lanes do together.
     """
 
     name: str
@@ -44,7 +45,7 @@ class EmulatedKernel:
     atomic_outputs: bool = False
     compile_options: Any = None  # the arithmetic here is that of the mode "safe" whatever they say
     schedules: Sequence[int] = SCHEDULES
-    slices: bool = False  # inputs start one element after an aligned address, as slices may
+    slices: bool = False
     counts: dict[str, int] = field(default_factory=dict)
 
     def __call__(
@@ -155,15 +156,6 @@ class EmulatedKernel:
 
 
 metal_kernel = EmulatedKernel
-
-
-@cache
-def emulator(kernel: Kernel, schedules: tuple[int, ...] = SCHEDULES) -> EmulatedKernel:
-    """The backend: `with use_backend(emulator): ...`."""
-    return EmulatedKernel(
-        *(kernel.name, kernel.inputs, kernel.outputs, kernel.source, kernel.header),
-        schedules=schedules,
-    )
 
 
 @cache

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import pytest
-from emulator.arrays import as_array
-
-from mlx_kimi.metal_kernels.msl import ATTRIBUTES, SMALL, Input, metal_text
+from metal_emulator.arrays import as_array
+from metal_emulator.msl import ATTRIBUTES, SMALL, Input, metal_text
 
 EIGHT = mx.zeros((2, 4))
 SEVEN = mx.zeros((7,))

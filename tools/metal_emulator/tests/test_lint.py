@@ -1,37 +1,23 @@
 """The lint refuses what Metal refuses, at its line, and takes what Metal takes."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from emulator.lint import LintError, lint, linter
-from emulator.reserved import RESERVED
-
-from mlx_kimi.metal_kernels.kda_sequential import KERNEL, kda_sequential_kernel
-from mlx_kimi.metal_kernels.kernel import Kernel, use_backend
+from metal_emulator import LintError, lint
+from metal_emulator.reserved import RESERVED
 
 WRITE = "\nout[thread_position_in_grid.x] = T(x);"
 
 
-@dataclass(frozen=True)
-class Text(Kernel):
-    """A kernel whose text is given here."""
-
-    name: str = "snippet"
-    inputs: tuple[str, ...] = ("a", "n")
-    outputs: tuple[str, ...] = ("out",)
-    source: str = field(default="")
-    header: str = field(default="")
-
-
 def check(source: str, header: str = "", dtype: mx.Dtype = mx.float32, **how: Any) -> None:
-    kernel = Text(source=source + WRITE, header=header)
     lint(
-        kernel,
+        "snippet",
+        source + WRITE,
         {"a": dtype, "n": mx.int32},
         {"out": dtype},
         [("T", dtype), ("N", 4)],
+        header=header,
         scalars=["n"],
         **how,
     )
@@ -164,15 +150,6 @@ def test_space_of_an_input_may_be_named_where_it_is_always_large() -> None:
 
 def test_more_buffers_than_metal_has_are_refused() -> None:
     names = tuple(f"input{i}" for i in range(31))
-    kernel = Text(inputs=names, source="out[0] = thread_index_in_simdgroup;")
+    source, inputs = "out[0] = thread_index_in_simdgroup;", dict.fromkeys(names, mx.float32)
     with pytest.raises(LintError, match="32 buffers, Metal allows 31"):
-        lint(kernel, dict.fromkeys(names, mx.float32), {"out": mx.float32}, large=names)
-
-
-@pytest.mark.slow
-def test_linter_is_a_backend() -> None:
-    q = mx.zeros((1, 1, 1, 32))
-    with use_backend(linter(large=KERNEL.inputs)):
-        kda_sequential_kernel(q, q, q, q, q[..., 0], mx.zeros((1, 1, 32, 32)))
-    with use_backend(linter()), pytest.raises(LintError, match="^kda_sequential: "):
-        kda_sequential_kernel(q, q, q, q, q[..., 0], mx.zeros((1, 1, 32, 32)))
+        lint("snippet", source, inputs, {"out": mx.float32}, large=names)

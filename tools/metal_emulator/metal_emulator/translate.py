@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mlx_kimi.metal_kernels.msl import ATTRIBUTES, MetalText
+from .msl import ATTRIBUTES, MetalText
 
 # `threadgroup T x[N][M], y;` declares storage; with a * or an initialiser it is something else.
 _STORAGE = re.compile(

@@ -1,7 +1,7 @@
 """The Metal text that `mx.fast.metal_kernel` generates around a kernel's body.
 
-MLX prints its own text while it traces an export, also without a Mac; `test_emulator_text.py` holds
-the two together.
+MLX prints its own text while it traces an export, also without a Mac; `tests/test_text.py` compares
+the two.
 """
 
 from __future__ import annotations

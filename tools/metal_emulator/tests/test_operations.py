@@ -6,11 +6,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits
-from emulator import EmulatedKernel, emulator
-
-from mlx_kimi.metal_kernels.kda_sequential import KERNEL, kda_sequential_kernel, naive_kda
-from mlx_kimi.metal_kernels.kernel import use_backend
+from close import assert_close, assert_same_bits
+from metal_emulator import metal_kernel
 
 START = "uint i = thread_position_in_grid.x; uint lane = thread_index_in_simdgroup;\n"
 N = 64
@@ -25,9 +22,7 @@ def run(body: str, *inputs: Any, grid: int = N, threadgroup: int = N, **how: Any
         for key in ("ensure_row_contiguous", "atomic_outputs", "header")
         if key in how
     }
-    kernel = EmulatedKernel(
-        "clean", ["a", "b", "c"][: len(inputs)], ["out"], START + body, **options
-    )
+    kernel = metal_kernel("clean", ["a", "b", "c"][: len(inputs)], ["out"], START + body, **options)
     return kernel(
         inputs=list(inputs),
         grid=(grid, 1, 1),
@@ -162,7 +157,7 @@ def test_threads_know_their_places() -> None:
     right = right && n.x == min(d.x, all.x - g.x * d.x) && threads_per_simdgroup == 32;
     out[(at.z * all.y + at.y) * all.x + at.x] = right * (groups.x * 100 + groups.y * 10 + groups.z);
     """
-    kernel = EmulatedKernel("places", ["a"], ["out"], body)
+    kernel = metal_kernel("places", ["a"], ["out"], body)
     grid = (11, 5, 6)
     (out,) = kernel(
         inputs=[1],
@@ -287,7 +282,7 @@ def test_counts() -> None:
     float4 y = float4(a[i]) * float4(a[i], 1, 2, 3);
     out[i] = simd_shuffle_xor(simd_sum(s[i ^ 1]), 1) + metal::exp(y.x * y.w);
     """
-    kernel = EmulatedKernel("counted", ["a"], ["out"], START + body)
+    kernel = metal_kernel("counted", ["a"], ["out"], START + body)
     kernel(
         inputs=[mx.array(A)],
         grid=(N, 1, 1),
@@ -312,15 +307,3 @@ def test_counts() -> None:
         "float_operations": (1 + 4 + 1 + 1) * N,
         "special_functions": N,
     }
-
-
-def test_emulator_is_a_backend() -> None:
-    rng = np.random.default_rng(0)
-    q, k, v, alpha = (mx.array(rng.random((1, 3, 2, 32)).astype(np.float32) / 6) for _ in range(4))
-    beta, state = mx.ones((1, 3, 2)), mx.array(rng.random((1, 2, 32, 32)).astype(np.float32))
-    with use_backend(emulator):
-        o, after = kda_sequential_kernel(q, k, v, alpha, beta, state)
-    expected, expected_after = naive_kda(q, k, v, alpha, beta, state)
-    assert_close("o", o, expected, 1e-6)
-    assert_close("state", after, expected_after, 1e-6)
-    assert emulator(KERNEL).counts["device_bytes_written"] == 4 * (o.size + after.size)

@@ -18,11 +18,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.kernel import Kernel
-from mlx_kimi.metal_kernels.msl import Input, MetalText, metal_text
-
 from .arrays import as_array
 from .compiler import LANGUAGE, CompileError, run
+from .msl import Input, MetalText, metal_text
 from .report import place
 from .reserved import reserved_words
 from .syntax_tree import refusals
@@ -45,69 +43,82 @@ class LintError(Exception):
 
 
 def lint(
-    kernel: Kernel,
+    name: str,
+    source: str,
     inputs: Mapping[str, mx.Dtype],
     outputs: Mapping[str, mx.Dtype],
     template: Sequence[tuple[str, Any]] = (),
+    *,
+    header: str = "",
+    atomic_outputs: bool = False,
     scalars: Collection[str] = (),
     large: Collection[str] = (),
 ) -> None:
     """Raise a LintError unless Metal 3.1 to 4.1 would take the kernel.
 
     Args:
+        name, source, header, atomic_outputs: as `mx.fast.metal_kernel` takes them.
         inputs, outputs: the dtype of each, in order.
+        template: as a call of the kernel takes it.
         scalars: the inputs that are Python numbers.
         large: the inputs that have 8 elements or more in every call. All others are tried as small
             ones too, one at a time and together: MLX puts those into another address space.
     """
-    flexible = [name for name in inputs if name not in {*scalars, *large}]
+    flexible = [key for key in inputs if key not in {*scalars, *large}]
 
     def check(small: set[str]) -> None:
         arguments = [
-            Input(name, dtype, 0 if name in scalars else 1, name in small or name in scalars)
-            for name, dtype in inputs.items()
+            Input(key, dtype, 0 if key in scalars else 1, key in small or key in scalars)
+            for key, dtype in inputs.items()
         ]
-        metal = metal_text(
-            kernel.name, arguments, list(outputs.items()), kernel.source, kernel.header, template
-        )
-        lint_text(kernel.name, metal)
+        results = list(outputs.items())
+        metal = metal_text(name, arguments, results, source, header, template, atomic_outputs)
+        _lint_text(name, metal)
 
     with ThreadPoolExecutor() as pool:  # which wait for a process each
-        list(pool.map(check, _each({*flexible}, *({name} for name in flexible), set())))
+        list(pool.map(check, _each({*flexible}, *({key} for key in flexible), set())))
 
 
-def linter(large: Collection[str] = ()) -> Callable[[Kernel], Callable[..., list[mx.array]]]:
-    """A backend that lints each call, in all its templates and dtypes, and answers with zeros."""
+def lint_kernel(
+    name: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    header: str = "",
+    ensure_row_contiguous: bool = True,
+    atomic_outputs: bool = False,
+    compile_options: Any = None,
+    *,
+    large: Collection[str] = (),
+) -> Callable[..., list[mx.array]]:
+    """Stands in for `mx.fast.metal_kernel`: a call is linted for its dtypes, and answers zeros."""
 
-    def backend(kernel: Kernel) -> Callable[..., list[mx.array]]:
-        def launch(
-            *,
-            inputs: Sequence[Any],
-            output_shapes: Sequence[Sequence[int]],
-            output_dtypes: Sequence[mx.Dtype],
-            template: Sequence[tuple[str, Any]] = (),
-            **_: Any,
-        ) -> list[mx.array]:
-            arrays = dict(zip(kernel.inputs, map(as_array, inputs), strict=True))
-            lint(
-                kernel,
-                {name: x.dtype for name, x in arrays.items()},
-                dict(zip(kernel.outputs, output_dtypes, strict=True)),
-                template,
-                scalars={name for name, x in arrays.items() if x.ndim == 0},
-                large=large,
-            )
-            return [
-                mx.zeros(shape, dtype)
-                for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
-            ]
+    def launch(
+        *,
+        inputs: Sequence[Any],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+        template: Sequence[tuple[str, Any]] = (),
+        **_: Any,
+    ) -> list[mx.array]:
+        arrays = dict(zip(input_names, map(as_array, inputs), strict=True))
+        lint(
+            name,
+            source,
+            {key: x.dtype for key, x in arrays.items()},
+            dict(zip(output_names, output_dtypes, strict=True)),
+            template,
+            header=header,
+            atomic_outputs=atomic_outputs,
+            scalars={key for key, x in arrays.items() if x.ndim == 0},
+            large=large,
+        )
+        return [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
 
-        return launch
-
-    return backend
+    return launch
 
 
-def lint_text(name: str, metal: MetalText) -> None:
+def _lint_text(name: str, metal: MetalText) -> None:
     buffers = sum(not parameter.attribute for parameter in metal.parameters)
     if buffers > MOST_BUFFERS:
         raise LintError(f"{name}: {buffers} buffers, Metal allows {MOST_BUFFERS}")

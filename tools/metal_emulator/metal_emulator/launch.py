@@ -12,7 +12,7 @@ import numpy as np
 
 from .compiler import runtime_library
 
-# By their order in runtime/counts.h.
+# What a launch is counted by, in the order of runtime/counts.h.
 COUNTS = (
     "matrix_products",
     "simd_reductions",

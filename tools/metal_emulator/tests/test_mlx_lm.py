@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx_lm.models.gated_delta
 import numpy as np
 import pytest
-from assertions import assert_close, assert_same_bits
-from emulator import findings, metal_kernel
+from close import assert_close, assert_same_bits
+from metal_emulator import findings, metal_kernel
 
 ROUNDING = {mx.float32: 2e-6, mx.float16: 6e-4, mx.bfloat16: 4.5e-3}  # one, of the outputs
 DTYPES = pytest.mark.parametrize("dtype", ROUNDING)
