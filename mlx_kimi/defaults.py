@@ -2,9 +2,7 @@
 
 MAX_TOKENS = 2048  # of an answer
 PREFILL_STEP = 2048  # tokens of a prompt that are read at once
-PREFILL_STEP_LIMIT = (
-    65_536  # with more, arrays of the 48B have 2^31 elements: MLX counts in 32 bits
-)
+PREFILL_STEP_LIMIT = 65_536  # with more, arrays of the 48B would pass kernels' 32-bit indices
 SNAPSHOT_EVERY = 4096  # tokens within a turn: two prefill steps
 SNAPSHOT_MEMORY = 1 << 30  # bytes: 24 KDA states of the 48B
 CONTEXT = 32_768  # tokens that a memory budget leaves room for

@@ -317,7 +317,7 @@ def test_ctrl_c_keeps_the_rows_that_were_finished(talker: Path, tmp_path: Path) 
         (("--contexts", "16,4096"), "from 1 to 3,967 tokens but has 4,096: the model's context"),
         (("--tokens", "1"), "tokens must be at least 2 but is 1"),
         (("--repeats", "0"), "repeats must be at least 1 but is 0"),
-        (("--prefill-step", "0"), "prefill_step must be at least 1 but is 0"),
+        (("--prefill-step", "0"), "prefill_step must be from 1 to 65,536 but is 0"),
         (("--plot", "speeds.txt"), "--plot must end in .png or .svg but is speeds.txt"),
         (("--json", "no/such/rows.json"), "no/such must be a folder that can be written"),
         (("--plot", "no/such/plot.png"), "no/such must be a folder that can be written"),

@@ -7,7 +7,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from tests.conftest import SEED
 
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.errors import KimiError
@@ -20,6 +19,7 @@ from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import load_tokenizer
 from tests.assertions import assert_close, assert_same_bits
 from tests.checkpoints import published_config, write_checkpoint
+from tests.conftest import SEED
 from tests.kernel_cases import emulator
 
 WIDTH = 72

@@ -75,6 +75,7 @@ def test_another_model_reads_the_prompt_again_and_says_so(talker, tmp_path) -> N
         (("cache", "", "FILE"), 1, "the prompt is empty"),
         (("cache", "x", "USED"), 1, "there is a saved conversation or prompt cache already"),
         (("cache", "x", "FILE", "--latent-bits", "4"), 1, "latent_bits must be 8"),
+        (("cache", "x", "FILE", "--prefill-step", "0"), 1, "prefill_step must be from 1 to 65,536"),
         (("cache", "word " * 9000, "FILE"), 1, "tokens but the model's context"),
         (("generate", "-p", "x", "--prompt-cache", "FILE"), 1, "no saved conversation or prompt"),
         (("generate", "-p", "x", "--prompt-cache", "USED", "--raw"), 2, "--raw has none"),

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
-from mlx_kimi.defaults import PREFILL_STEP
+from mlx_kimi.defaults import PREFILL_STEP, PREFILL_STEP_LIMIT
+from mlx_kimi.errors import KimiError
 from mlx_kimi.generation.sample import Sampler
 from mlx_kimi.generation.token_state import TokenState
 
@@ -22,7 +23,11 @@ def prefill(
     Returns:
         The last layer's output for the last token, [1, 1, hidden], and how many tokens had been
         read before.
+
+    Raises:
+        KimiError: `step` is out of range.
     """
+    check_prefill_step(step)
     last = state.rewind_to_prefix_of(ids)
     cached = len(state.ids)
     state.keep(last)  # where the turn begins
@@ -32,6 +37,12 @@ def prefill(
             progress(done, len(ids))
         last = state.read(ids[done : done + step], output_wanted=done + step >= len(ids))
     return last, cached
+
+
+def check_prefill_step(step: int) -> None:
+    """Refuse steps that no token or too many fit in: a kernel's arrays have 32-bit indices."""
+    if not 1 <= step <= PREFILL_STEP_LIMIT:
+        raise KimiError(f"prefill_step must be from 1 to {PREFILL_STEP_LIMIT:,} but is {step:,}")
 
 
 def decode(state: TokenState, hidden: mx.array, sampler: Sampler, limit: int) -> Iterator[int]:

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_kimi.defaults import MAX_TOKENS, PREFILL_STEP
 from mlx_kimi.errors import ContextFull, KimiError, beyond_budget
 from mlx_kimi.generation.answer import Answer, Chunk
-from mlx_kimi.generation.decode import decode, prefill
+from mlx_kimi.generation.decode import check_prefill_step, decode, prefill
 from mlx_kimi.generation.sample import Sampler, Sampling
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -49,7 +49,7 @@ def stream_generate(
         temp, top_k, top_p, min_p, repetition_penalty, seed: see `sample.Sampling`.
         stop: strings that end the answer; they are not part of it.
         tools: JSON schemas of functions that the model may call, for the chat template.
-        prefill_step: prompt tokens read at once. More is faster and takes more memory.
+        prefill_step: prompt tokens read at once, 65,536 at most. More is faster and takes memory.
         latent_bits: 8 keeps the latents of MLA layers in 8 bits; a `state` has bits of its own.
         progress: called with (tokens read, tokens of the prompt) before each prefill step.
         state: of an earlier call, whose tokens are not read again.
@@ -105,7 +105,7 @@ def prompt_ids(
 
 
 def check_lengths(max_tokens: int, prefill_step: int) -> None:
-    """Refuse lengths below 1."""
-    for name, value in (("max_tokens", max_tokens), ("prefill_step", prefill_step)):
-        if value < 1:
-            raise KimiError(f"{name} must be at least 1 but is {value}")
+    """Refuse a `max_tokens` below 1, and a `prefill_step` outside 1 to `PREFILL_STEP_LIMIT`."""
+    if max_tokens < 1:
+        raise KimiError(f"max_tokens must be at least 1 but is {max_tokens}")
+    check_prefill_step(prefill_step)
