@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from hashlib import sha256
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.kernel import Kernel, Launch, text_of
+from mlx_kimi.metal_kernels.source import text_of
+
+if TYPE_CHECKING:
+    from mlx_kimi.metal_kernels.kernel import Kernel, Launch
 
 # `threadgroup T x[N];` declares storage; a pointer has its `*` between T and x.
 _STORAGE = re.compile(r"\bthreadgroup\s+(?=[A-Za-z_][\w:]*(?:<[^;{}()]*?>)?\s+\w+\s*[\[;,])")

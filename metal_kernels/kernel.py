@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from math import prod
 from typing import Any, Protocol
 
 import mlx.core as mx
+
+from mlx_kimi.metal_kernels.cuda import cuda
+from mlx_kimi.metal_kernels.source import body_of, headers_of
 
 
 class Launch(Protocol):
@@ -50,7 +51,7 @@ class Kernel:
     @property
     def source(self) -> str:
         """The body; the lines that include headers are empty, so that all keep their numbers."""
-        return _without_includes(text_of(f"{self.name}.metal"))
+        return body_of(f"{self.name}.metal")
 
     @property
     def header(self) -> str:
@@ -59,8 +60,7 @@ class Kernel:
 
     def header_with(self, instead: Mapping[str, str]) -> str:
         """The same with other files in place of some: {"tiles.h": "cuda_tiles.h"}."""
-        headers = _included_by(f"{self.name}.metal", instead)
-        return "\n".join(_without_includes(text_of(file)) for file in headers)
+        return headers_of(f"{self.name}.metal", instead)
 
     def __call__(self, **launch: Any) -> list[mx.array]:
         """Run it on the backend of this moment; arguments as of `Launch`.
@@ -87,7 +87,6 @@ class Kernel:
                 )
 
 
-_INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
 Backend = Callable[[Kernel], Launch]
 # What `use_backend` chose, and whether its launches can be traced; None: the GPU's own backend.
 _CHOSEN: ContextVar[tuple[Backend | None, bool] | None] = ContextVar("kernel backend", default=None)
@@ -104,8 +103,6 @@ def backend() -> Backend | None:
     if os.environ.get(OFF) or mx.default_device() == mx.Device(mx.cpu):
         return None
     if mx.cuda.is_available():
-        from mlx_kimi.metal_kernels.cuda import cuda  # here: it takes `Kernel` from this module
-
         return cuda
     return _metal if mx.metal.is_available() else None
 
@@ -140,30 +137,3 @@ def _metal(kernel: Kernel) -> Launch:
         header=kernel.header,
     )
     return launch
-
-
-@cache
-def text_of(file: str) -> str:
-    """A file of this folder."""
-    return (files(__package__) / file).read_text(encoding="utf-8")
-
-
-def _included_by(file: str, instead: Mapping[str, str]) -> list[str]:
-    """The headers that a file includes, each once and after those that it includes itself."""
-    found: dict[str, None] = {}
-
-    def visit(file: str, way: tuple[str, ...]) -> None:
-        for name in _INCLUDE.findall(text_of(file)):
-            header = instead.get(name, name)
-            if header in way:
-                raise ValueError(f"[{file}] includes must form no circle but {header} is in one.")
-            if header not in found:
-                visit(header, (*way, header))
-                found[header] = None
-
-    visit(file, ())
-    return list(found)
-
-
-def _without_includes(text: str) -> str:
-    return _INCLUDE.sub("", text)

@@ -16,11 +16,13 @@ from mlx_kimi.metal_kernels import (
     kda_sequential,
     mla_decode,
     mla_prefill,
+    source,
 )
 from mlx_kimi.metal_kernels import kernel as module
 from mlx_kimi.metal_kernels.cuda import cuda
-from mlx_kimi.metal_kernels.kernel import NARROW_SIZE, Kernel, text_of, use_backend
+from mlx_kimi.metal_kernels.kernel import NARROW_SIZE, Kernel, use_backend
 from mlx_kimi.metal_kernels.matrix import Matrix
+from mlx_kimi.metal_kernels.source import text_of
 
 FOLDER = Path(module.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.metal"))
@@ -34,7 +36,7 @@ def kernel(name: str) -> Kernel:
 def written(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Files of a folder that only this test knows."""
     texts: dict[str, str] = {}
-    monkeypatch.setattr(module, "text_of", texts.__getitem__)
+    monkeypatch.setattr(source, "text_of", texts.__getitem__)
     return texts
 
 

@@ -63,8 +63,18 @@ def package_files(root: Path) -> Iterator[Path]:
     for name in PACKAGES:
         for path in sorted((root / name).rglob("*.py")):
             inside = path.relative_to(root).parts
-            if not (inside[0] == "mlx_kimi" and inside[1] in LINKS):
+            linked = inside[0] == "mlx_kimi" and inside[1] in LINKS
+            # The package's own names and entry point stand for all of it; other `__init__.py`
+            # that hold nothing make a folder a package.
+            public = inside in (("mlx_kimi", "__init__.py"), ("mlx_kimi", "__main__.py"))
+            if not (linked or public or is_empty(path)):
                 yield path
+
+
+def is_empty(path: Path) -> bool:
+    """Whether nothing but a docstring stands in a file."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return all(isinstance(node, ast.Expr) for node in body)
 
 
 def module_name(root: Path, path: Path) -> str:
