@@ -175,10 +175,10 @@ def edges_of(files: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def runtime_imports() -> dict[str, set[str]]:
-    """Of each module in a room, of the command line and of `convert` what it imports."""
+    """Of each module in a room and in the linked folders what it imports."""
     rooms = (path for room in LEVEL for path in room_files(room))
-    above = (path for layer in ("cli", "convert") for path in (ROOT / layer).rglob("*.py"))
-    return {module_name(path): imported_when_run(path) for path in (*rooms, *above)}
+    linked = (path for layer in LINKS for path in (ROOT / layer).rglob("*.py"))
+    return {module_name(path): imported_when_run(path) for path in (*rooms, *linked)}
 
 
 def test_no_circle_of_imports() -> None:
