@@ -26,8 +26,8 @@ from benchmarks.launches import launches
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.metal_kernels.kda import kda
 from mlx_kimi.model.cache import CacheEntry, LatentCache, arrays
+from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kimi_linear import KimiLinear
-from mlx_kimi.model.step import ForwardBatch
 
 GB = 1e9
 PREFILL_STEP = 2048

@@ -10,8 +10,8 @@ from benchmarks.launches import launches
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model.cache import CacheEntry, arrays
+from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kimi_linear import KimiLinear
-from mlx_kimi.model.step import ForwardBatch
 from tests.checkpoints import PUBLISHED_48B, published_config, write_checkpoint
 
 LINEAR = PUBLISHED_48B["linear_attn_config"]

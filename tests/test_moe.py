@@ -13,9 +13,9 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.model import moe
+from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.linear import Linear
-from mlx_kimi.model.step import ForwardBatch
 from mlx_kimi.model.weights import Weights
 from tests.assertions import assert_close
 from tests.checkpoints import ODD, TINY, published_config, write_checkpoint

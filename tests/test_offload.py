@@ -206,8 +206,8 @@ def test_an_interrupted_read_makes_no_assumption_wrong(
     """Some of a token's experts arrived, others did not: the table that graphs get must be new."""
     model = streamed(pocket_folder(), 20)
     optimistic, cache = model.offload.optimistic, next(iter(model.offload.expert_caches.values()))
-    cache.slots_of(np.array([0, 1]))
-    before = np.array(optimistic.slots()[0])
+    cache.slot_ids(np.array([0, 1]))
+    before = np.array(optimistic.slot_tables()[0])
     wait, calls = ReadPool.wait, iter(range(100))
 
     def failing(*arguments):  # type: ignore[no-untyped-def]
@@ -218,11 +218,11 @@ def test_an_interrupted_read_makes_no_assumption_wrong(
     with monkeypatch.context() as patch:
         patch.setattr(ReadPool, "wait", failing)
         with pytest.raises(KeyboardInterrupt):
-            cache.slots_of(np.array([after, after + 1]))
-    assert cache.slot_of[after] != before[after]
+            cache.slot_ids(np.array([after, after + 1]))
+    assert cache.slot_table[after] != before[after]
     chosen = np.full((7, 2), after)
     assert not optimistic.verify([mx.array(chosen)])  # of a graph that was given the old table
-    assert np.array(optimistic.slots()[0])[after] == cache.slot_of[after]
+    assert np.array(optimistic.slot_tables()[0])[after] == cache.slot_table[after]
 
 
 @pytest.mark.slow
@@ -318,15 +318,15 @@ def test_the_least_worth_makes_room(streamed: Streamed) -> None:
     model = streamed(pocket_folder(), 3)
     cache = next(iter(model.offload.expert_caches.values()))
     for pair in ((0, 1), (0, 1), (0, 2), (5, 0)):
-        cache.slots_of(np.array(pair))
+        cache.slot_ids(np.array(pair))
     assert sorted(cache.expert_in.tolist()) == [0, 1, 5]  # 1 was used twice, 2 once
     check_tables(cache)
 
 
 def check_tables(cache: ExpertCache) -> None:
     for slot, expert in enumerate(cache.expert_in):
-        assert expert < 0 or cache.slot_of[expert] == slot
-    assert (cache.slot_of >= 0).sum() == (cache.expert_in >= 0).sum()
+        assert expert < 0 or cache.slot_table[expert] == slot
+    assert (cache.slot_table >= 0).sum() == (cache.expert_in >= 0).sum()
 
 
 # ------------------------------------------------------------------------------ when files fail

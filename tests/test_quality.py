@@ -24,7 +24,7 @@ from mlx_kimi.convert.report.quality import Quality, measure, sample_ids, sample
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.evaluate import evaluate
 from mlx_kimi.loading.load import load_model
-from mlx_kimi.model.step import ForwardBatch
+from mlx_kimi.model.forward_batch import ForwardBatch
 from tests.checkpoints import CONFIGS, PUBLISHED_48B, WIDE, write_checkpoint
 from tests.processes import peak_memory
 from tests.tokenizer_files import trained_tokens, write_tiktoken

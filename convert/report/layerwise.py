@@ -15,10 +15,10 @@ from mlx_kimi.checkpoint.tensors import EMBEDDING, NORM, Join, Tensor, tensors
 from mlx_kimi.convert.blocks import TensorReader
 from mlx_kimi.convert.report.slices import Arrays, read, slices
 from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache
+from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kimi_linear import DecoderLayer
 from mlx_kimi.model.layers import RMSNorm
 from mlx_kimi.model.moe import Experts, MixtureOfExperts
-from mlx_kimi.model.step import ForwardBatch
 from mlx_kimi.model.weights import Weights
 from mlx_kimi.offload.optimistic import Residency
 
@@ -90,7 +90,7 @@ class ExpertsInSlices:
         _, out, width = stacks[0].shape
         self.step = max(1, EXPERTS // (4 * len(stacks) * out * width))
 
-    def after_norm(
+    def norm_and_forward(
         self, norm: RMSNorm, x: mx.array, residual: mx.array, residency: Residency | None
     ) -> tuple[mx.array, mx.array]:
         """As `MixtureOfExperts.after_norm`, with all experts in turn."""

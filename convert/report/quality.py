@@ -28,7 +28,7 @@ from mlx_kimi.defaults import PREFILL_STEP
 from mlx_kimi.evaluation.evaluate import Evaluation, first_tokens, windows
 from mlx_kimi.loading.match import check
 from mlx_kimi.loading.memory import needs
-from mlx_kimi.model.step import ForwardBatch
+from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.text.tokenizer import load_tokenizer
 
 FILE = "quality.json"

@@ -25,14 +25,14 @@ class Stats:
     generated_tokens: int
     time_to_first_token: float
     decode_time: float  # from the first token to the latest
-    host_time: float  # of this thread's processor, to submit the steps after the first token's
+    host_time: float  # this thread's CPU time to queue the steps after the first token's
     peak_memory: int  # bytes
     seed: int
     experts: Counts | None = None  # of the tokens after the first; None without a memory budget
 
     @property
     def prompt_speed(self) -> float:
-        """Prompt tokens read a second."""
+        """Prompt tokens read a second, the drawing of the first token included."""
         return (self.prompt_tokens - self.cached_tokens) / max(self.time_to_first_token, 1e-9)
 
     @property
@@ -83,13 +83,13 @@ class Answer:
         self.latest = time.perf_counter()
         self.first = self.first or self.latest
         reason: FinishReason | None = "length" if self.count >= self.limit else None
+        text = ""
         if token in self.stop_ids:
             reason = "stop"
         else:
             text = self.stop.add(self.detokenizer.add(token))
         if reason:
-            rest = self.stop.add(self.detokenizer.finish())
-            text = ("" if token in self.stop_ids else text) + rest + self.stop.finish()
+            text += self.stop.add(self.detokenizer.finish()) + self.stop.finish()
         if self.stop.met:
             reason = "stop"
         return Chunk(text, token, reason, self._stats())

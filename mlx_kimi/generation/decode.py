@@ -21,8 +21,8 @@ def prefill(
     """Read what `state` has not read of the prompt `ids`, `step` tokens at once.
 
     Returns:
-        The last layer's output for the last token, [1, 1, hidden], and how many tokens had been
-        read before.
+        The final hidden state of the last token, [1, 1, hidden], and how many tokens had been read
+        before.
 
     Raises:
         KimiError: `step` is out of range.
@@ -40,22 +40,23 @@ def prefill(
 
 
 def check_prefill_step(step: int) -> None:
-    """Refuse steps that no token or too many fit in: a kernel's arrays have 32-bit indices."""
+    """Refuse a step outside 1 to `PREFILL_STEP_LIMIT`."""
     if not 1 <= step <= PREFILL_STEP_LIMIT:
         raise KimiError(f"prefill_step must be from 1 to {PREFILL_STEP_LIMIT:,} but is {step:,}")
 
 
 def decode(state: TokenState, hidden: mx.array, sampler: Sampler, limit: int) -> Iterator[int]:
-    """Draw up to `limit` tokens, each of which `state` reads before the next is drawn.
+    """Yield up to `limit` tokens, of which `state` reads all but the last.
 
-    The device computes the next token while the caller handles this one. Under a memory budget a
-    step may wait for files: there it begins when the caller has handled the token.
+    The device computes the next token while the caller handles this one, which `state` has read by
+    then. Under a memory budget a step may wait for files: there a token is read when the caller
+    asks for the next.
 
     Args:
-        hidden: [1, 1, hidden], the last layer's output for the last token of `state`.
+        hidden: [1, 1, hidden], the final hidden state of the last token of `state`.
 
     Raises:
-        KimiError: the model's logits are NaN or infinity.
+        KimiError: the model's logits have NaN or +infinity.
     """
     waits_for_files = state.model.offload is not None
     draw = state.draw(hidden, sampler)

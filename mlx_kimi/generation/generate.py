@@ -50,13 +50,14 @@ def stream_generate(
         stop: strings that end the answer; they are not part of it.
         tools: JSON schemas of functions that the model may call, for the chat template.
         prefill_step: prompt tokens read at once, 65,536 at most. More is faster and takes memory.
-        latent_bits: 8 keeps the latents of MLA layers in 8 bits; a `state` has bits of its own.
+        latent_bits: 8 keeps the latents of MLA layers in 8 bits; ignored if `state` is given.
         progress: called with (tokens read, tokens of the prompt) before each prefill step.
-        state: of an earlier call, whose tokens are not read again.
+        state: of an earlier call, and updated by this one. What both prompts begin with is taken
+            from its snapshots, as far as they reach.
 
     Raises:
-        KimiError: the prompt is empty or longer than the model's context, an option is absurd, or
-            the model's logits are not finite.
+        KimiError: the prompt is empty or fills the model's context, an option is out of range, or
+            the model's logits have NaN or +infinity.
     """
     check_lengths(max_tokens, prefill_step)
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)

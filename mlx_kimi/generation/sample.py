@@ -16,7 +16,7 @@ class Sampling:
     """How a token is chosen. The order is: repetition penalty, temperature, top-k, top-p, min-p.
 
     `temp` 0 takes the most likely token. `top_k` 0, `top_p` 1, `min_p` 0 and
-    `repetition_penalty` 1 leave the distribution as it is. `seed` None draws one.
+    `repetition_penalty` 1 leave the distribution as it is. `seed` None takes 32 random bits.
     """
 
     temp: float = 0.0
@@ -44,7 +44,7 @@ class Draw(NamedTuple):
     """A token that was drawn, and that the device may still be computing."""
 
     token: mx.array  # [1]
-    lse: mx.array  # [1], the logsumexp of its logits: finite if all of them are
+    lse: mx.array  # [1], the logsumexp of its logits: finite unless one is NaN or +infinity
 
 
 class Sampler:

@@ -1,4 +1,4 @@
-"""What has been read of a conversation, and the states to go back to: nothing is read twice.
+"""The tokens that a cache has read, and snapshots of it, so that a common prefix is not read again.
 
 A recurrent state cannot be shortened, so going back means going to a snapshot. One is kept where
 every prompt begins and ends, and every few thousand tokens between.
@@ -60,9 +60,10 @@ class TokenState:
 
     # ------------------------------------------------------------------------------- moving on
     def read(self, ids: Sequence[int], output_wanted: bool = True) -> mx.array | None:
-        """Read more of a prompt: the last layer's output for the last token, [1, 1, hidden].
+        """Read more of a prompt: the final hidden state of its last token, [1, 1, hidden].
 
-        None where it is not wanted. Interrupted, tokens and cache stay as they were.
+        None where it is not wanted. Interrupted before all of it is queued, tokens and cache stay
+        as they were; then it counts as read.
         """
         last = None
         with self.atomic():
@@ -79,16 +80,16 @@ class TokenState:
         return last
 
     def draw(self, hidden: mx.array, sampler: Sampler) -> Draw:
-        """The token that follows `hidden` [1, T, hidden], submitted to the device."""
+        """The token that follows `hidden` [1, T, hidden], queued on the device."""
         logits = self.model.logits(hidden[:, -1])
         draw = Draw(sampler(logits), mx.logsumexp(logits, axis=-1))
         mx.async_eval(*draw, *caches.arrays(self.entries))
         return draw
 
     def step(self, draw: Draw, sampler: Sampler) -> tuple[int, Draw]:
-        """Read a token, submit the drawing of the next, and wait for the number of the first.
+        """Read a drawn token, queue the drawing of the next, and wait for the first one's id.
 
-        Interrupted, tokens and cache stay as they were.
+        Interrupted meanwhile, tokens and cache stay as they were.
         """
         with self.atomic():
             # Processor time: MLX lets a thread that is far ahead of the device wait in here.
@@ -104,7 +105,7 @@ class TokenState:
         """Wait for a token that was drawn.
 
         Raises:
-            KimiError: its logits are not finite.
+            KimiError: its logits have NaN or +infinity.
         """
         token = int(draw.token.item())  # type: ignore[arg-type]
         if not math.isfinite(draw.lse.item()):  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ RADIX = 8  # neighbours of one size class that merge into one of the next
 
 @dataclass
 class KDACache:
-    """The memory of a KDA layer: constant in size.
+    """The state of a KDA layer: constant in size.
 
     `lengths` holds the tokens read by each row. Before the first token the arrays are None.
     """
@@ -61,9 +61,12 @@ class KDACache:
 
 @dataclass(frozen=True)
 class Segment:
-    """Latents of consecutive tokens. NoPE attention needs no positions, so gaps may be masked."""
+    """Latents of consecutive tokens, padding among them as masked rows.
 
-    latents: mx.array  # [B, S, latent | shared key], or packed: [B, S, words]
+    Attention has no positional encoding, so a gap changes nothing.
+    """
+
+    latents: mx.array  # [B, S, latent | shared key], or packed [B, S, words] uint32
     valid: mx.array | None = None  # [B, S] bool, False for padding; None: there is none
     spare: int = 0  # rows at the end of the latents that hold no token yet; 0 where some are masked
 
@@ -122,7 +125,7 @@ class Segment:
 
 @dataclass
 class LatentCache:
-    """The memory of an MLA layer: one latent a token, in frozen segments and a short tail.
+    """The cache of an MLA layer: one latent a token, in frozen segments and a short tail.
 
     Only the tail is rebuilt when a token comes. A full tail is frozen; eight neighbouring segments
     of one size class merge into one of the next, so that a frozen token is copied at most three
@@ -160,7 +163,7 @@ class LatentCache:
         """Add latents [B, T, width]; `valid` [B, T] is False for padding, None: there is none."""
         new = Segment(latents, valid)
         tail = None if self.tail is None else self.tail.trimmed()
-        self._settle(new if tail is None else Segment.concatenate([tail, new]))
+        self._freeze_full(new if tail is None else Segment.concatenate([tail, new]))
 
     def roomy_tail(self, B: int, width: int, dtype: mx.Dtype) -> Segment:
         """The tail as [B, TAIL, width] latents, of a cache that is not masked."""
@@ -176,14 +179,14 @@ class LatentCache:
     def grow_tail(self, latents: mx.array) -> None:
         """Take the latents of `roomy_tail`, with one more token among them."""
         held = 0 if self.tail is None else self.tail.size
-        self._settle(Segment(latents, spare=TAIL - held - 1))
+        self._freeze_full(Segment(latents, spare=TAIL - held - 1))
 
-    def _settle(self, recent: Segment) -> None:
+    def _freeze_full(self, recent: Segment) -> None:
         """Freeze what is full of the latest tokens; the rest is the tail."""
         full = recent.size // TAIL * TAIL
         if full:
             new = recent if full == recent.size else recent.slice(0, full).copy()
-            self.frozen = _frozen(self.frozen, new.packed() if self.bits else new)
+            self.frozen = _merged(self.frozen, new.packed() if self.bits else new)
         if full == recent.size:
             self.tail = None
         else:
@@ -220,7 +223,7 @@ class LatentCache:
         """The entry of one batch made of the rows of several. Each must have read a token.
 
         Rows of different lengths are padded with masked positions. All entries have the same
-        `bits`; what was packed is not packed a second time, but for fewer than TAIL tokens.
+        `bits`; frozen latents are not packed a second time, but for fewer than TAIL of each row.
         """
         _all_filled([e.segments[0].latents if e.segments else None for e in entries])
         longest = max(entries, key=lambda entry: entry.positions)
@@ -234,7 +237,7 @@ class LatentCache:
         joined = LatentCache(
             tuple(n for entry in entries for n in entry.lengths), bits=longest.bits
         )
-        joined._settle(whole)
+        joined._freeze_full(whole)
         if joined.tail is not None and longest.tail is not None:
             _, _, width = longest.tail.latents.shape
             joined.tail = joined.tail.plain(width, longest.tail.latents.dtype)
@@ -282,8 +285,12 @@ def _size_class(segment: Segment) -> int:
     return level
 
 
-def _frozen(frozen: tuple[Segment, ...], new: Segment) -> tuple[Segment, ...]:
-    """`frozen` and `new` with size classes never increasing and fewer than eight of each."""
+def _merged(frozen: tuple[Segment, ...], new: Segment) -> tuple[Segment, ...]:
+    """`frozen` and `new`, merged so that size classes never increase from front to back.
+
+    Fewer than `RADIX` neighbours are of one class; those of the last one, from 131,072 tokens on,
+    are never merged.
+    """
     kept = list(frozen)
     level = _size_class(new)
     smaller = [s for s in kept if _size_class(s) < level]

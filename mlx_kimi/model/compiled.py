@@ -18,8 +18,8 @@ import numpy as np
 from mlx_kimi.metal_kernels.kernel import backend, is_traced
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
+from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.mla import MultiHeadLatentAttention
-from mlx_kimi.model.step import ForwardBatch
 from mlx_kimi.offload.optimistic import OptimisticResidency
 from mlx_kimi.offload.stats import Counts
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from mlx_kimi.model.kimi_linear import KimiLinear
 
 NOTHING_OFFLOADED = OptimisticResidency((), Counts(), np.zeros((0, 0), np.int64), np.zeros((0, 0)))
-KEPT = 4  # graphs: conversations that take turns have caches of other shapes
+MOST_GRAPHS = 4  # kept: conversations that take turns have caches of other shapes
 Arrays = list[list[mx.array]]  # of each entry
-# Of ids, a plan's arrays, the cache's and where experts are -> hidden, the cache's, the experts.
+# ids, the plan's arrays, the cache's arrays, slot tables -> hidden, the cache's arrays, experts
 Graph = Callable[
     [mx.array, tuple[mx.array, ...], Arrays, list[mx.array]],
     tuple[mx.array, Arrays, list[mx.array]],
@@ -43,20 +43,21 @@ class CompiledStep:
     """
 
     def __init__(self, model: KimiLinear) -> None:
-        # Its owner: without a cycle the weights are freed as soon as nobody holds the model.
+        # The model owns this: a strong reference would be a cycle, and free the weights later.
         self._model = weakref.ref(model)
         self._graphs: dict[tuple[object, ...], Graph] = {}  # by shapes, the latest last
         self._warm = False
 
     def takes(self, cache: Sequence[CacheEntry]) -> bool:
-        """Whether a step from this cache has shapes that stay: the ops form of MLA has not."""
+        """Whether a graph may decode the next token: kernels run, nothing is padding, every MLA
+        layer has its kernel, and the experts are likely in memory."""
         return (
             is_traced()
             and all(
                 entry.lengths and not (isinstance(entry, LatentCache) and entry.is_masked)
                 for entry in cache
             )
-            and self._suited
+            and self._has_mla_kernels
             and self._experts_are_known(len(cache[0].lengths))
         )
 
@@ -66,7 +67,7 @@ class CompiledStep:
         return offload is None or (B == 1 and offload.optimistic.should_try())
 
     @cached_property
-    def _suited(self) -> bool:
+    def _has_mla_kernels(self) -> bool:
         attentions = [layer.self_attn for layer in self._owner.layers]
         return all(
             attention.decode_unsupported_reason(LatentCache()) is None
@@ -75,7 +76,7 @@ class CompiledStep:
         )
 
     def __call__(self, ids: mx.array, cache: Sequence[CacheEntry]) -> mx.array:
-        """ids [B, 1] -> [B, 1, hidden]; the entries' arrays move on, their lengths do not."""
+        """ids [B, 1] -> [B, 1, hidden]; updates the cache's arrays, not its lengths."""
         latents = [entry for entry in cache if isinstance(entry, LatentCache)]
         plan = latents[0].plan() if latents else SplitKVPlan.of(1, TAIL, [])
         frozen = [segment.size for segment in latents[0].frozen] if latents else []
@@ -86,9 +87,9 @@ class CompiledStep:
             self._warm_up(ids, cache)
             graph = _compiled(self._model, plan.splits, bits)
         given = self._arrays(ids.shape[0], cache)
-        hidden, arrays, choices = graph(ids, plan.arrays, given, self._optimistic.slots())
+        hidden, arrays, choices = graph(ids, plan.arrays, given, self._optimistic.slot_tables())
         self._graphs[shapes] = graph
-        if len(self._graphs) > KEPT:
+        if len(self._graphs) > MOST_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
         if choices:
             mx.async_eval(hidden, arrays)
@@ -124,7 +125,8 @@ class CompiledStep:
         ]
 
     def _warm_up(self, ids: mx.array, cache: Sequence[CacheEntry]) -> None:
-        """Evaluate what a model computes once, so that the graph does not compute it every time."""
+        """Run a step without a graph, which computes the arrays that layers cache at first use:
+        within a graph they would be computed at every token."""
         if not self._warm:
             mx.eval(self._layer_by_layer(ids, [entry.snapshot() for entry in cache]))
             self._warm = True
@@ -140,17 +142,17 @@ def _compiled(
         if isinstance(kind, KDACache):
             return KDACache((), *arrays)
         tail, *frozen = arrays
-        # How full the tail is, the plan's array says: no number of this token is in the graph.
+        # The plan's array says how full the tail is; `spare` here only gives the graph its shape.
         return LatentCache((), tuple(map(Segment, frozen)), Segment(tail, spare=TAIL), bits)
 
     def step(
-        ids: mx.array, plan: tuple[mx.array, ...], arrays: Arrays, slots: list[mx.array]
+        ids: mx.array, plan: tuple[mx.array, ...], arrays: Arrays, slot_tables: list[mx.array]
     ) -> tuple[mx.array, Arrays, list[mx.array]]:
         owner = model()
         assert owner is not None
         cache = [entry(*pair) for pair in zip(owner.make_cache(), arrays, strict=True)]
         optimistic = owner.offload.optimistic if owner.offload else NOTHING_OFFLOADED
-        residency = optimistic.begin(slots)
+        residency = optimistic.begin(slot_tables)
         batch = ForwardBatch(plan=SplitKVPlan(plan, splits), residency=residency)
         hidden = owner.run(ids, cache, batch)
         arrays = [e.arrays() if isinstance(e, KDACache) else e.arrays()[-1:] for e in cache]

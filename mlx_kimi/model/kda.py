@@ -1,4 +1,4 @@
-"""Kimi Delta Attention: its memory is one matrix a head (arXiv 2510.26692, equation 10)."""
+"""Kimi Delta Attention: its state is one matrix a head (arXiv 2510.26692, equation 10)."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class KimiDeltaAttention(nn.Module):
         self.o_proj = weights.linear("o_proj")
 
     def __call__(self, x: mx.array, cache: KDACache, lengths: mx.array | None = None) -> mx.array:
-        """x [B, T, hidden] -> [B, T, hidden]; `cache` moves T tokens on.
+        """x [B, T, hidden] -> [B, T, hidden]; updates `cache` by these T tokens.
 
-        `lengths` [B] are the tokens of each row that are no padding; None: all T.
+        `lengths` [B] int32 are the tokens of each row that are no padding; None: all T.
         """
         B, T, _ = x.shape
         if (
@@ -57,7 +57,7 @@ class KimiDeltaAttention(nn.Module):
         ):
             return self._decode(x, cache)
         y = self.in_proj.joined(x)
-        f_a, g_a = mx.split(y, self._ends, axis=-1)[1:3]
+        f_a, g_a = mx.split(y, self.in_proj.ends, axis=-1)[1:3]  # (kda_prepare takes the rest)
         tail, state = self._memory(cache, B, y.dtype)
         f, g = self.f_b_proj(f_a), self.g_b_proj(g_a)
         given = kda_prepare(Projected(y, f, self.taps, tail, lengths, self.A_log, self.dt_bias))
@@ -66,22 +66,18 @@ class KimiDeltaAttention(nn.Module):
         return self.o_proj(kda_finish(o, g, self.o_norm.weight, self.o_norm.eps))
 
     def implementations(self) -> list[tuple[str, str, str]]:
-        """For a step of one, few and many tokens: how many, what runs, and why."""
+        """Which implementation runs for how many tokens, and why: for `info --kernels`."""
         reason = decode_unsupported_reason(self._for_decode, self.head_dim)
         few = chosen_implementation(2, self.head_dim, self.head_dim)
         many = chosen_implementation(CHUNKED_FROM, self.head_dim, self.head_dim)
         return [
-            ("1 token", "ops form", reason) if reason else ("1 token", "kda_decode", "its domain"),
+            ("1 token", "ops form", reason)
+            if reason
+            else ("1 token", "kda_decode", "supported shapes"),
             (f"2 to {CHUNKED_FROM - 1} tokens", few.name, few.why),
             (f"{CHUNKED_FROM} tokens or more", many.name, many.why),
             ("2 tokens or more", *prepared_by(self.in_proj.width, self.head_dim)),
         ]
-
-    @property
-    def _ends(self) -> list[int]:
-        """Of q | k | v, f_a and g_a in the input projections; b is the rest."""
-        qkv, rank = self.taps.shape[1], self.f_b_proj.matrix.columns
-        return [qkv, qkv + rank, qkv + 2 * rank]
 
     def _memory(self, cache: KDACache, B: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """The convolution's tail and the state; zeros before the first token."""

@@ -14,19 +14,19 @@ from mlx_kimi.checkpoint.config import Layer, ModelConfig
 from mlx_kimi.metal_kernels.attention import SubmitLimit
 from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache
 from mlx_kimi.model.compiled import CompiledStep
+from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kda import KimiDeltaAttention
 from mlx_kimi.model.layers import MLP, RMSNorm
 from mlx_kimi.model.mla import MultiHeadLatentAttention
 from mlx_kimi.model.moe import MixtureOfExperts
-from mlx_kimi.model.step import ForwardBatch
 from mlx_kimi.model.weights import Weights
 
 if TYPE_CHECKING:
     from mlx_kimi.offload.offload import ExpertOffload
 
-# Tokens from which half a layer is submitted as soon as it is built: the device works while the
-# host builds the next half. Two halves may be submitted at a time, and hold the memory they work
-# in; from a length on, where latents take more, one.
+# Tokens of a step from which each half of a layer is queued as soon as it is built: the device
+# works while the host builds the next. Two halves are queued at a time, each with the memory it
+# works in; from ONE_BY_ONE_FROM tokens of context on, where latents take more, one.
 SUBMITTED_FROM = 128
 ONE_BY_ONE_FROM = 16_384
 
@@ -34,9 +34,9 @@ ONE_BY_ONE_FROM = 16_384
 class DecoderLayer(nn.Module):
     """h = x + Attention(RMSNorm(x));  y = h + FeedForward(RMSNorm(h)).
 
-    A sum is made where it is normalised, so that both take one launch: between layers and their
-    halves go `x`, what the latest half gave, and `residual`, the stream that x is still to be
-    added to; None before the first layer. Both are [B, T, hidden].
+    A residual addition and the norm after it are one launch. Layers and their halves therefore pass
+    two arrays, both [B, T, hidden]: `x`, the output of the latest half, and `residual`, the stream
+    that x has not been added to yet; None before the first layer.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: mx.array, residual: mx.array | None, entry: CacheEntry, batch: ForwardBatch
     ) -> tuple[mx.array, mx.array]:
-        """x and residual before the layer -> after it; `entry` moves on."""
+        """x and residual before the layer -> after it; updates `entry`."""
         x, residual = self.attention(x, residual, entry, batch)
         return self.feed_forward(x, residual, batch)
 
@@ -82,7 +82,7 @@ class DecoderLayer(nn.Module):
         return x, residual
 
     def attend(self, normed: mx.array, entry: CacheEntry, batch: ForwardBatch) -> mx.array:
-        """KDA or MLA alone: [B, T, hidden] -> the same; of some heads, their part of the sum."""
+        """KDA or MLA alone: [B, T, hidden] -> the same; on one of several ranks, its part."""
         if isinstance(self.self_attn, KimiDeltaAttention):
             assert isinstance(entry, KDACache)
             return self.self_attn(normed, entry, batch.lengths)
@@ -94,7 +94,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """The second half of a call."""
         norm = self.post_attention_layernorm
-        x, residual = self.mlp.after_norm(norm, x, residual, batch.residency)
+        x, residual = self.mlp.norm_and_forward(norm, x, residual, batch.residency)
         x = self.reduce(x)
         batch.submit(x, residual)
         return x, residual
@@ -103,7 +103,8 @@ class DecoderLayer(nn.Module):
 class KimiLinear(nn.Module):
     """The model of one folder. Heads and experts are counted from the weights it is given.
 
-    Several threads may use it, each with a cache of its own: they take turns, a step each.
+    Several threads may use it, each with a cache of its own: `hidden`, `advance`, a call and
+    `first_not_finite` take turns, a forward pass each.
     """
 
     def __init__(
@@ -138,11 +139,11 @@ class KimiLinear(nn.Module):
         cache: list[CacheEntry] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> mx.array:
-        """ids [B, T] -> logits [B, T, vocab]; `cache` moves on by these tokens.
+        """ids [B, T] -> logits [B, T, vocab]; updates `cache` by these tokens.
 
         Args:
             cache: from `make_cache`; None reads the tokens from nothing.
-            lengths: [B], how many tokens of each row are valid; the rest is padding on the right,
+            lengths: [B], how many of the T tokens are valid; the rest is padding on the right,
                 whose logits mean nothing. None: all T.
         """
         return self.logits(self.hidden(ids, cache, lengths))
@@ -153,26 +154,26 @@ class KimiLinear(nn.Module):
         cache: list[CacheEntry] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> mx.array:
-        """Like a call, but up to the last norm: ids [B, T] -> [B, T, hidden]."""
+        """ids [B, T] -> final hidden states [B, T, hidden]: after the last norm, before lm_head."""
         B, T = ids.shape
-        valid = [T] * B if lengths is None else [int(length) for length in lengths]
+        counts = [T] * B if lengths is None else [int(length) for length in lengths]
         cache = self.make_cache() if cache is None else cache
         with self._turn:
-            if min(valid) < T:
-                x = self.run(ids, cache, ForwardBatch.padded(T, valid))
+            if min(counts) < T:
+                x = self.run(ids, cache, ForwardBatch.padded(T, counts))
             elif T == 1 and self.compiled.takes(cache):
                 x = self.compiled(ids, cache)
             else:
                 x = self.run(ids, cache, ForwardBatch())
             self._finish(x)
-            _count(cache, valid)
+            _advance_lengths(cache, counts)
         return x
 
     def advance(self, ids: mx.array, cache: list[CacheEntry]) -> None:
-        """Move `cache` on by ids [B, T], whose output nobody wants."""
+        """Update `cache` by ids [B, T], whose output is not needed."""
         with self._turn:
-            self._finish(*self._through_layers(ids, cache, ForwardBatch(), output_wanted=False))
-            _count(cache, [ids.shape[1]] * ids.shape[0])
+            self._finish(*self._forward_layers(ids, cache, ForwardBatch(), output_wanted=False))
+            _advance_lengths(cache, [ids.shape[1]] * ids.shape[0])
 
     def _finish(self, *results: mx.array) -> None:
         """Wait for a step that reads slots which the next one, of any thread, may write.
@@ -184,11 +185,14 @@ class KimiLinear(nn.Module):
             self.offload.optimistic.end_step()
 
     def run(self, ids: mx.array, cache: Sequence[CacheEntry], batch: ForwardBatch) -> mx.array:
-        """ids [B, T] -> [B, T, hidden]; the entries' arrays move on, their lengths do not."""
-        x, residual = self._through_layers(ids, cache, batch)
+        """ids [B, T] -> final hidden states [B, T, hidden]; updates arrays, not lengths.
+
+        `hidden` and `advance` count the tokens, and take turns.
+        """
+        x, residual = self._forward_layers(ids, cache, batch)
         return self.norm.add_norm(x, residual)[0]
 
-    def _through_layers(
+    def _forward_layers(
         self,
         ids: mx.array,
         cache: Sequence[CacheEntry],
@@ -197,7 +201,7 @@ class KimiLinear(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """ids [B, T] -> x and residual [B, T, hidden] after the last layer.
 
-        Where no output is wanted, after its attention: its experts would be read for nothing.
+        Where no output is wanted, after that layer's attention: its experts would be for nothing.
         """
         if ids.shape[1] > 1 and ids.size >= SUBMITTED_FROM:  # (one token may be in a graph)
             batch = replace(batch, submit_limit=_submit_limit(cache, ids.shape[1]))
@@ -212,18 +216,23 @@ class KimiLinear(nn.Module):
     def first_not_finite(self, ids: mx.array) -> str | None:
         """Where NaN or infinity first comes up when ids [B, T] are read from nothing.
 
-        `layers.3.mlp`, or another module's path; None: nowhere.
+        `layers.3.mlp`, or another module's path, whose output or residual sum is not finite; None:
+        nowhere.
         """
+        with self._turn:
+            return self._first_not_finite(ids)
+
+    def _first_not_finite(self, ids: mx.array) -> str | None:
         cache, batch = self.make_cache(), ForwardBatch()
         x, residual = self.embed_tokens.rows(ids), None
         if not _is_finite(x):
             return "embed_tokens"
         for number, (layer, entry) in enumerate(zip(self.layers, cache, strict=True)):
             x, residual = layer.attention(x, residual, entry, batch)
-            if not _is_finite(x):
+            if not _is_finite(x + residual):
                 return f"layers.{number}.self_attn"
             x, residual = layer.feed_forward(x, residual, batch)
-            if not _is_finite(x):
+            if not _is_finite(x + residual):
                 return f"layers.{number}.mlp"
         hidden, _ = self.norm.add_norm(x, residual)
         if not _is_finite(hidden):
@@ -255,7 +264,7 @@ def _submit_limit(cache: Sequence[CacheEntry], T: int) -> SubmitLimit:
     return SubmitLimit(1 if length < ONE_BY_ONE_FROM else 0)
 
 
-def _count(cache: Sequence[CacheEntry], tokens: Sequence[int]) -> None:
+def _advance_lengths(cache: Sequence[CacheEntry], tokens: Sequence[int]) -> None:
     """Note that the entries have read so many more tokens of each row."""
     for entry in cache:
         before = entry.lengths or (0,) * len(tokens)

@@ -52,7 +52,7 @@ class MLP(nn.Module):
         self.gate_up = FusedLinear([[weights.linear("gate_proj")], [weights.linear("up_proj")]])
         self.down_proj = weights.linear("down_proj")
 
-    def after_norm(
+    def norm_and_forward(
         self, norm: RMSNorm, x: mx.array, residual: mx.array, residency: Residency | None
     ) -> tuple[mx.array, mx.array]:
         """x, residual [B, T, hidden] -> the MLP of the norm of their sum, and the sum."""
@@ -60,6 +60,6 @@ class MLP(nn.Module):
         return self(normed), residual
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x [..., hidden] -> [..., hidden]. With a slice of the columns, a part of the sum."""
+        """x [..., hidden] -> [..., hidden]. On one of several ranks, its part of the sum."""
         gate, up = self.gate_up(x)
         return self.down_proj(swiglu(gate, up))

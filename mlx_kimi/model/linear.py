@@ -59,8 +59,8 @@ class Linear(nn.Module):
     def _is_refused_by_mlx(self) -> bool:
         """Whether MLX's product on NVIDIA GPUs does not take this quantized matrix.
 
-        Of stacks it multiplies only some, by one row; of rows of up to 128 columns it reads what is
-        beyond them: results may be NaN, and with 64 rows of x the whole process may fail.
+        It multiplies stacks in some cases of one row only. With 128 columns or fewer in W it reads
+        beyond its rows: results may be NaN, and with 64 rows of x the whole process may fail.
         """
         return mx.cuda.is_available() and (self.weight.ndim > 2 or self.matrix.columns <= 128)
 
@@ -146,7 +146,8 @@ class FusedLinear(nn.Module):
         return [mx.concatenate([next(outputs) for _ in range(n)], axis=-1) for n in self.sizes]
 
     def members(self) -> list[Linear]:
-        """The groups one by one; of a joined matrix, views of its rows."""
+        """The matrices of groups of one matrix each; of a joined one, views of its rows."""
+        assert set(self.sizes) == {1}
         if len(self.parts) > 1:
             return self.parts
         whole = self.parts[0]

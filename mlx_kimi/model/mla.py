@@ -65,18 +65,19 @@ class MultiHeadLatentAttention(nn.Module):
         plan: SplitKVPlan | None = None,
         submit_limit: SubmitLimit | None = None,
     ) -> mx.array:
-        """x [B, T, hidden] -> [B, T, hidden]; `cache` takes up T latents.
+        """x [B, T, hidden] -> [B, T, hidden]; updates `cache` by these T tokens.
 
         Args:
             valid: [B, T] bool, False for padding; None: there is none.
-            plan: that of `cache`, for one token; None: it is made here.
-            submit_limit: takes the work on each block of KV positions; None: one of this call's.
+            plan: how the decode kernel divides the cached positions, the same for all MLA layers
+                of a step; None: it is made here.
+            submit_limit: queues the work on each block of KV positions; None: one for this call.
         """
         B, T, _ = x.shape
         if T == 1 and valid is None and self.decode_unsupported_reason(cache) is None:
             return self._decode(x, cache, plan or cache.plan())
         heads = self.embed_q.weight.shape[0]
-        x = self.in_proj.joined(x)
+        x = self.in_proj.joined(x)  # (mla_prefill reads the queries at the front of each row)
         q, latent, shared = mx.split(x, [-self.width, self.lora - self.width], axis=-1)
         past = cache.positions
         cache.append(mx.concatenate([self.kv_a_layernorm(latent), shared], axis=-1), valid)
@@ -90,13 +91,13 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(o.transpose(0, 2, 1, 3).reshape(B, T, -1))
 
     def implementations(self) -> list[tuple[str, str, str]]:
-        """For a step of one, few and many tokens: how many, what runs, and why."""
+        """Which implementation runs for how many tokens, and why: for `info --kernels`."""
         reason = self.decode_unsupported_reason(LatentCache())
         many_reason = self.prefill_unsupported_reason(LatentCache())
         return [
             ("1 token", "ops form", reason)
             if reason
-            else ("1 token", "mla_query, mla_attend, mla_output", "its domain"),
+            else ("1 token", "mla_query, mla_attend, mla_output", "supported shapes"),
             (f"2 to {EXPAND_FROM - 1} tokens", "ops form", "absorbed"),
             (
                 f"{EXPAND_FROM} tokens or more",
@@ -115,11 +116,11 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(y[:, None])
 
     def decode_unsupported_reason(self, cache: LatentCache) -> str | None:
-        """Why one token takes the way of many; None: `mla_decode` takes it."""
+        """Why the decode kernel cannot run; None: it can."""
         return _kernels_unsupported_reason(cache) or self._unsupported_reason
 
     def prefill_unsupported_reason(self, cache: LatentCache) -> str | None:
-        """Why many tokens take MLX operations; None: `mla_prefill` takes them."""
+        """Why the prefill kernel cannot run; None: it can."""
         sizes = (self.nope, self.width - self.lora, self.unembed_out.out_features)
         return _kernels_unsupported_reason(cache) or mla_prefill.unsupported_reason(
             self.lora, *sizes

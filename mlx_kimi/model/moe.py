@@ -28,8 +28,8 @@ from mlx_kimi.offload.optimistic import Residency
 if TYPE_CHECKING:
     from mlx_kimi.model.weights import Weights
 
-# Rows of (token, expert) from which sorting them by expert pays: each expert's matrix is then
-# read once and multiplies all of its rows.
+# Pairs (token, expert) from which sorting them by expert pays: each expert's matrix is then read
+# once and multiplies all of its tokens.
 SORT_FROM = 64
 
 
@@ -53,12 +53,12 @@ class Router(nn.Module):
         """
         return naive_expert_select(self.gate(x.astype(mx.float32)), *self._rule())
 
-    def after_norm(
+    def norm_and_route(
         self, norm: RMSNorm, x: mx.array, residual: mx.array
     ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """The norm of `x + residual`, the sum, and the norm's experts and weights [B, k].
+        """x, residual [N, hidden] -> the norm of their sum, the sum, experts, weights; two kernels.
 
-        x, residual [B, hidden]. In two kernels.
+        Norm and sum are [N, hidden]; the chosen experts [N, k] int32; their weights [N, k] float32.
         """
         total, normed, logits = add_norm_scores(
             residual, x, norm.weight, norm.eps, self.gate.matrix
@@ -89,7 +89,8 @@ class Experts(nn.Module):
     ) -> mx.array:
         """The weighted sum of each token's experts, and the `shared` one's output.
 
-        x, shared [N, hidden]; experts, weights [N, k] -> [N, hidden] in x's dtype.
+        x, shared [N, hidden]; experts [N, k] as places in the stacks, weights [N, k] float32 ->
+        [N, hidden] in x's dtype.
         """
         k, flat = experts.shape[-1], experts.reshape(-1)
         if experts.size < SORT_FROM:
@@ -144,8 +145,9 @@ class MixtureOfExperts(nn.Module):
     """The weighted sum of the chosen experts, plus the shared experts unweighted.
 
     With an `expert_cache` the stacks hold only some experts, and an expert's place in them is its
-    slot. One token is then computed as it is without; many tokens are computed one expert after
-    another, so that each is read once. The form of a product never depends on what is in memory.
+    slot. One token runs the usual kernels on slots; many tokens are computed expert by expert, so
+    that each is read once a layer. Which operations run never depends on what is in memory: every
+    memory budget gives the same bits.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
@@ -160,7 +162,7 @@ class MixtureOfExperts(nn.Module):
         self.kernels = DecodeMoE(self.router, self.switch_mlp, self.shared_experts)
 
     def implementations(self) -> list[tuple[str, str, str]]:
-        """For a step of few and many tokens: how many, what runs, and why."""
+        """Which implementation runs for how many tokens, and why: for `info --kernels`."""
         few, many = f"1 to {LARGEST_BATCH} tokens", "sorted by expert"
         if self.expert_cache:
             few, many = "1 token", "one expert after another, from the files"
@@ -168,7 +170,11 @@ class MixtureOfExperts(nn.Module):
         return [
             (few, "ops form", reason)
             if reason
-            else (few, "add_norm_scores, expert_select, expert_gate_up, expert_down", "its domain"),
+            else (
+                few,
+                "add_norm_scores, expert_select, expert_gate_up, expert_down",
+                "supported shapes",
+            ),
             ("more tokens", "ops form", f"{many}, then expert_combine"),
         ]
 
@@ -181,7 +187,7 @@ class MixtureOfExperts(nn.Module):
         """Whether the host waits for the router here, and maybe for files; never within a graph."""
         return not (self.expert_cache is None or self.expert_cache.holds_all or residency)
 
-    def after_norm(
+    def norm_and_forward(
         self, norm: RMSNorm, x: mx.array, residual: mx.array, residency: Residency | None
     ) -> tuple[mx.array, mx.array]:
         """x, residual [B, T, hidden] -> the experts of the norm of their sum, and the sum."""
@@ -189,17 +195,17 @@ class MixtureOfExperts(nn.Module):
         few = not self._is_part and (tokens == 1 or not self.expert_cache)
         if few and self.kernels.unsupported_reason(tokens) is None:
             rows = (y.reshape(-1, x.shape[-1]) for y in (x, residual))
-            normed, total, experts, weights = self.router.after_norm(norm, *rows)
-            y = self.kernels(normed, self._slots(experts, residency), weights)
+            normed, total, experts, weights = self.router.norm_and_route(norm, *rows)
+            y = self.kernels(normed, self._slot_ids(experts, residency), weights)
             self._submit(y, residency)
             return y.reshape(x.shape), total.reshape(x.shape)
         normed, residual = norm.add_norm(x, residual)
         return self(normed, residency), residual
 
     def __call__(self, x: mx.array, residency: Residency | None = None) -> mx.array:
-        """x [B, T, hidden] -> [B, T, hidden]. With a range of the experts, its part of the sum.
+        """x [B, T, hidden] -> [B, T, hidden]. On one of several ranks, its part of the sum.
 
-        residency: where a graph takes the experts to be; None: they are looked up, and read.
+        residency: the assumed slots, within a graph; None: experts are looked up, and read.
         """
         experts, weights = self.router(x)
         if self._is_part:
@@ -215,25 +221,21 @@ class MixtureOfExperts(nn.Module):
         if self.expert_cache and len(rows) > 1:
             y = self._by_expert(self.expert_cache, rows, experts, weights, shared)
         else:
-            y = self.switch_mlp(rows, self._slots(experts, residency), weights, shared)
+            y = self.switch_mlp(rows, self._slot_ids(experts, residency), weights, shared)
             self._submit(y, residency)
         return y.reshape(x.shape)
 
-    def _slots(self, experts: mx.array, residency: Residency | None) -> mx.array:
+    def _slot_ids(self, experts: mx.array, residency: Residency | None) -> mx.array:
         """One token's experts [1, k] -> where they are in the stacks, once they are there."""
         if self.expert_cache is None or self.expert_cache.holds_all:
             return experts
         if residency:
-            return residency.slots_of(self.expert_cache, experts)
+            return residency.slot_ids(self.expert_cache, experts)
         chosen = np.array(experts[0]).astype(np.int64)
-        return mx.array(self.expert_cache.slots_of(chosen)[None], mx.int32)
+        return mx.array(self.expert_cache.slot_ids(chosen)[None], mx.int32)
 
     def _submit(self, y: mx.array, residency: Residency | None) -> None:
-        """Queue the work that reads slots now, before any later step can be queued.
-
-        A device works in order: once a later result is there, the slots were read and may be
-        written.
-        """
+        """Queue what reads slots before anything later; `ExpertCache.slot_ids` says why."""
         if self._waits(residency):
             mx.async_eval(y)
 
@@ -249,7 +251,7 @@ class MixtureOfExperts(nn.Module):
         chosen = np.array(experts).astype(np.int64)
         k, flat = chosen.shape[1], chosen.reshape(-1)
         order = np.argsort(flat, kind="stable")  # of (token, expert) pairs, by expert
-        ends = np.searchsorted(flat[order], np.arange(len(cache.slot_of) + 1))
+        ends = np.searchsorted(flat[order], np.arange(len(cache.slot_table) + 1))
 
         def pairs(expert: int) -> npt.NDArray[np.int64]:
             return order[ends[expert] : ends[expert + 1]]

@@ -23,7 +23,7 @@ class Weights:
         first_expert: int = 0,
         expert_caches: Mapping[str, ExpertCache] = MappingProxyType({}),
     ) -> None:
-        """`first_expert` is the number of the first in the stacks.
+        """`first_expert`: which of all routed experts is the first in this rank's stacks.
 
         `expert_caches`: of the stacks that hold only some experts at a time, by the stacks' path.
         """

@@ -26,7 +26,7 @@ class ExpertCache:
     """Slots that hold experts of one layer; `arrays` are stacks of them for the expert kernels.
 
     The arrays' own memory is written into. That is right only while no step that was submitted
-    may still read the slot: `slots_of` and `for_each_expert` say how each of them makes sure.
+    may still read the slot: `slot_ids` and `for_each_expert` say how each of them makes sure.
     """
 
     def __init__(
@@ -35,15 +35,16 @@ class ExpertCache:
         slots: int,
         readers: ReadPool,
         counts: Counts,
-        slot_of: npt.NDArray[np.int64],
+        slot_table: npt.NDArray[np.int64],
         scores: npt.NDArray[np.float64],
     ) -> None:
         """`slots` of them, at least as many as a token has experts.
 
-        slot_of, scores: [experts], this layer's rows of two tables that all expert caches share.
+        slot_table, scores: [experts], this layer's rows of two tables of the whole model.
+        `slot_table` is expert -> slot, or EMPTY.
         """
         self.stacks, self.readers, self.counts = stacks, readers, counts
-        self.slot_of, self.lrfu = slot_of, LRFU(scores)
+        self.slot_table, self.lrfu = slot_table, LRFU(scores)
         self.expert_in = np.full(slots, EMPTY)
         self.arrays: dict[str, mx.array] = {}
         self._views: list[Bytes] = []
@@ -60,25 +61,26 @@ class ExpertCache:
 
     @property
     def holds_all(self) -> bool:
-        return self.slots == len(self.slot_of)
+        """Whether every expert has a slot of its own."""
+        return self.slots == len(self.slot_table)
 
     def fill(self) -> None:
         """Read every expert, where there is a slot for each."""
         self._finish(self._start(np.arange(self.slots), needed=np.arange(0)), Counts())
 
     # ---------------------------------------------------------------------------- one token
-    def slots_of(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def slot_ids(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """One token's experts [k] -> the slots [k] that hold them, read if they must be.
 
-        Whoever knows what this token chose has waited for the step that chose it. All that reads
-        slots was submitted before it, to the same queue: nothing reads the ones written now.
+        It is safe to overwrite slots here: `chosen` was read back from the device, which works in
+        order, so all that was queued before the router is done, earlier reads of slots included.
         """
         self.lrfu.note(chosen[None])
-        absent = chosen[self.slot_of[chosen] == EMPTY]
+        absent = chosen[self.slot_table[chosen] == EMPTY]
         self.counts.lookups += len(chosen)
         if len(absent):
             self._finish(self._start(absent, needed=chosen), self.counts)
-        return self.slot_of[chosen]
+        return self.slot_table[chosen]
 
     # ---------------------------------------------------------------------------- many tokens
     def for_each_expert(
@@ -95,8 +97,8 @@ class ExpertCache:
         """
         self.lrfu.note(chosen)
         needed = np.unique(chosen)
-        present = needed[self.slot_of[needed] != EMPTY]
-        absent = needed[self.slot_of[needed] == EMPTY]
+        present = needed[self.slot_table[needed] != EMPTY]
+        absent = needed[self.slot_table[needed] == EMPTY]
         absent = absent[np.argsort(self.lrfu.scores[absent], kind="stable")]
         self.counts.lookups += len(needed)
         visited: list[int] = []
@@ -105,7 +107,7 @@ class ExpertCache:
 
         def submit(experts: npt.NDArray[np.int64]) -> None:
             for expert in experts.tolist():
-                slot = int(self.slot_of[expert])
+                slot = int(self.slot_table[expert])
                 from_slot[slot] = compute(expert, slot)
                 visited.append(expert)
                 outputs.append(from_slot[slot])
@@ -131,13 +133,13 @@ class ExpertCache:
     ) -> list[tuple[int, int, list[Future[int]]]]:
         """Begin to read `experts` into the slots worth least, but none of what is `needed`."""
         self.readers.settle(self._reads)  # (of a step that failed or was interrupted)
-        slots = self._to_evict(len(experts), needed)
+        slots = self._slots_to_fill(len(experts), needed)
         if from_slot:
             mx.eval([from_slot.pop(slot) for slot in slots if slot in from_slot])
         started = []
         for expert, slot in zip(experts.tolist(), slots, strict=True):
             if self.expert_in[slot] != EMPTY:  # if reading fails, the slot holds nothing
-                self.slot_of[self.expert_in[slot]] = EMPTY
+                self.slot_table[self.expert_in[slot]] = EMPTY
                 self.expert_in[slot] = EMPTY
             reads = [
                 self.readers.start(partial(stack.read, expert, view[slot]), self._reads)
@@ -154,15 +156,15 @@ class ExpertCache:
         for expert, slot, reads in started:
             what = f"{self._what}: expert {expert}"
             counts.bytes_read += self.readers.wait(reads, what)
-            self.slot_of[expert], self.expert_in[slot] = slot, expert
+            self.slot_table[expert], self.expert_in[slot] = slot, expert
         self._reads.clear()
         counts.misses += len(started)
         counts.stall_time += time.perf_counter() - began
 
-    def _to_evict(self, count: int, needed: npt.NDArray[np.int64]) -> list[int]:
+    def _slots_to_fill(self, count: int, needed: npt.NDArray[np.int64]) -> list[int]:
         """The slots whose experts are worth least, empty ones first, and none of what is needed."""
         scores = np.where(self.expert_in == EMPTY, -1.0, self.lrfu.scores[self.expert_in])
-        kept = self.slot_of[needed]
+        kept = self.slot_table[needed]
         scores[kept[kept != EMPTY]] = np.inf
         return np.argsort(scores, kind="stable")[:count].tolist()
 

@@ -52,7 +52,7 @@ class ExpertFiles:
     """The open files of a folder that hold routed experts."""
 
     def __init__(self) -> None:
-        # (No checkpoint: it would keep the arrays that it has read.)
+        # (Not the checkpoint: it would keep the arrays that it has read in memory.)
         self._files: dict[str, OpenFile] = {}
 
     def stack(

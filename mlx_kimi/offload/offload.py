@@ -23,7 +23,7 @@ class ExpertOffload:
         bounds_context: whether the budget, and not the model, says how long a text may be.
         expert_caches: by the path of the stacks, `model.layers.3.mlp.switch_mlp`.
         slots: of each expert cache.
-        optimistic: that a token's experts are in memory, where not all are.
+        optimistic: decodes a token as if its experts were in memory, and verifies it after.
     """
 
     def __init__(
@@ -38,17 +38,17 @@ class ExpertOffload:
         weakref.finalize(self, _close, files, self.readers)
         CACHE_LIMIT.while_alive(self)
         experts = max((len(s.places) for stacks in layers.values() for s in stacks), default=0)
-        slot_of = np.full((len(layers), experts), EMPTY)
+        slot_table = np.full((len(layers), experts), EMPTY)
         scores = np.zeros((len(layers), experts))
         self.expert_caches = {
             path: ExpertCache(stacks, slots, self.readers, self.counts, *rows)
-            for (path, stacks), *rows in zip(layers.items(), slot_of, scores, strict=True)
+            for (path, stacks), *rows in zip(layers.items(), slot_table, scores, strict=True)
         }
         for cache in self.expert_caches.values():
             if cache.holds_all:
                 cache.fill()
         partial = [cache for cache in self.expert_caches.values() if not cache.holds_all]
-        self.optimistic = OptimisticResidency(partial, self.counts, slot_of, scores)
+        self.optimistic = OptimisticResidency(partial, self.counts, slot_table, scores)
 
     @property
     def holds_all(self) -> bool:
@@ -63,7 +63,7 @@ class ExpertOffload:
 
 
 class CacheLimit:
-    """MLX keeps `BUFFERS` at most of freed arrays while any of some objects lives."""
+    """While any `ExpertOffload` lives, MLX keeps at most `BUFFERS` bytes of freed arrays."""
 
     def __init__(self) -> None:
         self._alive = self._before = 0

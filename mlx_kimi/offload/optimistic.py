@@ -16,20 +16,22 @@ from mlx_kimi.offload.stats import Counts
 
 @dataclass
 class Residency:
-    """Where a graph takes every expert to be. It travels with the step, and notes what was chosen.
+    """The assumed slot of every expert, for a graph that cannot ask the host.
+
+    It travels with the forward pass, and collects what the routers chose.
 
     Attributes:
-        slots: of each layer, [experts] int32; of an expert that is nowhere, 0.
+        slot_tables: of each layer, [experts] int32: expert -> slot; 0 for one not in memory.
         chosen: the experts [1, k] that each layer's router chose, in the order of the layers.
     """
 
-    slots: Mapping[ExpertCache, mx.array]
+    slot_tables: Mapping[ExpertCache, mx.array]
     chosen: list[mx.array] = field(default_factory=list)
 
-    def slots_of(self, cache: ExpertCache, experts: mx.array) -> mx.array:
+    def slot_ids(self, cache: ExpertCache, experts: mx.array) -> mx.array:
         """One token's experts [1, k] -> their slots [1, k], right if all of them are in memory."""
         self.chosen.append(experts)
-        return self.slots[cache][experts]
+        return self.slot_tables[cache][experts]
 
     def choices(self) -> list[mx.array]:
         """What was chosen in one array, [layers, k]; nothing if no layer asked."""
@@ -47,19 +49,19 @@ class OptimisticResidency:
         self,
         caches: Sequence[ExpertCache],
         counts: Counts,
-        slot_of: npt.NDArray[np.int64],
+        slot_table: npt.NDArray[np.int64],
         scores: npt.NDArray[np.float64],
     ) -> None:
         """`caches` of all layers in their order, or none: then every expert is in memory.
 
-        slot_of, scores: [layers, experts], of which the caches have the rows.
+        slot_table, scores: [layers, experts], of which each cache has its row.
         """
         self._caches, self._counts = caches, counts
-        self._slot_of, self._lrfu = slot_of, LRFU(scores)
+        self._current, self._lrfu = slot_table, LRFU(scores)
         self._layers = np.arange(len(caches))[:, None]
         self._misses, self._missed = 0, True
-        self._given = np.full_like(slot_of, EMPTY)  # what `_slots` were made of
-        self._slots: list[mx.array] = []
+        self._given = np.full_like(slot_table, EMPTY)  # what `_slot_tables` were made of
+        self._slot_tables: list[mx.array] = []
 
     def should_try(self) -> bool:
         """Whether the latest step had no miss: then the next is likely to have none either."""
@@ -70,16 +72,16 @@ class OptimisticResidency:
         self._misses, before = self._counts.misses, self._misses
         self._missed = self._misses > before
 
-    def slots(self) -> list[mx.array]:
-        """Of each layer where each expert is, [experts] int32; of those that are nowhere, 0."""
-        if self._caches and not (self._slots and np.array_equal(self._given, self._slot_of)):
-            self._given = self._slot_of.copy()
-            self._slots = [mx.array(row, mx.int32) for row in np.maximum(self._given, 0)]
-        return self._slots
+    def slot_tables(self) -> list[mx.array]:
+        """Of each layer its table expert -> slot, [experts] int32; 0 for one not in memory."""
+        if self._caches and not (self._slot_tables and np.array_equal(self._given, self._current)):
+            self._given = self._current.copy()
+            self._slot_tables = [mx.array(row, mx.int32) for row in np.maximum(self._given, 0)]
+        return self._slot_tables
 
-    def begin(self, slots: Sequence[mx.array]) -> Residency:
-        """The residency of one step, of `slots`."""
-        return Residency(dict(zip(self._caches, slots, strict=True)))
+    def begin(self, slot_tables: Sequence[mx.array]) -> Residency:
+        """The residency of one forward pass, from what `slot_tables` gave."""
+        return Residency(dict(zip(self._caches, slot_tables, strict=True)))
 
     def verify(self, choices: Sequence[mx.array]) -> bool:
         """Whether every expert was where it was taken to be; waits for the device.
@@ -90,7 +92,7 @@ class OptimisticResidency:
             return True
         experts = np.array(choices[0])
         where = self._given[self._layers, experts]
-        if (where == EMPTY).any() or (where != self._slot_of[self._layers, experts]).any():
+        if (where == EMPTY).any() or (where != self._current[self._layers, experts]).any():
             return False
         self._lrfu.note(experts[:, None])  # [layers, one token, k]
         self._counts.lookups += experts.size

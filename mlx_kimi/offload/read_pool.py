@@ -29,7 +29,8 @@ class ReadPool:
     def start(self, read: Callable[[], int], begun: list[Future[int]]) -> Future[int]:
         """Let `read` run in a thread; it returns how many bytes it read.
 
-        It is among those that have `begun` before it begins, whatever interrupts the caller.
+        The future is in `begun` before the read is queued, so that a caller that is interrupted
+        can still `settle` it.
         """
         future: Future[int] = Future()
         begun.append(future)

@@ -1,4 +1,4 @@
-"""What finding the routed experts of a model cost."""
+"""Hits, misses and reads of routed experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all layers are told of the tokens that one step reads."""
+"""What one forward pass tells every layer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from mlx_kimi.offload.optimistic import Residency
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """What all layers are told of the tokens [B, T] that one step reads."""
+    """What all layers are told of the tokens [B, T] of one forward pass."""
 
     valid: mx.array | None = None  # [B, T] bool, of a right-padded batch; None: no padding
-    lengths: mx.array | None = None  # [B], the valid tokens of each row; None: all T
-    plan: SplitKVPlan | None = None  # of one token's attention; None: each layer makes its own
-    submit_limit: SubmitLimit | None = None  # of many tokens; None: nothing is submitted early
-    residency: Residency | None = None  # where a graph takes experts to be; None: layers look
+    lengths: mx.array | None = None  # [B] int32, the valid ones of the T tokens; None: all
+    plan: SplitKVPlan | None = None  # how MLA divides the cache for one token; None: layers do
+    # Queues the halves of layers, and the blocks of MLA, as they are built. None: no halves are
+    # queued, and each MLA layer limits its own blocks.
+    submit_limit: SubmitLimit | None = None
+    residency: Residency | None = None  # the assumed slots of experts, in a graph
 
     @staticmethod
     def padded(T: int, lengths: Sequence[int]) -> ForwardBatch:
@@ -29,6 +31,6 @@ class ForwardBatch:
         return ForwardBatch(mx.arange(T) < counts[:, None], counts)
 
     def submit(self, *results: mx.array) -> None:
-        """Let the device begin these, where this step has a `submit_limit`."""
+        """Let the device begin these, where there is a `submit_limit`."""
         if self.submit_limit is not None:
             self.submit_limit.submit(*results)
