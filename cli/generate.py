@@ -73,7 +73,7 @@ def command(
         raise click.UsageError(f"{which} is part of a chat and --raw has none")
     folder = local_folder(model_or_pocket(model))
     network, tokenizer = load(folder, budget)
-    state = TokenState(network, options["latent_bits"], every=None)
+    state = TokenState(network, options["latent_bits"], snapshot_every=None)
     conversation = Conversation(system)
     if prompt_cache:
         conversation = _cached(prompt_cache, folder, state, system)

@@ -294,9 +294,11 @@ def test_only_the_last_step_of_a_prompt_asks_the_last_layer_for_experts(
 
     monkeypatch.setattr(ExpertCache, "for_each_expert", noted)
     text = ids(70)
-    last, _ = prefill(TokenState(model, every=None), text, step=30)
+    last, _ = prefill(TokenState(model, snapshot_every=None), text, step=30)
     assert [visited.count(cache) for cache in model.offload.expert_caches.values()] == [3] * 6 + [1]
-    assert_same_bits("hidden", last, prefill(TokenState(whole, every=None), text, step=30)[0])
+    assert_same_bits(
+        "hidden", last, prefill(TokenState(whole, snapshot_every=None), text, step=30)[0]
+    )
     assert_close("hidden", last, whole.hidden(mx.array([text]))[:, -1:], 1e-4)
 
 

@@ -591,7 +591,7 @@ def test_resuming_20000_tokens_costs_under_one_percent_of_reading_them(
     long_model, tmp_path
 ) -> None:
     ids = np.random.default_rng(0).integers(1, TINY["vocab_size"], LONG).tolist()
-    state = TokenState(long_model, every=None)
+    state = TokenState(long_model, snapshot_every=None)
     began = time.perf_counter()
     for start in range(0, LONG, 2048):
         state.read(ids[start : start + 2048], output_wanted=False)

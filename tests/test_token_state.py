@@ -52,7 +52,7 @@ def test_any_kept_state_is_gone_back_to_without_reading(loaded) -> None:
 
 
 def test_long_turns_have_snapshots_within(loaded) -> None:
-    state = TokenState(loaded[0], every=16)
+    state = TokenState(loaded[0], snapshot_every=16)
     answer(loaded, state, [1] * 50, count=40, prefill_step=8)
     assert [s.length for s in state.snapshots] == [16, 32, 48, 50, 66, 82]
     assert answer(loaded, state, [*[1] * 40, 9]) == 32
@@ -61,7 +61,7 @@ def test_long_turns_have_snapshots_within(loaded) -> None:
 @pytest.mark.slow
 def test_the_memory_of_snapshots_is_bounded(loaded) -> None:
     one = sum(a.nbytes for a in caches.arrays(_after(loaded, 40).entries))
-    state = TokenState(loaded[0], memory=3 * one)
+    state = TokenState(loaded[0], snapshot_memory=3 * one)
     for turn in range(30):
         answer(loaded, state, [*state.ids, *[turn + 1] * 10], count=2)
         assert state.snapshot_bytes <= state.memory
@@ -79,7 +79,7 @@ def _after(loaded, count: int) -> TokenState:
 def test_what_snapshots_share_counts_once(loaded) -> None:
     state = _after(loaded, 600)
     state.snapshots.clear()
-    state.keep()
+    state.take_snapshot()
     state.snapshots.append(replace(state.snapshots[0], length=1))
     held = [entry for entry in state.entries if isinstance(entry, LatentCache)]
     frozen = sum(a.nbytes for entry in held for s in entry.frozen for a in s.arrays())
@@ -90,7 +90,7 @@ def test_what_snapshots_share_counts_once(loaded) -> None:
 
 def test_a_state_gone_back_to_is_that_of_its_tokens(loaded) -> None:
     model, _ = loaded
-    state = TokenState(model, every=8)
+    state = TokenState(model, snapshot_every=8)
     answer(loaded, state, list(range(1, 60)), prefill_step=4)
     ids = [*range(1, 30), 80, 81, 82]
     assert state.rewind_to_prefix_of(ids) is None

@@ -134,7 +134,7 @@ def stats(loop: Loop, argument: str) -> None:
     lines = [
         f"context    {loop.used()}",
         f"state      {human_size(cache)}, and {len(state.snapshots)} snapshots to go back to: "
-        f"{human_size(state.snapshot_bytes)} of at most {human_size(state.memory)}",
+        f"{human_size(state.snapshot_bytes)} of at most {human_size(state.snapshot_memory)}",
         f"memory     {human_size(mx.get_active_memory())} now, "
         f"{human_size(mx.get_peak_memory())} at most",
         f"session    {chat.session.name if chat.session else 'not kept'}",

@@ -62,7 +62,7 @@ class Chat:
         self._before: list[Turn] = []  # the turns before the last message, retry or edit
 
     def _new_state(self) -> TokenState:
-        return TokenState(self.model, self.latent_bits, memory=self.snapshot_memory)
+        return TokenState(self.model, self.latent_bits, snapshot_memory=self.snapshot_memory)
 
     # ------------------------------------------------------------------------------------ talking
     def say(self, text: str) -> None:

@@ -37,7 +37,7 @@ def write_prompt_cache(
     """
     refuse_used(folder)
     ids = _before_any_question(model, tokenizer, conversation)
-    state = TokenState(model, latent_bits, every=None)
+    state = TokenState(model, latent_bits, snapshot_every=None)
     last, _ = prefill(state, ids, prefill_step, progress)
     if not mx.isfinite(last).all().item():
         raise not_finite(model, ids)

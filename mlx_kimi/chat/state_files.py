@@ -122,7 +122,7 @@ def restore_states(state: TokenState, folder: Path, files: Sequence[StateFile]) 
         if stored.has_kda:
             load = partial(_load_again, state, folder, files[:count])
             state.snapshots.append(Snapshot(stored.end, None, load=load))
-    state.keep()
+    state.take_snapshot()
 
 
 def _load_again(

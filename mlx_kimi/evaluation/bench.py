@@ -100,7 +100,7 @@ class Bench:
         self.weights_memory = mx.get_active_memory()
         self.length, self._reading = 0, 0.0  # tokens, seconds
         self._text = _Text(tokenizer, seed)
-        self._state = TokenState(model, every=None)
+        self._state = TokenState(model, snapshot_every=None)
 
     def row(self, length: int, progress: Progress = lambda what, done, total: None) -> BenchRow:
         """Measure at `length` tokens.
@@ -113,7 +113,7 @@ class Bench:
             raise ValueError(f"[Bench] length must be above {self.length} but is {length}.")
         check_fits(length, self.tokens, self.model.config.model_max_length)
         if not self.length:
-            self._answer(TokenState(self.model, every=None), min(length, WARM_UP), 4)
+            self._answer(TokenState(self.model, snapshot_every=None), min(length, WARM_UP), 4)
         before, self.length = self.length, length
 
         mx.reset_peak_memory()

@@ -28,15 +28,15 @@ def prefill(
         KimiError: `step` is out of range.
     """
     check_prefill_step(step)
-    last = state.rewind_to_prefix_of(ids)
+    hidden = state.rewind_to_prefix_of(ids)
     cached = len(state.ids)
-    state.keep(last)  # where the turn begins
-    while last is None:
+    state.take_snapshot(hidden)  # where the turn begins
+    while hidden is None:
         done = len(state.ids)
         if progress:
             progress(done, len(ids))
-        last = state.read(ids[done : done + step], output_wanted=done + step >= len(ids))
-    return last, cached
+        hidden = state.read(ids[done : done + step], output_wanted=done + step >= len(ids))
+    return hidden, cached
 
 
 def check_prefill_step(step: int) -> None:

@@ -63,7 +63,7 @@ def stream_generate(
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     ids = prompt_ids(model, tokenizer, prompt, tools)
     limit = min(max_tokens, model.config.model_max_length - len(ids))
-    state = state or TokenState(model, latent_bits, every=None)
+    state = state or TokenState(model, latent_bits, snapshot_every=None)
     sampler = Sampler(sampling, ids, model.config.vocab_size)
     answer = Answer(tokenizer, stop, limit, len(ids), sampler.seed, state)
 

@@ -28,7 +28,7 @@ class Snapshot:
 
     length: int
     entries: list[CacheEntry] | None
-    last: mx.array | None = None  # [1, 1, hidden] of `read`, if the prompt ended here
+    hidden: mx.array | None = None  # [1, 1, hidden] of `read`, if the prompt ended here
     load: Callable[[], list[CacheEntry] | None] = lambda: None
 
 
@@ -38,15 +38,15 @@ class TokenState:
 
     Attributes:
         latent_bits: of `KimiLinear.make_cache`.
-        every: tokens between two snapshots within a turn; None takes none there.
-        memory: bytes that snapshots may take above the cache itself. The newest always stays.
+        snapshot_every: tokens between two snapshots within a turn; None takes none there.
+        snapshot_memory: bytes that snapshots may take above the cache; the newest always stays.
         host_time: seconds of this thread's processor that all calls of `step` took to submit work.
     """
 
     model: KimiLinear
     latent_bits: int | None = None
-    every: int | None = SNAPSHOT_EVERY
-    memory: int = SNAPSHOT_MEMORY
+    snapshot_every: int | None = SNAPSHOT_EVERY
+    snapshot_memory: int = SNAPSHOT_MEMORY
     ids: list[int] = field(default_factory=list)
     entries: list[CacheEntry] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
@@ -65,19 +65,19 @@ class TokenState:
         None where it is not wanted. Interrupted before all of it is queued, tokens and cache stay
         as they were; then it counts as read.
         """
-        last = None
+        hidden = None
         with self.atomic():
             if output_wanted:
-                last = mx.contiguous(self.model.hidden(mx.array([ids]), self.entries)[:, -1:])
+                hidden = mx.contiguous(self.model.hidden(mx.array([ids]), self.entries)[:, -1:])
             else:
                 self.model.advance(mx.array([ids]), self.entries)
             self.ids += ids
-        if last is not None:
-            self.keep(last)
+        if hidden is not None:
+            self.take_snapshot(hidden)
         else:
             mx.eval(caches.arrays(self.entries))
-            self.keep_now_and_then()
-        return last
+            self.take_snapshot_if_due()
+        return hidden
 
     def draw(self, hidden: mx.array, sampler: Sampler) -> Draw:
         """The token that follows `hidden` [1, T, hidden], queued on the device."""
@@ -98,7 +98,7 @@ class TokenState:
             self.host_time += time.thread_time() - began
             token = self.token_of(draw)
             self.ids.append(token)
-        self.keep_now_and_then()
+        self.take_snapshot_if_due()
         return token, following
 
     def token_of(self, draw: Draw) -> int:
@@ -124,22 +124,22 @@ class TokenState:
             raise
 
     # ------------------------------------------------------------------------------- snapshots
-    def keep(self, last: mx.array | None = None) -> None:
-        """Take a snapshot; `last` is what `read` gave for the latest token."""
+    def take_snapshot(self, hidden: mx.array | None = None) -> None:
+        """Take a snapshot; `hidden` is what `read` gave for the latest token."""
         length = len(self.ids)
         if self.snapshots and self.snapshots[-1].length == length:
-            if last is None:
+            if hidden is None:
                 return
             self.snapshots.pop()
         if length:
-            self.snapshots.append(Snapshot(length, caches.snapshot(self.entries), last))
+            self.snapshots.append(Snapshot(length, caches.snapshot(self.entries), hidden))
             self._fit_memory()
 
-    def keep_now_and_then(self) -> None:
+    def take_snapshot_if_due(self) -> None:
         """Take a snapshot if the latest is many tokens ago."""
         latest = self.snapshots[-1].length if self.snapshots else 0
-        if self.every and len(self.ids) - latest >= self.every:
-            self.keep()
+        if self.snapshot_every and len(self.ids) - latest >= self.snapshot_every:
+            self.take_snapshot()
 
     def rewind_to_prefix_of(self, ids: Sequence[int]) -> mx.array | None:
         """Go to the longest known state that `ids` continues, and forget what it contradicts.
@@ -157,8 +157,8 @@ class TokenState:
             if entries:
                 # In one step, which Ctrl-C cannot divide.
                 self.entries, self.ids = caches.snapshot(entries), self.ids[: found.length]
-                self.keep(found.last)
-                return found.last if found.length == len(ids) else None
+                self.take_snapshot(found.hidden)
+                return found.hidden if found.length == len(ids) else None
         self.entries, self.ids = self._empty(), []
         return None
 
@@ -179,7 +179,7 @@ class TokenState:
         The loss of one costs the tokens since the one before; the further back it lies, the less
         likely anyone is to return to it.
         """
-        while len(self.snapshots) > 1 and self.snapshot_bytes > self.memory:
+        while len(self.snapshots) > 1 and self.snapshot_bytes > self.snapshot_memory:
             lengths = [0, *(snapshot.length for snapshot in self.snapshots)]
             costs = [
                 (length - before) / (lengths[-1] - length + 1)
@@ -203,4 +203,4 @@ def _frozen_arrays(entry: CacheEntry) -> list[mx.array]:
 
 def _serves(snapshot: Snapshot, shared: int, wanted: int) -> bool:
     """Whether a prompt of `wanted` tokens, `shared` of them known, can go on from it."""
-    return snapshot.length <= shared and (snapshot.length < wanted or snapshot.last is not None)
+    return snapshot.length <= shared and (snapshot.length < wanted or snapshot.hidden is not None)
