@@ -64,7 +64,7 @@ def test_the_memory_of_snapshots_is_bounded(loaded) -> None:
     state = TokenState(loaded[0], snapshot_memory=3 * one)
     for turn in range(30):
         answer(loaded, state, [*state.ids, *[turn + 1] * 10], count=2)
-        assert state.snapshot_bytes <= state.memory
+        assert state.snapshot_bytes <= state.snapshot_memory
     lengths = [s.length for s in state.snapshots]
     assert 2 <= len(lengths) < 30
     assert lengths[-1] > len(state.ids) - 12, "the newest is kept"
