@@ -1,12 +1,12 @@
 """What is measured is what was asked for: these tokens, from this state, and all of it reported."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from mlx_kimi.generation.generate import stream_generate
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
+from tests import processes
+from tests.processes import ENVIRONMENT, PROGRAM
 
-PROGRAM = [sys.executable, "-m", "mlx_kimi", "bench"]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 LIMIT = 4096  # model_max_length of `talker`
 TOKENS, REPEATS = 6, 3
 
@@ -204,10 +204,7 @@ def test_the_longest_context_is_measured(loaded, answers) -> None:
 
 
 # ------------------------------------------------------------------------------------- the command
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PROGRAM, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=300
-    )
+run = partial(processes.run, "bench")
 
 
 def contexts_of(table: str) -> list[str]:
@@ -261,7 +258,7 @@ def test_json_has_stdout_for_itself(talker: Path) -> None:
 @pytest.mark.slow
 def test_a_terminal_shows_progress_and_a_file_gets_the_rows(talker: Path, tmp_path: Path) -> None:
     options = f"{talker} --contexts 16,64 --tokens 3 --repeats 2 > {tmp_path / 'rows'}"
-    command = f"{' '.join(PROGRAM)} {options}"
+    command = f"{' '.join(PROGRAM)} bench {options}"
     terminal = pexpect.spawn("sh", ["-c", command], env=ENVIRONMENT, encoding="utf-8", timeout=60)
     terminal.expect("context 16: reading")
     terminal.expect("context 64: generating")
@@ -287,7 +284,7 @@ def test_ctrl_c_keeps_the_rows_that_were_finished(talker: Path, tmp_path: Path) 
     file = tmp_path / "rows.json"
     options = ["--contexts", "16,3000", "--prefill-step", "1", "--json", str(file)]
     with subprocess.Popen(
-        [*PROGRAM, str(talker), *options],
+        [*PROGRAM, "bench", str(talker), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,10 +24,10 @@ from mlx_kimi.cli.chat.input import PipedLines
 from mlx_kimi.cli.chat.loop import Loop
 from mlx_kimi.cli.chat.screen import PlainScreen
 from mlx_kimi.text.tokenizer import load_tokenizer
+from tests.processes import run
 from tests.terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, TAB, UP, Terminal
 
 LEFT, BACKSPACE, ALT_B = "\x1b[D", "\x7f", "\x1bb"
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture
@@ -431,9 +430,7 @@ def test_markdown_may_be_off(start, talker) -> None:
 
 
 def piped(talker: Path, folder: Path, stdin: bytes, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mlx_kimi", "chat", "--sessions", folder]
-    command += [*talker_options(talker, 4), *options]
-    return subprocess.run(command, input=stdin, capture_output=True, env=ENVIRONMENT, timeout=120)
+    return run("chat", "--sessions", folder, *talker_options(talker, 4), *options, stdin=stdin)
 
 
 @pytest.mark.slow
@@ -443,13 +440,7 @@ def test_in_a_pipe_each_line_is_answered_on_stdout_alone(talker: Path, folder: P
     assert done.stderr.count(b"answer 4 tokens") == 3  # /stats repeats the last
     assert done.stderr.count(b"Error: the message is not UTF-8") == 1
     assert b"there is no command /nothing" in done.stderr
-    options = ["--model", talker, "--max-tokens", "4", "-p", "one"]
-    alone = subprocess.run(
-        [sys.executable, "-m", "mlx_kimi", "generate", *options],
-        capture_output=True,
-        env=ENVIRONMENT,
-        timeout=60,
-    )
+    alone = run("generate", "--model", talker, "--max-tokens", "4", "-p", "one", stdin=b"")
     assert done.stdout.startswith(alone.stdout)
     assert not folder.exists(), "nothing is kept without /save NAME"
 

@@ -1,26 +1,25 @@
 """The program as its users run it: real processes, pipes, signals and a terminal."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-PROGRAM = [sys.executable, "-m", "mlx_kimi"]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
+from tests import processes
+from tests.processes import ENVIRONMENT, PROGRAM
+
 PROMPT = "Which words are names?"
 
 
-def run(*arguments: str | bytes | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    command = [*PROGRAM, *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, env=ENVIRONMENT, timeout=120)
+run = partial(processes.run, stdin=b"")
 
 
 def generated(talker: Path, *arguments: str, stdin: bytes = b"") -> str:

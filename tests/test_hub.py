@@ -1,7 +1,6 @@
 """Models by name, from a local stand-in that speaks the hub's protocol."""
 
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from tests.checkpoints import TINY, write_checkpoint
 from tests.hub import NAME, Hub, serving
+from tests.processes import run
 from tests.tokenizer_files import trained_tokens, write_tiktoken
 
 
@@ -25,14 +25,8 @@ def served(tmp_path: Path) -> Iterator[Hub]:
 
 def generate(served: Hub, home: Path, name: str = NAME) -> subprocess.CompletedProcess[str]:
     """The program in a process of its own, whose hub is the stand-in and whose cache is `home`."""
-    command = [sys.executable, "-m", "mlx_kimi", "generate", "--max-tokens", "3", "-p", "x"]
-    return subprocess.run(
-        [*command, "--model", name],
-        capture_output=True,
-        text=True,
-        env=served.environment(home),
-        timeout=120,
-    )
+    options = ("--max-tokens", "3", "-p", "x", "--model", name)
+    return run("generate", *options, env=served.environment(home))
 
 
 @pytest.mark.slow

@@ -1,30 +1,16 @@
 """Prompts read once: `mlx_kimi cache`, `generate --prompt-cache`, and sessions in their place."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mlx_kimi.chat.conversation import Conversation
 from mlx_kimi.chat.session import Session
+from tests.processes import run
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 NOTES = "The password of the blue door is 4821. " * 12
-
-
-def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_kimi", *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=120,
-    )
 
 
 def asked(talker: Path, *arguments: str | Path) -> dict:
