@@ -71,8 +71,7 @@ const device StoredT* chosen =
     : segment == 13 ? segment13 : segment == 14 ? segment14 : segment == 15 ? segment15
     : segment == 16 ? segment16 : segment == 17 ? segment17 : segment == 18 ? segment18
     : segment == 19 ? segment19 : segment == 20 ? segment20 : segment == 21 ? segment21
-    : segment == 22 ? segment22 : segment == 23 ? segment23 : segment == 24 ? segment24
-    : segment == 25 ? segment25 : segment26;
+    : segment == 22 ? segment22 : segment == 23 ? segment23 : segment24;
 // The tail of packed segments is plain: another type, with pointers and keys of its own.
 const bool in_tail = Packed && segment == 0;
 const auto tail_rows = tail + (size_t(b) * Room + start) * Width;
