@@ -1,25 +1,25 @@
 // tiles.h for NVIDIA GPUs, in the layout of their matrix units: lane 4 g + t holds the elements (g, 2 t) and
 // (g, 2 t + 1) of a tile. `as_right` and `multiply_add` are cuda.h's.
-inline int tile_row(int lane) { return lane / 4; }
-inline int tile_column(int lane) { return lane % 4 * 2; }
-inline int tile_lane(int row, int column) { return row * 4 + column / 2; }
-inline int in_tile(int row, int column) { return row * 8 + column; }
+METAL_FUNC int tile_row(int lane) { return lane / 4; }
+METAL_FUNC int tile_column(int lane) { return lane % 4 * 2; }
+METAL_FUNC int tile_lane(int row, int column) { return row * 4 + column / 2; }
+METAL_FUNC int in_tile(int row, int column) { return row * 8 + column; }
 enum { Tile = 64 };  // elements
 
 template <typename T>
-inline vec<T, 2> transposed(vec<T, 2> elements, int) { return as_right<T>(elements); }
+METAL_FUNC vec<T, 2> transposed(vec<T, 2> elements, int) { return as_right<T>(elements); }
 
-inline float max_over_rows(float x) {
+METAL_FUNC float max_over_rows(float x) {
   x = max(x, simd_shuffle_xor(x, 4));
   x = max(x, simd_shuffle_xor(x, 8));
   return max(x, simd_shuffle_xor(x, 16));
 }
-inline float sum_over_rows(float x) {
+METAL_FUNC float sum_over_rows(float x) {
   x += simd_shuffle_xor(x, 4);
   x += simd_shuffle_xor(x, 8);
   return x + simd_shuffle_xor(x, 16);
 }
-inline float sum_over_columns(float x) {
+METAL_FUNC float sum_over_columns(float x) {
   x += simd_shuffle_xor(x, 1);
   return x + simd_shuffle_xor(x, 2);
 }

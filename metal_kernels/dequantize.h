@@ -12,7 +12,7 @@ METAL_FUNC float code_of(uint word, int i) {
 // 4 neighbouring elements of a matrix, the first of which is number `at`, a multiple of 4. Bits is 0 where
 // the matrix is plain.
 template <int Bits, int Group, typename W, typename S>
-inline float4 weights_at(const device W* w, const device S* scales, const device S* biases, int at) {
+METAL_FUNC float4 weights_at(const device W* w, const device S* scales, const device S* biases, int at) {
   if (Bits == 0) {
     return load<4>(w + at);
   }

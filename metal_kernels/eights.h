@@ -8,12 +8,12 @@ struct Eight {
   vec<T, 4> low, high;
 };
 template <typename T>
-inline void fetch_eight(thread Eight<T>& to, const device T* from) {
+METAL_FUNC void fetch_eight(thread Eight<T>& to, const device T* from) {
   to.low = fetch<4>(from);
   to.high = fetch<4>(from + 4);
 }
 template <typename T>
-inline vec<T, 2> pair_of(const thread Eight<T>& eight, int i) {
+METAL_FUNC vec<T, 2> pair_of(const thread Eight<T>& eight, int i) {
   const vec<T, 4> four = i < 2 ? eight.low : eight.high;
   return vec<T, 2>(four[i % 2 * 2], four[i % 2 * 2 + 1]);
 }

@@ -61,6 +61,7 @@ if (Groups > 1) {
 // TopK times the best that is left; of equals the first.
 float total = 0;
 float chosen[TopK];
+#pragma unroll
 for (int choice = 0; choice < TopK; ++choice) {
   float best = merits[0];
   for (int i = 1; i < Owned; ++i) {

@@ -16,21 +16,21 @@
 constant constexpr int GroupWords = 18;
 
 template <typename T>
-inline int row_size(const device T*, int width) {
+METAL_FUNC int row_size(const device T*, int width) {
   return width;
 }
-inline int row_size(const device uint*, int width) {
+METAL_FUNC int row_size(const device uint*, int width) {
   return (width + 63) / 64 * GroupWords;
 }
 
 // The tail as a pointer to the type of the segments. Packed segments have another type: then the result is
 // `segments`, which is not read, since such a tail is read through its own pointer.
 template <typename T>
-inline const device T* as_stored(const device T* tail, const device T*) {
+METAL_FUNC const device T* as_stored(const device T* tail, const device T*) {
   return tail;
 }
 template <typename T>
-inline const device uint* as_stored(const device T*, const device uint* segments) {
+METAL_FUNC const device uint* as_stored(const device T*, const device uint* segments) {
   return segments;
 }
 
@@ -58,14 +58,14 @@ struct Fetched<uint, Eights, Pairs> {
 };
 
 template <typename T, int E, int P>
-inline void fetch_eights(thread Fetched<T, E, P>& to, const device T* row, int channel) {
+METAL_FUNC void fetch_eights(thread Fetched<T, E, P>& to, const device T* row, int channel) {
 #pragma unroll
   for (int i = 0; i < E; ++i) {
     fetch_eight(to.eights[i], row + channel + 32 * i);
   }
 }
 template <int E, int P>
-inline void fetch_eights(thread Fetched<uint, E, P>& to, const device uint* row, int channel) {
+METAL_FUNC void fetch_eights(thread Fetched<uint, E, P>& to, const device uint* row, int channel) {
   const device uint* group = row + channel / 64 * GroupWords;
 #pragma unroll
   for (int i = 0; i < E; ++i) {
@@ -75,11 +75,11 @@ inline void fetch_eights(thread Fetched<uint, E, P>& to, const device uint* row,
 }
 
 template <typename T, int E, int P>
-inline void fetch_pair(thread Fetched<T, E, P>& to, int i, const device T* row, int channel) {
+METAL_FUNC void fetch_pair(thread Fetched<T, E, P>& to, int i, const device T* row, int channel) {
   to.pairs[i] = fetch<2>(row + channel);
 }
 template <int E, int P>
-inline void fetch_pair(thread Fetched<uint, E, P>& to, int i, const device uint* row, int channel) {
+METAL_FUNC void fetch_pair(thread Fetched<uint, E, P>& to, int i, const device uint* row, int channel) {
   const device uint* group = row + channel / 64 * GroupWords;
   to.pair_codes[i] = ((const device ushort*)group)[channel % 64 / 2];
   to.lines[1 + i] = *(const device float2*)(group + 16);
@@ -87,7 +87,7 @@ inline void fetch_pair(thread Fetched<uint, E, P>& to, int i, const device uint*
 
 // Loads the eights from `channel` on, and the pairs from `pair` on, `step` apart, that lie within the row.
 template <typename T, int E, int P>
-inline void fetch_row(
+METAL_FUNC void fetch_row(
     thread Fetched<T, E, P>& to, const device T* row, int channel, int pair, int step, int width) {
   fetch_eights(to, row, channel);
 #pragma unroll
@@ -99,36 +99,36 @@ inline void fetch_row(
 }
 
 // Two codes as keys. The bits 0x6400 + n are the half 1024 + n, up to n = 1023; 0x6480 is 1024 + 128.
-inline half2 key_of(ushort codes) {
+METAL_FUNC half2 key_of(ushort codes) {
   const uint bits = 0x64006400u | (codes & 255u) | uint(codes >> 8) << 16;
   return as_type<half2>(bits) - as_type<half2>(0x64806480u);
 }
 
 // Keys 2 i and 2 i + 1, counted through all eights of a row.
 template <typename T, int E, int P>
-inline vec<T, 2> key_of_eights(thread const Fetched<T, E, P>& fetched, int i) {
+METAL_FUNC vec<T, 2> key_of_eights(thread const Fetched<T, E, P>& fetched, int i) {
   return pair_of(fetched.eights[i / 4], i % 4);
 }
 template <int E, int P>
-inline half2 key_of_eights(thread const Fetched<uint, E, P>& fetched, int i) {
+METAL_FUNC half2 key_of_eights(thread const Fetched<uint, E, P>& fetched, int i) {
   return key_of(fetched.codes[i / 4][i % 4]);
 }
 
 template <typename T, int E, int P>
-inline vec<T, 2> key_of_pair(thread const Fetched<T, E, P>& fetched, int i) {
+METAL_FUNC vec<T, 2> key_of_pair(thread const Fetched<T, E, P>& fetched, int i) {
   return fetched.pairs[i];
 }
 template <int E, int P>
-inline half2 key_of_pair(thread const Fetched<uint, E, P>& fetched, int i) {
+METAL_FUNC half2 key_of_pair(thread const Fetched<uint, E, P>& fetched, int i) {
   return key_of(fetched.pair_codes[i]);
 }
 
 template <typename T, int E, int P>
-inline float2 line_of(thread const Fetched<T, E, P>&, int) {
+METAL_FUNC float2 line_of(thread const Fetched<T, E, P>&, int) {
   return float2(1, 0);
 }
 template <int E, int P>
-inline float2 line_of(thread const Fetched<uint, E, P>& fetched, int i) {
+METAL_FUNC float2 line_of(thread const Fetched<uint, E, P>& fetched, int i) {
   const float2 line = fetched.lines[i];
   return float2(line.x, line.y + 128 * line.x);
 }
@@ -139,7 +139,7 @@ using Fragments = vec<T, 2>[N];
 // Unpacks a row for each of M tiles: the keys of 4 E tiles of channels and of P pairs, and the lines of the
 // eights and of each pair.
 template <int M, typename T, int E, int P>
-inline void as_keys(
+METAL_FUNC void as_keys(
     thread const Fetched<T, E, P>* fetched,
     thread Fragments<typename Key<T>::type, M>* key,
     thread Fragments<float, M>* line) {

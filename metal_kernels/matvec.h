@@ -37,7 +37,7 @@ struct Stored<0> {
 // sums[r] += this lane's part, 8 columns from `column` on, of row r of a matrix [rows, K], times x [K].
 // x may lie anywhere: X is a pointer.
 template <int Bits, int Group, int Rows, typename X, typename W, typename S>
-inline void add_step(
+METAL_FUNC void add_step(
     X x,
     const device W* matrix,
     const device S* scales,
@@ -69,7 +69,7 @@ inline void add_step(
 // elements: where its rows start is 64 bits wide. The steps that every lane takes are unrolled, so that the
 // loads of one do not wait for the arithmetic of the one before.
 template <int Bits, int Group, int Rows, typename X, typename W, typename S>
-inline void add_products(
+METAL_FUNC void add_products(
     X x,
     const device W* matrix,
     const device S* scales,

@@ -31,7 +31,7 @@ METAL_FUNC float sum_of_rows(const thread float* x, int lane) {
 }
 
 // The sum of all elements of 4 neighbouring lanes, the first a multiple of 4, in each of them.
-inline float sum_over_four_lanes(float4 x) {
+METAL_FUNC float sum_over_four_lanes(float4 x) {
   float sum = (x.x + x.y) + (x.z + x.w);
   sum += simd_shuffle_xor(sum, 1);
   return sum + simd_shuffle_xor(sum, 2);
@@ -41,14 +41,16 @@ inline float sum_over_four_lanes(float4 x) {
 // of x[lane % N]. Each step halves the number of values and of lanes that share one, so that 16 sums
 // take 15 shuffles, where a reduction of each would take 64. Overwrites x.
 template <int N>
-inline float sums_over_half(thread float* x, int lane) {
+METAL_FUNC float sums_over_half(thread float* x, int lane) {
 #pragma unroll
   for (int width = N / 2; width > 0; width /= 2) {
     const bool upper = (lane & width) != 0;
 #pragma unroll
     for (int i = 0; i < width; ++i) {
-      const float kept = upper ? x[i + width] : x[i];
-      const float sent = upper ? x[i] : x[i + width];
+      // (Both are read first: a choice between elements would be an index that varies, and x in memory.)
+      const float low = x[i], high = x[i + width];
+      const float kept = upper ? high : low;
+      const float sent = upper ? low : high;
       x[i] = kept + simd_shuffle_xor(sent, width);
     }
   }
@@ -60,7 +62,7 @@ inline float sums_over_half(thread float* x, int lane) {
 // of values and of lanes that share one, and in this order a lane keeps the first half wherever it
 // stands: 8 sums over 32 lanes take 9 shuffles and nothing else. Overwrites x.
 template <int N, int Share>
-inline float sum_of_lane(thread float* x) {
+METAL_FUNC float sum_of_lane(thread float* x) {
 #pragma unroll
   for (int width = N / 2; width > 0; width /= 2) {
 #pragma unroll

@@ -1,26 +1,26 @@
 // Matrices as tiles of 8 x 8 floats over the 32 lanes of a simdgroup. A lane's fragment of a tile is
 // two neighbours of one row: (tile_row, tile_column) and (tile_row, tile_column + 1).
-inline int tile_row(int lane) {
+METAL_FUNC int tile_row(int lane) {
   return lane / 16 * 4 + lane / 2 % 4;
 }
-inline int tile_column(int lane) {
+METAL_FUNC int tile_column(int lane) {
   return lane / 8 % 2 * 4 + lane % 2 * 2;
 }
 // The lane whose fragment has element (row, column).
-inline int tile_lane(int row, int column) {
+METAL_FUNC int tile_lane(int row, int column) {
   return row / 4 * 16 + row % 4 * 2 + column / 4 * 8 + column % 4 / 2;
 }
 
 // Where element (row, column) stands in a stored tile. Fragments are stored in the order of the lanes, which
 // makes 4 x 4 blocks: a simdgroup reads 64 neighbours.
-inline int in_tile(int row, int column) {
+METAL_FUNC int in_tile(int row, int column) {
   return row / 4 * 32 + column / 4 * 16 + row % 4 * 4 + column % 4;
 }
 enum { Tile = 64 };  // elements
 
 // The fragment of the transpose. (Shuffled as float: Metal shuffles no bfloat.)
 template <typename T>
-inline vec<T, 2> transposed(vec<T, 2> elements, int lane) {
+METAL_FUNC vec<T, 2> transposed(vec<T, 2> elements, int lane) {
   const int row = tile_row(lane), column = tile_column(lane);
   const float x = float(elements[0]), y = float(elements[1]);
   const int upper = tile_lane(column, row), lower = tile_lane(column + 1, row);
@@ -32,13 +32,13 @@ inline vec<T, 2> transposed(vec<T, 2> elements, int lane) {
 // The fragment of a matrix as the right factor of `multiply_add`: here as it is. NVIDIA's matrix units take
 // right factors in another layout than left ones (cuda_tiles.h).
 template <typename T>
-inline vec<T, 2> as_right(vec<T, 2> elements) {
+METAL_FUNC vec<T, 2> as_right(vec<T, 2> elements) {
   return elements;
 }
 
 // c[i] += a[i] b for N tiles of fragments. L and R are the types of the factors, of any float type.
 template <int N, typename L, typename R>
-inline void multiply_add(const thread vec<L, 2>* a, vec<R, 2> b, thread float2* c) {
+METAL_FUNC void multiply_add(const thread vec<L, 2>* a, vec<R, 2> b, thread float2* c) {
   simdgroup_float8x8 A, B, C;
   B.thread_elements()[0] = float(b[0]);
   B.thread_elements()[1] = float(b[1]);
@@ -54,18 +54,18 @@ inline void multiply_add(const thread vec<L, 2>* a, vec<R, 2> b, thread float2* 
 }
 
 // The maximum and the sum over the 8 lanes that hold the same column of a tile.
-inline float max_over_rows(float x) {
+METAL_FUNC float max_over_rows(float x) {
   x = max(x, simd_shuffle_xor(x, 2));
   x = max(x, simd_shuffle_xor(x, 4));
   return max(x, simd_shuffle_xor(x, 16));
 }
-inline float sum_over_rows(float x) {
+METAL_FUNC float sum_over_rows(float x) {
   x += simd_shuffle_xor(x, 2);
   x += simd_shuffle_xor(x, 4);
   return x + simd_shuffle_xor(x, 16);
 }
 // The sum over the 4 lanes that hold the same row of a tile.
-inline float sum_over_columns(float x) {
+METAL_FUNC float sum_over_columns(float x) {
   x += simd_shuffle_xor(x, 1);
   return x + simd_shuffle_xor(x, 8);
 }

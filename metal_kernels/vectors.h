@@ -2,7 +2,7 @@
 // elements or more, and the first is a multiple of N elements away from the start of its array.
 
 template <int N>
-inline vec<float, N> filled(float x) {
+METAL_FUNC vec<float, N> filled(float x) {
   vec<float, N> y;
   for (int i = 0; i < N; ++i) {
     y[i] = x;
@@ -12,13 +12,13 @@ inline vec<float, N> filled(float x) {
 
 // As they are stored.
 template <int N, typename T>
-inline vec<T, N> fetch(const device T* p) {
+METAL_FUNC vec<T, N> fetch(const device T* p) {
   return *(const device vec<T, N>*)p;
 }
 
 // N elements of any float type, as float.
 template <int N, typename T>
-inline vec<float, N> load(const device T* p) {
+METAL_FUNC vec<float, N> load(const device T* p) {
   const vec<T, N> x = fetch<N>(p);
   vec<float, N> y;
   for (int i = 0; i < N; ++i) {
@@ -29,7 +29,7 @@ inline vec<float, N> load(const device T* p) {
 
 // The same where `inside`; elsewhere nothing is read and every element is `outside`.
 template <int N, typename T>
-inline vec<float, N> load_if(bool inside, const device T* p, float outside) {
+METAL_FUNC vec<float, N> load_if(bool inside, const device T* p, float outside) {
   if (inside) {
     return load<N>(p);
   }
@@ -37,7 +37,7 @@ inline vec<float, N> load_if(bool inside, const device T* p, float outside) {
 }
 
 template <int N, typename T>
-inline void store(device T* p, vec<float, N> x) {
+METAL_FUNC void store(device T* p, vec<float, N> x) {
   vec<T, N> y;
   for (int i = 0; i < N; ++i) {
     y[i] = T(x[i]);
@@ -47,6 +47,6 @@ inline void store(device T* p, vec<float, N> x) {
 
 // One element; its type is named nowhere else.
 template <typename T>
-inline void put(device T* p, float x) {
+METAL_FUNC void put(device T* p, float x) {
   *p = T(x);
 }

@@ -149,3 +149,16 @@ def test_the_longest_prefill_step_keeps_every_array_of_the_48b_within_32_bits() 
     """MLX's own kernels count in 32 bits. The largest array is the outputs of 8 experts a token."""
     assert PREFILL_STEP <= PREFILL_STEP_LIMIT
     assert PREFILL_STEP_LIMIT * 8 * 2304 < NARROW_SIZE <= 2 * PREFILL_STEP_LIMIT * 8 * 2304
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.h")), ids=lambda path: path.name)
+def test_every_helper_is_forced_inline(path: Path) -> None:
+    """A helper left as a call would put its arrays of a thread into memory."""
+    if path.name != "cuda.h":
+        assert not re.findall(r"^\s*(?:static\s+)?inline\b.*", path.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["reduce.h"])
+def test_no_choice_stands_between_elements_of_one_array(name: str) -> None:
+    """It is a choice between places: an index that varies, which keeps the array in memory."""
+    assert not re.findall(r"\? (\w+)\[[^\]]*\] : \1\[[^\]]*\];", (FOLDER / name).read_text())
