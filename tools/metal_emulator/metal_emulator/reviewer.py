@@ -24,7 +24,8 @@ BUFFERS = 24  # of Metal's 31: leaves room for those that its validation layer m
 REGISTERS, MOST_REGISTERS = 53248, 128
 
 _ENTRY = "emu_entry"
-_ALLOCA = re.compile(r"^  (%[\w.$-]+) = alloca ([\[{%][^,]*)")  # arrays and structures
+# Arrays and structures: clang also keeps a lone value there, as this processor hands over vectors.
+_ALLOCA = re.compile(r"^  (%[\w.$-]+) = alloca ([\[{%][^,]*)")
 _VALUE = re.compile(r"%[\w.$-]+")
 _CALL = re.compile(r"\bcall .*?@([\w.$]+)\(")
 _DEBUG = re.compile(r"!dbg (!\d+)")
