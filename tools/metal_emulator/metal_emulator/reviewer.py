@@ -152,7 +152,8 @@ def _causes(pointer: str, function: Function, module: Module, metal: MetalText) 
         defined, _, operation = text.strip().partition(" = ")
         if not inside & set(_VALUE.findall(operation or text)) or "#dbg" in text:
             continue
-        at = place(_line(line, module), metal)
+        number = _line(line, module)
+        at = place(number, metal) if number else "what clang adds"
         if operation.startswith("getelementptr"):
             inside.add(defined)
             if len(_VALUE.findall(operation)) > 1:

@@ -1,8 +1,10 @@
 """What may be slow is found where it is planted, and nowhere else."""
 
+from collections.abc import Callable
 from functools import partial
-from importlib import import_module
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx
@@ -171,7 +173,7 @@ def test_lint_raises_for_both_classes_where_it_is_asked_to() -> None:
 
 # ----------------------------------------------------------------------------- texts of strangers
 @pytest.mark.slow
-def test_kernels_of_mlx_lm_would_compile_and_two_keep_arrays_in_memory(
+def test_kernels_of_mlx_lm_would_compile_and_one_keeps_arrays_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found: list[Remark] = []
@@ -184,23 +186,82 @@ def test_kernels_of_mlx_lm_would_compile_and_two_keep_arrays_in_memory(
         mask = mx.ones((2, 5), mx.bool_)
         case.run(gated_delta._make_gated_delta_kernel(has_mask=True, **how), 1, mask)
     case.run(gated_delta._make_gated_delta_kernel_xtree(), 1)
-    module = import_module("mlx_lm.kernels.rms_norm_sigmoid_gate")
-    kernel = built("norm_gate", ["x", "g", "eps"], ["out"], module._NORM_GATE_SOURCE)
-    monkeypatch.setattr(module, "_norm_gate_kernel", kernel)
-    module.rms_norm_sigmoid_gate(mx.ones((2, 3, 5, 96)), mx.ones((2, 5, 288)), eps=1e-5)
     assert not found
-    module = import_module("mlx_lm.kernels.expert_routing")
-    names = ["logits", "bias", "multiplier", "eps", "scale"]
-    kernel = built("routing", names, ["inds", "weights"], module._ROUTING_SOURCE)
-    monkeypatch.setattr(module, "_routing_kernel", kernel)
-    how = {"multiplier": 1.5, "score_eps": 1e-20, "route_scale": 2.0}
-    module.expert_routing(mx.zeros((9, 72)), mx.zeros(72), top_k=6, **how)
     case.run(gated_delta._make_gated_delta_packed_kernel(), 8)
     assert [each.what for each in found] == [
-        "'w', [6 x float], stays in memory",
         "'state', [32 x float], stays in memory",
         "'part', [8 x float], stays in memory",
     ]
+
+
+def fresh(name: str) -> Any:
+    """A module loaded once more, with kernels of this moment's `mx.fast.metal_kernel`."""
+    spec = find_spec(name)
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def norm(weight: mx.array) -> Any:
+    return SimpleNamespace(weight=weight, eps=1e-5)
+
+
+BF16 = mx.bfloat16
+HEADS: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 64}
+QKVG = mx.zeros((2, 8, 768), BF16)
+STRANGERS: dict[str, Callable[[Any], object]] = {
+    "kernels.qk_norm": lambda m: m.qk_norm(QKVG, **HEADS, eps=1e-5, query_scale=1.0),
+    "kernels.qk_norm_rope": lambda m: m.qk_norm_rope(
+        QKVG, **HEADS, eps=1e-5, query_scale=1.0, rope_base=1e4, offset=3
+    ),
+    "kernels.post_expert_norm_combine": lambda m: m.post_expert_norm_combine(
+        mx.zeros((2, 8, 512), BF16), mx.zeros((2, 8)), norm_weight=mx.ones(512), eps=1e-5
+    ),
+    "kernels.norm_add_norm": lambda m: m.pre_norm(
+        m.norm_add_norm(
+            mx.zeros((2, 512), BF16),
+            mx.zeros((2, 512)),
+            alpha=mx.ones(512),
+            beta=mx.ones(512),
+            post_weight=mx.ones(512),
+            post_eps=1e-5,
+            next_norm=norm(mx.ones(512)),
+        )[0],
+        norm(mx.ones(512)),
+        dtype=BF16,
+    ),
+    "kernels.rms_norm_sigmoid_gate": lambda m: m.rms_norm_sigmoid_gate(
+        mx.ones((2, 3, 5, 96)), mx.ones((2, 5, 288)), eps=1e-5
+    ),
+    "kernels.expert_routing": lambda m: m.expert_routing(
+        mx.zeros((9, 72)), mx.zeros(72), top_k=6, multiplier=1.5, score_eps=0.0, route_scale=2.0
+    ),
+    "models.rwkv7": lambda m: m.wkv7_kernel(*[QKVG[:, None, :, :64]] * 6, mx.ones((2, 8, 64, 64))),
+}
+# Loops that clang does not unroll, and a helper that is plainly `inline`.
+SLOW = {
+    "kernels.expert_routing": ["'w', [6 x float], stays in memory"],
+    "kernels.post_expert_norm_combine": [
+        "'x', [8 x [4 x bfloat]], stays in memory",
+        "'sum_sq', [8 x float], stays in memory",
+    ],
+    "kernels.norm_add_norm": [
+        "'block_sum_once' is not forced inline (METAL_FUNC)",
+        *(f"'{name}', [8 x float], stays in memory" for name in ("v", "st", "al", "be", "pw")),
+        "'block_sum_once' is not forced inline (METAL_FUNC)",
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRANGERS)
+def test_kernels_of_strangers_would_compile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Remark] = []
+    monkeypatch.setattr(mx.fast, "metal_kernel", partial(lint_kernel, remarks=found))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    STRANGERS[name](fresh(f"mlx_lm.{name}"))
+    assert [each.what for each in found] == SLOW.get(name, []), found
 
 
 def test_kernels_of_mlx_use_no_reserved_word() -> None:
