@@ -20,7 +20,7 @@ from .report import place
 from .translate import translate
 
 BUFFERS = 24  # of Metal's 31: leaves room for those that its validation layer may add
-# Registers of 32 bits of a threadgroup and a thread on M1 and M2, assumed: 104 each for 512 threads.
+# 32-bit registers of a threadgroup and of a thread on M1 and M2, assumed: 104 for 512 threads.
 REGISTERS, MOST_REGISTERS = 53248, 128
 
 _ENTRY = "emu_entry"
