@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import metal_emulator
-from metal_emulator import EmulatedKernel
+from metal_emulator import EmulatedKernel, Remark
 
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch
 
@@ -21,6 +21,11 @@ def emulator(kernel: Kernel, **how: Any) -> EmulatedKernel:
     return metal_emulator.metal_kernel(*text(kernel), **how)
 
 
-def linter(large: Collection[str] = ()) -> Callable[[Kernel], Launch]:
-    """`with use_backend(linter())`: each call is linted and answers with zeros."""
-    return lambda kernel: metal_emulator.lint_kernel(*text(kernel), large=large)
+def linter(
+    large: Collection[str] = (), remarks: list[Remark] | None = None
+) -> Callable[[Kernel], Launch]:
+    """`with use_backend(linter())`: each call is linted and answers with zeros.
+
+    `remarks` gets what may be slow in it.
+    """
+    return lambda kernel: metal_emulator.lint_kernel(*text(kernel), large=large, remarks=remarks)

@@ -36,5 +36,5 @@ def peak_memory(process: subprocess.Popen[str]) -> int:
         status = Path(f"/proc/{process.pid}/status").read_text()
         if "VmHWM:" in status:
             peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-        time.sleep(0.002)
+        time.sleep(0.01)
     return peak

@@ -76,12 +76,15 @@ def interrupted(source: Path, out: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments_changes_no_byte(
-    source: Path, whole: dict[str, bytes], tmp_path: Path
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    few_experts = WIDE | {"num_experts": 4, "num_experts_per_token": 2}
+    source = write_checkpoint(tmp_path_factory.mktemp("few"), few_experts, dtype="bfloat16")
     moments = random.Random(5)
     began = time.monotonic()
     started(source, tmp_path / "whole").communicate()
     duration = time.monotonic() - began  # seconds, most of them before the first block
+    whole = contents(tmp_path / "whole")
     shutil.rmtree(tmp_path / "whole")
     out, kills, ends, resumed = tmp_path / "out", 0, 0, 0
     while kills < KILLS or not out.exists():

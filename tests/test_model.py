@@ -26,11 +26,13 @@ SPLIT = 1e-4
 Models = Callable[[str], KimiLinear]
 
 
-def assert_gives_reference_logits(folder: Path, name: str) -> None:
+def assert_gives_reference_logits(folder: Path, name: str, count: int | None = None) -> None:
+    """Of the first `count` tokens; None: of all that are stored."""
     model, stored = load_model(folder), reference(name)
     for prefix in ("", "short_"):
-        logits = model(mx.array(stored[f"{prefix}ids"])[None])
-        assert_close(f"{prefix}logits", logits[0], stored[f"{prefix}logits"], REFERENCE)
+        ids, expected = (stored[f"{prefix}{what}"][:count] for what in ("ids", "logits"))
+        logits = model(mx.array(ids)[None])
+        assert_close(f"{prefix}logits", logits[0], expected, REFERENCE)
 
 
 @pytest.mark.parametrize("how", [{}, {"shards": 3}, {"layout": "transformers"}], ids=str)
@@ -43,7 +45,8 @@ def test_logits_are_those_of_transformers(
 
 @pytest.mark.slow
 def test_logits_are_those_of_transformers_at_full_width(folder: Callable[..., Path]) -> None:
-    assert_gives_reference_logits(folder("full_width"), "full_width")
+    # 64 of the 150 stored tokens: two chunks of the delta rule. A CPU takes 0.3 s for each token.
+    assert_gives_reference_logits(folder("full_width"), "full_width", 64)
 
 
 @pytest.mark.parametrize("name", ["tiny", "odd"])

@@ -295,7 +295,7 @@ def test_memory_stays_under_what_is_stated(tmp_path: Path) -> None:
     """Of the whole process, seen from outside."""
     source = write_checkpoint(tmp_path / "source", MANY_EXPERTS, dtype="bfloat16")
     write_tiktoken(source)
-    (tmp_path / "text").write_text(sample_text()[:160])
+    (tmp_path / "text").write_text(sample_text()[:80])
     code = "from mlx_kimi.cli.main import cli; cli()"
     asked = ["convert", str(source), str(tmp_path / "out"), "--report"]
     command = [sys.executable, "-c", code, *asked, "--report-text", str(tmp_path / "text")]

@@ -4,15 +4,18 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_kimi.loading.load import load_model
 from mlx_kimi.model import cache
 from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache, Segment
 from mlx_kimi.model.kimi_linear import KimiLinear
 from tests.assertions import assert_close, assert_same_bits
+from tests.checkpoints import published_config, write_checkpoint
 
 Models = Callable[[str], KimiLinear]
 STEPS = [1, 1, 1, 2, 5, 16, 17, 64, 180, 300]  # tokens
@@ -173,7 +176,7 @@ def test_a_million_tokens_are_few_segments_and_few_copies(
     total = 1 << 20
     copies = np.zeros(total + 8192, np.int8)
     concatenate, freezing = Segment.concatenate, [False]
-    freeze = cache._frozen
+    freeze = cache._merged
 
     def counted(segments: Sequence[Segment]) -> Segment:
         if freezing[0] and len(segments) > 1:
@@ -190,7 +193,7 @@ def test_a_million_tokens_are_few_segments_and_few_copies(
             freezing[0] = False
 
     monkeypatch.setattr(Segment, "concatenate", staticmethod(counted))
-    monkeypatch.setattr(cache, "_frozen", frozen)
+    monkeypatch.setattr(cache, "_merged", frozen)
     rng, entry, start, most = random.Random(0), LatentCache(), 0, 0
     while start < total:
         sizes = rng.choice([[2048] * 20, [1] * 300, [256] * 9, [8192], [5, 700, 1300]])
@@ -255,9 +258,10 @@ def test_a_kda_cache_is_constant_in_size(model: Models) -> None:
 
 
 @pytest.mark.slow
-def test_two_thousand_decode_steps_keep_memory_flat_but_for_latents(model: Models) -> None:
+def test_two_thousand_decode_steps_keep_memory_flat_but_for_latents(tmp_path: Path) -> None:
     gc.collect()  # what other tests left
-    tiny = model("tiny")
+    two_layers = published_config(kda_layers=[1], full_attn_layers=[2])
+    tiny = load_model(write_checkpoint(tmp_path, two_layers))
     entries, ids, active = tiny.make_cache(), mx.array([[1]]), []
     for _ in range(2000):
         logits = tiny(ids, entries)

@@ -4,7 +4,8 @@
 OpenCL, which has Metal's address spaces, and clang compiles that beside the library of `shim/`.
 `instrument` adds a call before each load and store. `launch` runs every thread as a fiber of
 `runtime/`, which keeps for each element who touched it last and after which barrier. A fault raises
-one of `findings`; `lint` finds without running what a Metal compiler would refuse.
+one of `findings`; `lint` finds without running what a Metal compiler would refuse, and `review`
+what it may make slow.
 
 README.md says how kernel authors use it, and what it cannot know.
 """
@@ -15,6 +16,7 @@ from .findings import Finding
 from .kernel import EmulatedKernel, metal_kernel
 from .launch import COUNTS
 from .linter import LintError, lint, lint_kernel
+from .reviewer import Remark, review
 
 __all__ = [
     "COUNTS",
@@ -22,8 +24,10 @@ __all__ = [
     "EmulatedKernel",
     "Finding",
     "LintError",
+    "Remark",
     "findings",
     "lint",
     "lint_kernel",
     "metal_kernel",
+    "review",
 ]

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .compiler import LANGUAGE, CompileError, run
 from .msl import Input, MetalText, metal_text
 from .report import place
 from .reserved import reserved_words
+from .reviewer import Remark, review
 from .syntax_tree import refusals
 from .translate import translate
 
@@ -53,6 +55,8 @@ def lint(
     atomic_outputs: bool = False,
     scalars: Collection[str] = (),
     large: Collection[str] = (),
+    strict: bool = False,
+    threads: int | None = None,
 ) -> None:
     """Raise a LintError unless Metal 3.1 to 4.1 would take the kernel.
 
@@ -63,6 +67,8 @@ def lint(
         scalars: the inputs that are Python numbers.
         large: the inputs that have 8 elements or more in every call. All others are tried as small
             ones too, one at a time and together: MLX puts those into another address space.
+        strict: raise also for what `review` finds, which may only be slow.
+        threads: of a threadgroup, as `review` takes it.
     """
     flexible = [key for key in inputs if key not in {*scalars, *large}]
 
@@ -77,6 +83,11 @@ def lint(
 
     with ThreadPoolExecutor() as pool:  # which wait for a process each
         list(pool.map(check, _each({*flexible}, *({key} for key in flexible), set())))
+    if strict:
+        how: dict[str, Any] = {"header": header, "atomic_outputs": atomic_outputs}
+        how |= {"scalars": scalars, "threads": threads}
+        if remarks := review(name, source, inputs, outputs, template, **how):
+            raise LintError("\n".join(map(str, remarks)))
 
 
 def lint_kernel(
@@ -90,29 +101,34 @@ def lint_kernel(
     compile_options: Any = None,
     *,
     large: Collection[str] = (),
+    remarks: list[Remark] | None = None,
 ) -> Callable[..., list[mx.array]]:
-    """Stands in for `mx.fast.metal_kernel`: a call is linted for its dtypes, and answers zeros."""
+    """Stands in for `mx.fast.metal_kernel`: a call is linted for its dtypes, and answers zeros.
+
+    `remarks`: a list that also gets what `review` finds, for the threads of the call.
+    """
 
     def launch(
         *,
         inputs: Sequence[Any],
         output_shapes: Sequence[Sequence[int]],
         output_dtypes: Sequence[mx.Dtype],
+        threadgroup: Sequence[int] = (1,),
         template: Sequence[tuple[str, Any]] = (),
         **_: Any,
     ) -> list[mx.array]:
         arrays = dict(zip(input_names, map(as_array, inputs), strict=True))
-        lint(
-            name,
-            source,
+        types = (
             {key: x.dtype for key, x in arrays.items()},
             dict(zip(output_names, output_dtypes, strict=True)),
-            template,
-            header=header,
-            atomic_outputs=atomic_outputs,
-            scalars={key for key, x in arrays.items() if x.ndim == 0},
-            large=large,
         )
+        how: dict[str, Any] = {"header": header, "atomic_outputs": atomic_outputs}
+        how["scalars"] = {key for key, x in arrays.items() if x.ndim == 0}
+        lint(name, source, *types, template, **how, large=large)
+        if remarks is not None:
+            threads = prod(threadgroup)
+            found = review(name, source, *types, template, **how, threads=threads)
+            remarks.extend(remark for remark in found if remark not in remarks)
         return [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
 
     return launch

@@ -15,11 +15,21 @@ RESERVED = (
     "quad",
     "complex",
     "imaginary",
+    "llong",
+    "ullong",
     "object_data",
     "ray_data",
     "threadgroup_imageblock",
 )
+# Words with a place in a kernel's text. clang, for which some are types or macros of the library,
+# lets a macro, a label or a value of a template take their names.
+USED = ("bfloat", "half", "device", "constant", "thread", "threadgroup", "register")
 _WORD = re.compile(rf"\b(?:{'|'.join(RESERVED)})\b")
+_TAKEN = re.compile(
+    rf"^\s*#\s*define\s+(?P<macro>{'|'.join(USED)})\b"
+    rf"|(?:^|[;{{}}])\s*(?P<label>{'|'.join(USED)})\s*:(?!:)"
+    rf"|\b(?:bool|char|short|int|uint|size_t)\s+(?P<value>{'|'.join(USED)})\s*[,>=]"
+)
 _NOT_CODE = re.compile(r'"(?:\\.|[^"\\\n])*"|\[\[.*?\]\]', re.DOTALL)  # strings, attributes
 
 
@@ -27,5 +37,7 @@ def reserved_words(text: str, file: str) -> Iterator[str]:
     """`FILE:LINE: message` for each use of such a word in a text without comments."""
     code = _NOT_CODE.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
     for number, line in enumerate(code.split("\n"), start=1):
-        for found in _WORD.finditer(line):
-            yield f"{file}:{number}: error: '{found[0]}' is a reserved word of Metal"
+        words = [found[0] for found in _WORD.finditer(line)]
+        words += [found[found.lastgroup or 0] for found in _TAKEN.finditer(line)]
+        for word in words:
+            yield f"{file}:{number}: error: '{word}' is a reserved word of Metal"

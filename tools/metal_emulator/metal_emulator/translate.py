@@ -31,11 +31,15 @@ class Translation:
 
 def translate(metal: MetalText) -> Translation:
     arrays: list[str] = []
-    text = _COMMENT.sub(_blank, metal.text)
+    text = without_comments(metal.text)
     text = _INSTANCE.sub("", text)
     text = _VECTOR.sub(r"metal::make_vec\1", text)
     text = _STORAGE.sub(lambda found: _storage(found, arrays), text)
     return Translation(text + _entry(metal), tuple(arrays))
+
+
+def without_comments(text: str) -> str:
+    return _COMMENT.sub(_blank, text)
 
 
 def _blank(comment: re.Match[str]) -> str:

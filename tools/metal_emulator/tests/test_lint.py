@@ -87,6 +87,10 @@ POSITIONS = {  # what is declared, in the body or in the header
     "parameter": ("float x = 0;", "inline float g(float {}) {{ return 1; }}"),
     "function": ("float x = 0;", "inline float {}(float a) {{ return a; }}"),
     "parameter of a template": ("float x = 0;", "template <typename {}> float g(float a);"),
+    "value of a template": ("float x = 0;", "template <int {}> float g(float a);"),
+    "alias": ("float x = 0;", "using {} = float;"),
+    "label": ("float x; {}: x = 0;", ""),
+    "macro": ("float x = 0;", "#define {} 1\n"),
 }
 
 
