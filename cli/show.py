@@ -7,17 +7,19 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlx_kimi.evaluation.bench import BenchRow
-from mlx_kimi.evaluation.evaluate import Distance
-from mlx_kimi.generation.answer import Stats
-from mlx_kimi.offload.stats import Counts
 from mlx_kimi.units import human_size
+
+if TYPE_CHECKING:
+    from mlx_kimi.evaluation.bench import BenchRow
+    from mlx_kimi.evaluation.evaluate import Distance
+    from mlx_kimi.generation.answer import Stats
+    from mlx_kimi.offload.stats import Counts
 
 # Joiners of emoji and of Arabic and Indic scripts are format characters like those that turn the
 # direction of text, which could make it read as something else.

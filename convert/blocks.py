@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.files import Checkpoint, Stored
-from mlx_kimi.checkpoint.tensors import Join, Tensor
+from mlx_kimi.checkpoint.tensors import Tensor
 from mlx_kimi.checkpoint.weight_file import OpenFile
 
 BLOCK = 32 * 2**20  # bytes of source that are read at once; 64 MB is no faster, 8 MB slower
@@ -51,7 +51,7 @@ class SourceTensor:
     @property
     def is_joint(self) -> bool:
         """Whether it is a `kv_b_proj`, half of which becomes the tensor: it is read whole."""
-        return _is_half(self.tensor) and self.name != self.tensor.name
+        return self.tensor.is_half and self.name != self.tensor.name
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class TensorReader:
         """The tensors of the checkpoint that become `tensor`, in the order of its rows."""
         width, names = tensor.shape[-1], self._names(tensor)
         stored = [self.checkpoint.tensors[name] for name in names]
-        if _is_half(tensor):
+        if tensor.is_half:
             return [SourceTensor(tensor, names[0], stored[0], 0, math.prod(tensor.shape[:-1]))]
         # Every other join keeps the elements in their order.
         rows = [math.prod(each.shape) // width for each in stored]
@@ -159,10 +159,6 @@ class TensorReader:
         start = self.checkpoint.place(name) + first * values.itemsize
         self._open[stored.file].read(start, values.view(np.uint8))
         return values
-
-
-def _is_half(tensor: Tensor) -> bool:
-    return tensor.join in (Join.KEY_HALF, Join.VALUE_HALF)
 
 
 def _in_mlx(values: np.ndarray, dtype: str) -> mx.array:

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from mlx_kimi.metal_kernels.add_norm import naive_add_norm
 from mlx_kimi.metal_kernels.kernel import Kernel, backend
+from mlx_kimi.metal_kernels.matmul import gather_times_transposed
 from mlx_kimi.metal_kernels.matrix import Matrix, with_scales
 
 LARGEST_BATCH = 8  # tokens; beyond it sorting by expert reads less
@@ -202,7 +203,7 @@ def _times_each(x: mx.array, stack: Matrix, experts: mx.array) -> mx.array:
     """x [B, k, in] times the matrix of each of a token's experts [B, k] -> [B, k, out]."""
     w, scales, biases, group, bits = stack
     if not bits:
-        y = mx.gather_mm(x[:, :, None], w.swapaxes(-1, -2), rhs_indices=experts)
+        y = gather_times_transposed(x[:, :, None], w, experts, sorted_indices=False)
     else:
         y = mx.gather_qmm(
             x[:, :, None], w, scales, biases, None, experts, True, group_size=group, bits=bits

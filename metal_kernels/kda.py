@@ -1,4 +1,4 @@
-"""The delta rule, in whichever chosen suits the number of tokens and the device."""
+"""The delta rule, in whichever implementation suits the number of tokens and the device."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_kimi.metal_kernels.kernel import Kernel
 from mlx_kimi.metal_kernels.latents import is_packed, unpack
 from mlx_kimi.metal_kernels.matrix import Matrix, with_scales
-from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan, sizes_in
+from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan, multiple_of, sizes_in
 
 OUTPUT_THREADS = 512
 MOST_SPLITS = 1024  # of mla_output; `positions_of_a_split` asks for at most about 550
@@ -149,7 +149,7 @@ def mla_query(
             *(("Room", room), ("Segments", SEGMENTS)),
             *(("Bits", weights.embed_q.bits), ("Group", weights.embed_q.group_size)),
         ],
-        grid=(32, _multiple_of(4, H * (lora // 4 + 1) + room), B),
+        grid=(32, multiple_of(4, H * (lora // 4 + 1) + room), B),
         threadgroup=(32, 4, 1),
         output_shapes=[(B, H, lora + shared), (B, room, lora + shared)],
         output_dtypes=[mx.float32, x.dtype],
@@ -229,7 +229,7 @@ class Shape(NamedTuple):
     def fitted(self, H: int, lora: int) -> Shape:
         """The same for a layer of these sizes."""
         channels = 32 if lora % self.channels else self.channels
-        return Shape(min(self.heads, _multiple_of(8, H)), channels, self.positions)
+        return Shape(min(self.heads, multiple_of(8, H)), channels, self.positions)
 
 
 # Queries and outputs of 32 heads of the 48B fill 136 KB of registers, 16 simdgroups of 32 lanes
@@ -383,7 +383,3 @@ def unsupported_reason(weights: LatentWeights, width: int) -> str | None:
         if not matrix.is_affine:
             return f"{name} is quantized in another mode than affine"
     return None
-
-
-def _multiple_of(divisor: int, x: int) -> int:
-    return -(-x // divisor) * divisor

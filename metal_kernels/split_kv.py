@@ -49,7 +49,12 @@ def positions_of_a_split(total: int) -> int:
     What a split adds to what is read, its queries and its outputs, is as much as 120 positions.
     """
     wanted = -(-total // 160) if total <= 160 * 1024 else max(1024, -(-total // 512))
-    return max(64, -(-wanted // 64) * 64)
+    return max(64, multiple_of(64, wanted))
+
+
+def multiple_of(divisor: int, x: int) -> int:
+    """The least multiple of `divisor` that is not below x."""
+    return -(-x // divisor) * divisor
 
 
 def sizes_in(array: mx.array) -> mx.array:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from mlx_kimi.checkpoint.tensors import Join, Tensor
+from mlx_kimi.checkpoint.tensors import Tensor
 from mlx_kimi.convert.blocks import TensorReader
 from mlx_kimi.model.linear import Linear
 from mlx_kimi.model.weights import Weights
@@ -55,7 +55,7 @@ def _plain(reader: TensorReader, tensor: Tensor, first: int, count: int) -> mx.a
         start, stop = 0, 1  # a vector is one row
     parts = []
     for source in reader.sources(tensor):
-        is_half = tensor.join in (Join.KEY_HALF, Join.VALUE_HALF)  # one block, which is read whole
+        is_half = tensor.is_half  # one block, which is read whole
         skip = 0 if is_half else max(start - source.first_row, 0)
         for block in reader.blocks(source, skip):
             at = block.first_row

@@ -160,6 +160,11 @@ class Tensor:
         """The path that config.json's `quantization` uses for this tensor."""
         return self.name.removesuffix(".weight")
 
+    @property
+    def is_half(self) -> bool:
+        """Whether the published tensor is a `kv_b_proj`, of which this is one half."""
+        return self.join in (Join.KEY_HALF, Join.VALUE_HALF)
+
     def published(self, source: str) -> list[str]:
         """The names that `source` stands for: one for each expert if this tensor is a stack."""
         if self.join is not Join.STACK:
@@ -179,7 +184,7 @@ class Tensor:
             return ((channels, 1, taps), (channels, taps))
         if self.join is Join.STACK:
             return (shape[1:],)
-        if self.join in (Join.KEY_HALF, Join.VALUE_HALF):
+        if self.is_half:
             rows = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
             return ((rows, config.kv_lora_rank),)
         if self.name.endswith(("A_log", "dt_bias")):
@@ -192,7 +197,7 @@ class Tensor:
         if self.join is Join.STACK:
             return mx.stack(parts)
         (whole,) = parts
-        if self.join in (Join.KEY_HALF, Join.VALUE_HALF):
+        if self.is_half:
             nope = config.qk_nope_head_dim
             heads = whole.reshape(config.num_attention_heads, -1, config.kv_lora_rank)
             if self.join is Join.KEY_HALF:

@@ -69,7 +69,7 @@ class TensorMatcher:
         if tensor.name in self.checkpoint or f"{tensor.module}.scales" in self.checkpoint:
             return self._in_mlx_layout(tensor)
         names = tensor.found_in(self.checkpoint.tensors)
-        if tensor.join in (Join.KEY_HALF, Join.VALUE_HALF):
+        if tensor.is_half:
             module = names[0].removesuffix(".weight")
             if f"{module}.scales" in self.checkpoint:
                 return self._quantized_kv_b(tensor, module)

@@ -117,10 +117,7 @@ class Segment:
         latents = mx.concatenate([s.latents for s in segments], axis=1)
         if all(s.valid is None for s in segments):
             return Segment(latents)
-        valid = [
-            mx.ones(s.latents.shape[:2], mx.bool_) if s.valid is None else s.valid for s in segments
-        ]
-        return Segment(latents, mx.concatenate(valid, axis=1))
+        return Segment(latents, mx.concatenate([_valid(s) for s in segments], axis=1))
 
 
 @dataclass

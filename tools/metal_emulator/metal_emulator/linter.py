@@ -73,12 +73,9 @@ def lint(
     flexible = [key for key in inputs if key not in {*scalars, *large}]
 
     def check(small: set[str]) -> None:
-        arguments = [
-            Input(key, dtype, 0 if key in scalars else 1, key in small or key in scalars)
-            for key, dtype in inputs.items()
-        ]
+        given = Input.all_of(inputs, scalars, small)
         results = list(outputs.items())
-        metal = metal_text(name, arguments, results, source, header, template, atomic_outputs)
+        metal = metal_text(name, given, results, source, header, template, atomic_outputs)
         _lint_text(name, metal)
 
     with ThreadPoolExecutor() as pool:  # which wait for a process each

@@ -6,7 +6,7 @@ the two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,16 @@ class Input:
     @classmethod
     def of(cls, name: str, array: mx.array) -> Input:
         return cls(name, array.dtype, array.ndim, array.size < SMALL)
+
+    @classmethod
+    def all_of(
+        cls, dtypes: Mapping[str, mx.Dtype], scalars: Collection[str], small: Collection[str]
+    ) -> list[Input]:
+        """Inputs by their dtypes alone; of those that are `small`, and of numbers, few elements."""
+        return [
+            cls(name, dtype, 0 if name in scalars else 1, name in small or name in scalars)
+            for name, dtype in dtypes.items()
+        ]
 
     @property
     def type(self) -> str:

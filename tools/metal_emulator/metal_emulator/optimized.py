@@ -30,6 +30,7 @@ _SUBPROGRAM = re.compile(
 _NUMBERED = re.compile(
     r"^(!\d+) = (?:distinct )?!(?:DILocation|DILocalVariable)\((.*?)\bline: (\d+)", re.MULTILINE
 )
+VALUE = re.compile(r"%[\w.$-]+")  # a value's name in LLVM's text
 _NAME = re.compile(r'\bname: "([^"]*)"')
 
 
@@ -56,6 +57,11 @@ class Module:
     functions: dict[str, Function]
     lines: dict[str, int]
     names: dict[str, str]
+
+
+def without_debug(line: str) -> str:
+    """An instruction without the place that it stands for."""
+    return line.split(", !dbg")[0]
 
 
 @cache

@@ -14,9 +14,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .optimized import VALUE, without_debug
+
 _DEFINED = re.compile(r"^  (%[\w.$-]+) = (?:(?:tail|musttail|notail) )?(\w+) (.*)$")
 _LABEL = re.compile(r"^([\w.$-]+):")
-_VALUE = re.compile(r"%[\w.$-]+")
 _TARGET = re.compile(r"label %([\w.$-]+)")
 _FROM = re.compile(r"\[ ([^\[\]]+), %([\w.$-]+) \]")
 _TYPE = re.compile(r"<(\d+) x (\w+)>|\b(ptr|i\d+|half|bfloat|float|double)\b")
@@ -79,7 +80,7 @@ def _numbered(body: Sequence[str]) -> _Numbers:
     numbers = _Numbers()
     for found in filter(None, map(_DEFINED.match, body)):
         name, operation, rest = found.groups()
-        operands = [x for x in _VALUE.findall(_without_debug(rest)) if x in numbers.index]
+        operands = [x for x in VALUE.findall(without_debug(rest)) if x in numbers.index]
         renames = operation in _SAME_BITS or operation == "getelementptr" and len(operands) < 2
         if renames and operands:
             numbers.index[name] = numbers.index[operands[0]]
@@ -93,7 +94,7 @@ def _halves(operation: str, rest: str) -> int:
         return 0
     if operation == "getelementptr":
         return _WHOLE
-    text = _without_debug(rest)
+    text = without_debug(rest)
     _, converted, to = text.rpartition(" to ")
     types = _TYPE.findall(to if converted and operation != "call" else text)
     if operation == "select":
@@ -113,7 +114,7 @@ def _blocks(body: Sequence[str], numbers: _Numbers) -> dict[str, _Block]:
             label = started[1]
             blocks[label] = _Block()
         elif not line.lstrip().startswith("#dbg"):
-            text = _without_debug(line)
+            text = without_debug(line)
             blocks[label].successors |= set(_TARGET.findall(text))
             defined = _DEFINED.match(text)
             is_phi = defined is not None and defined[2] == "phi"
@@ -121,7 +122,7 @@ def _blocks(body: Sequence[str], numbers: _Numbers) -> dict[str, _Block]:
                 phis += [(start, label, value) for value, start in _FROM.findall(text)]
             name = defined[1] if defined else ""
             own = numbers.bits([name]) if name in numbers.own else 0
-            used = 0 if is_phi else numbers.bits(_VALUE.findall(text)) & ~own
+            used = 0 if is_phi else numbers.bits(VALUE.findall(text)) & ~own
             blocks[label].steps.append((own, used))
     for start, end, value in phis:
         passed = blocks.get(start, blocks[""]).passed
@@ -149,7 +150,3 @@ def _leaving(block: _Block, entering: dict[str, int]) -> int:
     for label in block.successors:
         alive |= entering.get(label, 0) | block.passed.get(label, 0)
     return alive
-
-
-def _without_debug(line: str) -> str:
-    return line.split(", !dbg")[0]

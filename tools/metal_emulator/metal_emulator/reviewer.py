@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from .msl import Input, MetalText, metal_text
-from .optimized import Function, Module, modules
+from .optimized import VALUE, Function, Module, modules, without_debug
 from .registers import registers
 from .report import place
 from .translate import translate
@@ -26,7 +26,6 @@ REGISTERS, MOST_REGISTERS = 53248, 128
 _ENTRY = "emu_entry"
 # Arrays and structures: clang also keeps a lone value there, as this processor hands over vectors.
 _ALLOCA = re.compile(r"^  (%[\w.$-]+) = alloca ([\[{%][^,]*)")
-_VALUE = re.compile(r"%[\w.$-]+")
 _CALL = re.compile(r"\bcall .*?@([\w.$]+)\(")
 _DEBUG = re.compile(r"!dbg (!\d+)")
 _COMPONENT = re.compile(r"= (?:extract|insert)element .*, i\d+ %")
@@ -69,12 +68,9 @@ def review(
     Raises:
         CompileError: clang refuses the text; `lint` says it in fewer words.
     """
-    arguments = [
-        Input(key, dtype, 0 if key in scalars else 1, key in small or key in scalars)
-        for key, dtype in inputs.items()
-    ]
+    given = Input.all_of(inputs, scalars, small)
     results = list(outputs.items())
-    metal = metal_text(name, arguments, results, source, header, template, atomic_outputs)
+    metal = metal_text(name, given, results, source, header, template, atomic_outputs)
     return list(dict.fromkeys(_remarks(name, metal, threads)))
 
 
@@ -148,15 +144,15 @@ def _causes(pointer: str, function: Function, module: Module, metal: MetalText) 
     """What keeps an array in memory: variable indices, choices between elements, calls."""
     inside = {pointer}
     for line in function.body:
-        text = line.split(", !dbg")[0]
+        text = without_debug(line)
         defined, _, operation = text.strip().partition(" = ")
-        if not inside & set(_VALUE.findall(operation or text)) or "#dbg" in text:
+        if not inside & set(VALUE.findall(operation or text)) or "#dbg" in text:
             continue
         number = _line(line, module)
         at = place(number, metal) if number else "what clang adds"
         if operation.startswith("getelementptr"):
             inside.add(defined)
-            if len(_VALUE.findall(operation)) > 1:
+            if len(VALUE.findall(operation)) > 1:
                 yield f"{at} has an index known only at run time"
         elif operation.startswith(("select", "phi")):
             inside.add(defined)
@@ -169,7 +165,7 @@ def _causes(pointer: str, function: Function, module: Module, metal: MetalText) 
 
 def _components(function: Function, module: Module) -> Iterator[Noted]:
     for line in function.body:
-        if _COMPONENT.search(line.split(", !dbg")[0]):
+        if _COMPONENT.search(without_debug(line)):
             why = "which component is known only at run time"
             yield _line(line, module), "a component of a vector", why
 
