@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.measure import circles, edges_of, imported_when_run, module_name
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_kimi"
 EMULATOR = ROOT / "tools" / "metal_emulator"
@@ -129,60 +131,15 @@ def test_a_layers_files_do_not_know_its_rooms(layer: str) -> None:
     assert not {path: modules for path, modules in wrong.items() if modules}
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    package = () if parts[0] == "mlx_kimi" else ("mlx_kimi",)
-    return ".".join((*package, *parts)).removesuffix(".__init__")
-
-
-def imported_when_run(path: Path) -> set[str]:
-    """The modules of ours that a file imports, now or in a function, but not for types alone."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
-
-
-def circle(edges: dict[str, set[str]]) -> list[str]:
-    """The modules of a circle of imports; empty if there is none."""
-    done: set[str] = set()
-
-    def search(name: str, way: list[str]) -> list[str]:
-        if name in way:
-            return way[way.index(name) :]
-        if name in done:
-            return []
-        for following in sorted(edges[name]):
-            if found := search(following, [*way, name]):
-                return found
-        done.add(name)
-        return []
-
-    return next((found for name in edges if (found := search(name, []))), [])
-
-
-def edges_of(files: dict[str, set[str]]) -> dict[str, set[str]]:
-    return {
-        name: {m for m in modules if m in files and m != name} for name, modules in files.items()
-    }
-
-
 def runtime_imports() -> dict[str, set[str]]:
     """Of each module in a room and in the linked folders what it imports."""
     rooms = (path for room in LEVEL for path in room_files(room))
     linked = (path for layer in LINKS for path in (ROOT / layer).rglob("*.py"))
-    return {module_name(path): imported_when_run(path) for path in (*rooms, *linked)}
+    return {module_name(ROOT, path): imported_when_run(path) for path in (*rooms, *linked)}
 
 
 def test_no_circle_of_imports() -> None:
-    assert not circle(edges_of(runtime_imports()))
+    assert not circles(edges_of(runtime_imports()))
 
 
 def test_a_planted_import_is_found(tmp_path: Path) -> None:
@@ -194,11 +151,13 @@ def test_a_planted_import_is_found(tmp_path: Path) -> None:
     planted.write_text("from mlx_kimi.model.kimi_linear import KimiLinear\n")
     files = runtime_imports()
     files["mlx_kimi.model.kda"] |= imported_when_run(planted)
-    assert {"mlx_kimi.model.kda", "mlx_kimi.model.kimi_linear"} <= {*circle(edges_of(files))}
+    (found,) = circles(edges_of(files))
+    assert {"mlx_kimi.model.kda", "mlx_kimi.model.kimi_linear"} <= found
     planted.write_text("from mlx_kimi.cli.chat import loop\n")
     files = runtime_imports()
     files["mlx_kimi.cli.chat.input"] |= imported_when_run(planted)
-    assert {"mlx_kimi.cli.chat.input", "mlx_kimi.cli.chat.loop"} <= {*circle(edges_of(files))}
+    (found,) = circles(edges_of(files))
+    assert {"mlx_kimi.cli.chat.input", "mlx_kimi.cli.chat.loop"} <= found
 
 
 def test_a_planted_import_of_a_side_room_is_found(

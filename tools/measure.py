@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 LINKS = ("cli", "convert", "metal_kernels")
@@ -38,7 +38,7 @@ def main() -> None:
 def measured(root: Path, cases: bool) -> dict[str, object]:
     """Every number of a checkout by its name."""
     files = {module_name(root, path): path for path in package_files(root)}
-    edges = {name: imports(path, set(files)) - {name} for name, path in files.items()}
+    edges = edges_of({name: imported_when_run(path) for name, path in files.items()})
     folders = {(folder(a), folder(b)) for a, bs in edges.items() for b in bs}
     folders = {(a, b) for a, b in folders if a != b}
     tests = [path for place in TESTS for path in sorted((root / place).rglob("*.py"))]
@@ -48,7 +48,7 @@ def measured(root: Path, cases: bool) -> dict[str, object]:
         "imports between modules": sum(map(len, edges.values())),
         "imports between folders": len(folders),
         "of these, pairs that know each other": sum((b, a) in folders for a, b in folders) // 2,
-        "modules in circles of imports": sum(len(c) for c in components(edges) if len(c) > 1),
+        "modules in circles of imports": sum(map(len, circles(edges))),
         f"files over {LONGEST_FILE} lines": long_files(files.values()),
         f"functions over {LONGEST_FUNCTION} lines of code": long_functions(files.values()),
         "assertions in tests": sum(map(assertions, tests)),
@@ -87,8 +87,8 @@ def folder(module: str) -> str:
     return module.rpartition(".")[0] or module
 
 
-def imports(path: Path, known: set[str]) -> set[str]:
-    """The modules of ours that a file imports when it runs, in functions too; not for types."""
+def imported_when_run(path: Path) -> set[str]:
+    """The names that a file imports when it runs, also within functions; not for types alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -98,12 +98,21 @@ def imports(path: Path, known: set[str]) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = {f"{node.module}.{alias.name}" for alias in node.names} & known
-            found |= names or {node.module}
-    return found & known
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
 
 
-def components(edges: dict[str, set[str]]) -> list[set[str]]:
+def edges_of(imports: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Of each module, which imports these names, those that are among the modules."""
+    return {name: (names & set(imports)) - {name} for name, names in imports.items()}
+
+
+def circles(edges: Mapping[str, set[str]]) -> list[set[str]]:
+    """Groups of modules that all reach each other by imports."""
+    return [group for group in components(edges) if len(group) > 1]
+
+
+def components(edges: Mapping[str, set[str]]) -> list[set[str]]:
     """Modules that reach each other by imports (strongly connected components)."""
     reached = {name: reachable(name, edges) for name in edges}
     found: list[set[str]] = []
@@ -113,7 +122,7 @@ def components(edges: dict[str, set[str]]) -> list[set[str]]:
     return found
 
 
-def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
+def reachable(start: str, edges: Mapping[str, set[str]]) -> set[str]:
     seen: set[str] = set()
     waiting = [start]
     while waiting:
