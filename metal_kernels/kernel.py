@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.cuda import cuda
 from mlx_kimi.metal_kernels.source import body_of, headers_of
 
 
@@ -103,6 +102,8 @@ def backend() -> Backend | None:
     if os.environ.get(OFF) or mx.default_device() == mx.Device(mx.cpu):
         return None
     if mx.cuda.is_available():
+        from mlx_kimi.metal_kernels.cuda import cuda  # here: on other machines it is never needed
+
         return cuda
     return _metal if mx.metal.is_available() else None
 

@@ -55,8 +55,8 @@ def _plain(reader: TensorReader, tensor: Tensor, first: int, count: int) -> mx.a
         start, stop = 0, 1  # a vector is one row
     parts = []
     for source in reader.sources(tensor):
-        is_half = tensor.is_half  # one block, which is read whole
-        skip = 0 if is_half else max(start - source.first_row, 0)
+        # (A half is one block, which is read whole.)
+        skip = 0 if tensor.is_half else max(start - source.first_row, 0)
         for block in reader.blocks(source, skip):
             at = block.first_row
             if at >= stop:
