@@ -1,5 +1,6 @@
-"""The program in a process of its own, and what a process took, seen from outside."""
+"""The program in a process of its own, what it took, and what this process holds."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 PROGRAM = [sys.executable, "-m", "mlx_kimi"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -38,3 +41,15 @@ def peak_memory(process: subprocess.Popen[str]) -> int:
             peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
         time.sleep(0.01)
     return peak
+
+
+def live_memory() -> int:
+    """Bytes of arrays here that something still refers to, with all submitted work done.
+
+    What earlier tests left goes first, so that it cannot go while a test measures; and MLX's cache,
+    since an array may be given a kept buffer that is larger than it needs.
+    """
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
+    return mx.get_active_memory()

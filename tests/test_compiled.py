@@ -18,6 +18,7 @@ from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import TAIL, CacheEntry
 from mlx_kimi.model.kimi_linear import SUBMITTED_FROM, KimiLinear
 from tests.assertions import assert_close
+from tests.processes import live_memory
 from tests.reference_backend import reference_backend
 
 # Float32, added in another order: MLX joins operations in a compiled graph, and the reference
@@ -206,7 +207,7 @@ def test_what_cannot_be_traced_is_not(pocket: KimiLinear) -> None:
 
 
 def test_the_graph_does_not_keep_the_model(launched: list[str]) -> None:
-    before = mx.get_active_memory()
+    before = live_memory()
     model = load_model(pocket_folder())
     weights = mx.get_active_memory() - before
     one_by_one(model, ids(1, 2), prompted(model, 1, 5))

@@ -1,6 +1,5 @@
 """What a model is said to need is what it takes; what does not fit is refused unread."""
 
-import gc
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ from mlx_kimi.model import cache as caches
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.units import human_size
 from tests.checkpoints import PUBLISHED_48B
+from tests.processes import live_memory
 
 GB = 10**9
 CONFIG_48B = ModelConfig.from_json(PUBLISHED_48B)
@@ -46,17 +46,6 @@ def machine(monkeypatch: pytest.MonkeyPatch, limit: int, total: int) -> None:
     monkeypatch.setattr(Machine, "here", staticmethod(lambda: there))
 
 
-def settled_memory() -> int:
-    """Bytes of arrays that something still refers to, with all submitted work done.
-
-    The cache goes too: an array may be given a kept buffer that is larger than it needs.
-    """
-    gc.collect()
-    mx.synchronize()
-    mx.clear_cache()
-    return mx.get_active_memory()
-
-
 # ------------------------------------------------------------------------------------ what it needs
 def test_the_48b_needs_what_its_sizes_say() -> None:
     plain = needs(CONFIG_48B, 0, number=2)
@@ -71,9 +60,9 @@ def test_the_48b_needs_what_its_sizes_say() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [None, Budget(8 * GB)])
 def test_weights_state_and_latents_are_exact(budget: Budget | None) -> None:
-    before = settled_memory()
+    before = live_memory()
     model = load_model(pocket_folder(), budget=budget)
-    taken = settled_memory() - before
+    taken = live_memory() - before
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     assert abs(taken - weights) < 0.01 * weights
     cache = model.make_cache()
@@ -88,7 +77,7 @@ def test_weights_state_and_latents_are_exact(budget: Budget | None) -> None:
 def test_the_work_space_is_about_what_a_step_takes(pocket: KimiLinear) -> None:
     cache, wanted = pocket.make_cache(), needs(pocket.config, 0)
     mx.eval(pocket.hidden(mx.array([[1] * 2048]), cache), caches.arrays(cache))
-    before = mx.get_active_memory()
+    before = live_memory()
     mx.reset_peak_memory()
     mx.eval(pocket.hidden(mx.array([[2] * 2048]), cache), caches.arrays(cache))
     assert wanted.work / 8 < mx.get_peak_memory() - before < wanted.work
@@ -158,7 +147,7 @@ def test_a_budget_is_offered_where_it_would_be_taken(
 
 def test_a_load_that_cannot_fit_reads_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 10 * 10**6, 20 * 10**6)
-    before = mx.get_active_memory()
+    before = live_memory()
     mx.reset_peak_memory()
     with pytest.raises(KimiError, match=r"needs 7\.51 MB for its weights"):
         load_model(pocket_folder())

@@ -1,7 +1,6 @@
 """Sessions: conversations on disk that survive crashes, damage and other versions."""
 
 import errno
-import gc
 import json
 import os
 import subprocess
@@ -31,6 +30,7 @@ from mlx_kimi.loading.budget import Budget
 from mlx_kimi.model import cache as caches
 from tests.assertions import assert_close
 from tests.checkpoints import TINY, write_checkpoint
+from tests.processes import live_memory
 
 FINGERPRINT = {"model": "m", "runtime": "0", "device": "cpu", "latent_bits": None}
 
@@ -627,7 +627,7 @@ def test_undo_takes_under_50_ms_and_no_recomputation(loaded, sessions) -> None:
 @pytest.mark.slow
 def test_2000_steps_keep_memory_flat(loaded) -> None:
     """Active memory less what the cache itself holds; snapshots are none within one short turn."""
-    gc.collect()  # what other tests left
+    live_memory()  # frees what earlier tests left
     model, tokenizer = loaded
     state, held = TokenState(model), []
     for step, _ in enumerate(
@@ -645,7 +645,7 @@ def test_2000_steps_keep_memory_flat(loaded) -> None:
 @pytest.mark.slow
 def test_50_turns_keep_memory_flat(loaded, sessions) -> None:
     """Snapshots fill their bound after some ten turns; from then on nothing may grow."""
-    gc.collect()  # what other tests left
+    live_memory()  # frees what earlier tests left
     bound = 700_000  # bytes: 18 snapshots of the tiny model, 37 kB each
     chat, held = new_chat(loaded, sessions, snapshot_memory=bound), []
     for turn in range(50):

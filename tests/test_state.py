@@ -1,6 +1,5 @@
 """State is sound: snapshots hold, branches do not meet, and time and memory stay flat."""
 
-import gc
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache, Segment
 from mlx_kimi.model.kimi_linear import KimiLinear
 from tests.assertions import assert_close, assert_same_bits
 from tests.checkpoints import published_config, write_checkpoint
+from tests.processes import live_memory
 
 Models = Callable[[str], KimiLinear]
 STEPS = [1, 1, 1, 2, 5, 16, 17, 64, 180, 300]  # tokens
@@ -105,7 +105,7 @@ def test_a_snapshot_costs_no_memory(model: Models) -> None:
     entries = model("tiny").make_cache()
     Steps(model("tiny"), 0).take(entries, 5)
     mx.eval(cache.arrays(entries))
-    before = mx.get_active_memory()
+    before = live_memory()
     saved = [cache.snapshot(entries) for _ in range(100)]
     mx.eval([cache.arrays(x) for x in saved])
     assert mx.get_active_memory() == before
@@ -233,7 +233,7 @@ def test_frozen_segments_are_left_alone_by_an_append() -> None:
 @pytest.mark.parametrize("size", [256 + 200, 256 * 8 + 255])
 def test_segments_keep_no_more_memory_than_their_own(size: int) -> None:
     """A slice keeps its whole parent alive: the parts of one append must be copies."""
-    before = mx.get_active_memory()
+    before = live_memory()
     entry = LatentCache()
     entry.append(mx.random.normal((1, size, 64)), None)
     mx.eval(entry.arrays())
@@ -259,7 +259,7 @@ def test_a_kda_cache_is_constant_in_size(model: Models) -> None:
 
 @pytest.mark.slow
 def test_two_thousand_decode_steps_keep_memory_flat_but_for_latents(tmp_path: Path) -> None:
-    gc.collect()  # what other tests left
+    live_memory()  # frees what earlier tests left
     two_layers = published_config(kda_layers=[1], full_attn_layers=[2])
     tiny = load_model(write_checkpoint(tmp_path, two_layers))
     entries, ids, active = tiny.make_cache(), mx.array([[1]]), []
