@@ -25,7 +25,8 @@ from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import Kernel, use_backend
 from mlx_kimi.metal_kernels.matrix import Matrix
-from mlx_kimi.metal_kernels.mla_prefill import PREFILL_SHAPE, Expanded, mla_prefill
+from mlx_kimi.metal_kernels.mla_prefill import Expanded, mla_prefill
+from mlx_kimi.metal_kernels.tuning import BASE
 
 Work = dict[str, float]  # metal_emulator.COUNTS, bytes of the arrays, simdgroups, threadgroups
 Size = tuple[int, int, int]
@@ -252,7 +253,7 @@ def count_prefill() -> Counted:
     def run(T: int) -> None:
         x = mx.zeros((1, T, HEADS * (nope + shared) + lora + shared), mx.bfloat16)
         given = Expanded(x, keys, latents, values, 1.0, S)
-        mla_prefill(given, mx.bfloat16, PREFILL_SHAPE)
+        mla_prefill(given, mx.bfloat16, BASE.prefill)
 
     (counted,) = measure(run, (32, 64))
     return counted

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.kernel import Kernel, backend
+from mlx_kimi.metal_kernels.kernel import Kernel, not_running
 
 MOST_THREADS = 256  # of a row
 
@@ -26,7 +26,7 @@ def add_norm(
     """`naive_add_norm`, in a kernel where kernels run."""
     return (
         naive_add_norm(x, part, weight, eps)
-        if backend() is None
+        if not_running(KERNEL)
         else add_norm_kernel(x, part, weight, eps)
     )
 

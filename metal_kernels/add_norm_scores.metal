@@ -19,8 +19,9 @@
 constexpr int Threads = 32 * Experts;
 constexpr int Owned = (W + Threads - 1) / Threads;
 
+typedef float4 Quad;
 threadgroup float partial[Experts];
-threadgroup float row[W];
+threadgroup Quad row[W / 4];
 
 const int index = thread_position_in_threadgroup.x;
 const int lane = index % 32;
@@ -50,7 +51,7 @@ for (int i = 0; i < Owned; ++i) {
   const int at = index + i * Threads;
   if (at < W) {
     const OutT rounded = OutT(kept[i] * factor * float(weight[at]));
-    row[at] = float(rounded);
+    ((threadgroup float*)row)[at] = float(rounded);
     if (expert < Experts) {
       normed[b * W + at] = rounded;
     }
@@ -60,8 +61,11 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 
 if (expert < E) {
   float products[1] = {0};
-  const threadgroup float* input = row;
-  add_products<Bits, Group, 1>(input, gate, gate_scales, gate_biases, expert, W, lane, products);
+  add_products<1>(
+      (const threadgroup float*)row,
+      rows_from<Bits, Group>(gate, gate_scales, gate_biases, expert, W),
+      lane,
+      products);
   const float logit = simd_sum(products[0]);
   if (lane == 0) {
     logits[b * E + expert] = logit;

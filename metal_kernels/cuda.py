@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.source import text_of
+from mlx_kimi.metal_kernels.source import text_of, without_comments
 
 if TYPE_CHECKING:
     from mlx_kimi.metal_kernels.kernel import Kernel, Launch
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 # `threadgroup T x[N];` declares storage; a pointer has its `*` between T and x.
 _STORAGE = re.compile(r"\bthreadgroup\s+(?=[A-Za-z_][\w:]*(?:<[^;{}()]*?>)?\s+\w+\s*[\[;,])")
 _PLACE = re.compile(r"^inline (uint3?) (\w+)\(\)", re.MULTILINE)  # namespace place of cuda.h
-# MLX hashes the whole text at every launch: what only people read would cost it a microsecond.
-_FOR_PEOPLE = re.compile(r"[ \t]*//[^\n]*|^[ \t]+|(?<=\n)\n+", re.MULTILINE)
 _INSTEAD = {"tiles.h": "cuda_tiles.h"}  # the same functions for another layout of tiles
 _HEADER = """{language}
 namespace msl {{
@@ -130,7 +128,7 @@ class CudaKernel:
             buffers=", ".join(f"const void* {name}" for name in buffers),
             threads=threads,
         )
-        return CudaText(_FOR_PEOPLE.sub("", header), f"  msl::entry({', '.join(buffers)});")
+        return CudaText(without_comments(header), f"  msl::entry({', '.join(buffers)});")
 
     def _refuse_shapes(self, arrays: dict[str, mx.array]) -> None:
         whats = ("shape", "strides", "ndim")

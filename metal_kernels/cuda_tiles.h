@@ -1,5 +1,7 @@
 // tiles.h for NVIDIA GPUs, in the layout of their matrix units: lane 4 g + t holds the elements (g, 2 t) and
 // (g, 2 t + 1) of a tile. `as_right` and `multiply_add` are cuda.h's.
+template <typename T>
+using Fragment = vec<T, 2>;
 METAL_FUNC int tile_row(int lane) { return lane / 4; }
 METAL_FUNC int tile_column(int lane) { return lane % 4 * 2; }
 METAL_FUNC int tile_lane(int row, int column) { return row * 4 + column / 2; }

@@ -29,10 +29,15 @@ float sums[Rows] = {0, 0, 0, 0};
 auto input = h + token * (TopK * N + SharedN) + slot * N;
 if (slot < TopK) {
   const int row = experts[token * TopK + slot] * M + first;
-  add_products<Bits, Group, Rows>(input, down, down_scales, down_biases, row, N, lane, sums);
+  add_products<Rows>(
+      input, rows_from<Bits, Group>(down, down_scales, down_biases, row, N), lane, sums);
 } else {
-  add_products<SharedBits, SharedGroup, Rows>(
-      input, shared_down, shared_down_scales, shared_down_biases, first, SharedN, lane, sums);
+  add_products<Rows>(
+      input,
+      rows_from<SharedBits, SharedGroup>(
+          shared_down, shared_down_scales, shared_down_biases, first, SharedN),
+      lane,
+      sums);
 }
 const float sum = sum_of_rows<Rows>(sums, lane);
 if (lane < Rows) {

@@ -26,16 +26,22 @@ float ups[Rows] = {0, 0, 0, 0};
 auto input = x + token * K;
 if (first < Routed) {
   const int row = experts[token * TopK + first / N] * N + first % N;
-  add_products<Bits, Group, Rows>(
-      input, gate, gate_scales, gate_biases, row, K, lane, gates);
-  add_products<Bits, Group, Rows>(
-      input, up, up_scales, up_biases, row, K, lane, ups);
+  add_products<Rows>(
+      input,
+      rows_from<Bits, Group>(gate, gate_scales, gate_biases, row, K),
+      rows_from<Bits, Group>(up, up_scales, up_biases, row, K),
+      lane,
+      gates,
+      ups);
 } else {
   const int row = first - Routed;
-  add_products<SharedBits, SharedGroup, Rows>(
-      input, shared_gate, shared_gate_scales, shared_gate_biases, row, K, lane, gates);
-  add_products<SharedBits, SharedGroup, Rows>(
-      input, shared_up, shared_up_scales, shared_up_biases, row, K, lane, ups);
+  add_products<Rows>(
+      input,
+      rows_from<SharedBits, SharedGroup>(shared_gate, shared_gate_scales, shared_gate_biases, row, K),
+      rows_from<SharedBits, SharedGroup>(shared_up, shared_up_scales, shared_up_biases, row, K),
+      lane,
+      gates,
+      ups);
 }
 
 const float g = sum_of_rows<Rows>(gates, lane);

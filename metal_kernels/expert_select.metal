@@ -21,6 +21,7 @@ const int token = thread_position_in_grid.y;
 // A score for every expert. Experts beyond the last have the merit -infinity: they are never chosen.
 float scores[Owned];
 float merits[Owned];
+#pragma unroll
 for (int i = 0; i < Owned; ++i) {
   const int expert = lane + 32 * i;
   scores[i] = 0;
@@ -46,6 +47,7 @@ if (Groups > 1) {
     group_scores[group] = best + second;
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
   for (int i = 0; i < Owned; ++i) {
     const int group = metal::min(lane + 32 * i, E - 1) / Members;
     int better = 0;
@@ -64,16 +66,19 @@ float chosen[TopK];
 #pragma unroll
 for (int choice = 0; choice < TopK; ++choice) {
   float best = merits[0];
+#pragma unroll
   for (int i = 1; i < Owned; ++i) {
     best = metal::max(best, merits[i]);
   }
   best = simd_max(best);
   int expert = E;
   float score = 0;
+#pragma unroll
   for (int i = Owned - 1; i >= 0; --i) {
     expert = merits[i] == best ? lane + 32 * i : expert;
   }
   expert = metal::min(simd_min(expert), E - 1);  // (of NaN none is the best)
+#pragma unroll
   for (int i = 0; i < Owned; ++i) {
     const bool taken = expert == lane + 32 * i;
     score = taken ? scores[i] : score;
@@ -88,6 +93,7 @@ for (int choice = 0; choice < TopK; ++choice) {
 
 if (lane == 0) {
   const float factor = Renormalize ? scale / (total + 1e-20f) : scale;
+#pragma unroll
   for (int choice = 0; choice < TopK; ++choice) {
     weights[token * TopK + choice] = chosen[choice] * factor;
   }

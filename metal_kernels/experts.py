@@ -17,7 +17,7 @@ from math import gcd
 import mlx.core as mx
 
 from mlx_kimi.metal_kernels.add_norm import naive_add_norm
-from mlx_kimi.metal_kernels.kernel import Kernel, backend
+from mlx_kimi.metal_kernels.kernel import Kernel, not_running
 from mlx_kimi.metal_kernels.matmul import gather_times_transposed
 from mlx_kimi.metal_kernels.matrix import Matrix, with_scales
 
@@ -290,6 +290,9 @@ def _simdgroups(work: int) -> int:
     return 2 if work % 2 == 0 else 1
 
 
+KERNELS = (ADD_NORM_SCORES, SELECT, GATE_UP, DOWN)
+
+
 def unsupported_reason(
     router: Matrix, routed: SwiGLUWeights, shared: SwiGLUWeights | None, top_k: int
 ) -> str | None:
@@ -348,7 +351,7 @@ def expert_combine(
     The kernel sums in float32, in router order, and rounds once.
     """
     W = y.shape[-1]
-    if backend() is None or W % 4:
+    if W % 4 or not_running(COMBINE):
         return naive_expert_combine(y, places, weights, shared)
     N, top_k = places.shape
     (combined,) = COMBINE(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_kimi.metal_kernels import kda_chunk, kda_decode, kda_sequential
-from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
+from mlx_kimi.metal_kernels.kernel import not_running
 
 CHUNKED_FROM = 32  # tokens; two chunks
 
@@ -41,10 +41,9 @@ def chosen_implementation(T: int, Dk: int, Dv: int) -> Implementation:
     """The implementation that takes T tokens of heads of this size at this moment."""
     if T == 1:
         return Implementation(kda_sequential.naive_kda, "one token: a few MLX operations")
-    if backend() is None:
-        return Implementation(kda_chunk.kda_chunk, NO_BACKEND)
     many = T >= CHUNKED_FROM
-    why = (kda_chunk if many else kda_sequential).unsupported_reason(Dk, Dv)
+    kernels = kda_chunk if many else kda_sequential
+    why = not_running(*kernels.KERNELS) or kernels.unsupported_reason(Dk, Dv)
     if why is not None:
         return Implementation(kda_chunk.kda_chunk, why)
     if many:
@@ -54,4 +53,4 @@ def chosen_implementation(T: int, Dk: int, Dv: int) -> Implementation:
 
 def decode_unsupported_reason(weights: kda_decode.DecodeWeights, D: int) -> str | None:
     """Why a layer's decode step takes the way of many tokens; None: `kda_decode` takes it."""
-    return NO_BACKEND if backend() is None else kda_decode.unsupported_reason(weights, D)
+    return not_running(*kda_decode.KERNELS) or kda_decode.unsupported_reason(weights, D)

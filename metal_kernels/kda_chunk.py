@@ -24,8 +24,7 @@ from mlx_kimi.metal_kernels.kernel import Kernel
 
 CHUNK = 16  # tokens; larger chunks multiply more than they save (measured on CPU: 16 <= 32 < 64)
 SEGMENT = 2048  # tokens between which the kernels hand over: 29 KB each at 32 heads of 128
-COLUMNS = 16  # of the state, of a simdgroup of the scan
-CUDA_COLUMNS = 8  # an NVIDIA GPU has more schedulers than a text has simdgroups of 16
+COLUMNS = 8  # of the state, of a simdgroup of the scan: of 16, a lane may lack the registers
 SIZES = (64, 128)
 
 
@@ -190,17 +189,19 @@ def _launch(tokens: list[mx.array], state: mx.array, stage: mx.Dtype) -> tuple[m
         output_shapes=[staged, staged, staged, (B * H, chunks, Dk), square, square],
         output_dtypes=[stage, stage, stage, mx.float32, mx.float32, mx.float32],
     )
-    columns = CUDA_COLUMNS if mx.cuda.is_available() else COLUMNS
-    groups = Dv // columns
+    groups = Dv // COLUMNS
     o, state = SCAN(
         inputs=[*between, v, state.astype(mx.float32), T],
-        template=[("StageT", stage), ("H", H), ("Dk", Dk), ("Dv", Dv), ("Columns", columns)],
+        template=[("StageT", stage), ("H", H), ("Dk", Dk), ("Dv", Dv), ("Columns", COLUMNS)],
         grid=(32, groups, B * H),
         threadgroup=(32, gcd(4, groups), 1),
         output_shapes=[v.shape, state.shape],
         output_dtypes=[mx.float32, mx.float32],
     )
     return o, state
+
+
+KERNELS = (GRAM, SCAN)
 
 
 def unsupported_reason(Dk: int, Dv: int) -> str | None:

@@ -52,11 +52,14 @@ if (first + column < T) {
 }
 
 // The rows one after another. faded[j] is key j times all decays since token j: a product with it needs no
-// other decay, and no factor is outside [0, 1].
+// other decay, and no factor is outside [0, 1]. Forward substitution on the columns of (I + A) X = I goes along:
+// X is bounded by 1 however alike the keys.
 Slice faded[C];
 Slice prefix = filled<Channels>(1);
-float gram[C];  // k_i . faded k_column in the lower half simdgroup, q_i . faded k_column in the upper
+float X[C];
 const bool upper = lane >= C;
+const auto solve_here = solve + place * (C * C);
+const auto mix_here = mix + place * (C * C);
 #pragma unroll
 for (int i = 0; i < C; ++i) {
   const bool valid = first + i < T;
@@ -83,7 +86,22 @@ for (int i = 0; i < C; ++i) {
       products[j] = 0;
     }
   }
-  gram[i] = i < 8 ? sums_over_half<8>(products, lane) : sums_over_half<16>(products, lane);
+  // k_i . faded k_column in the lower half simdgroup, q_i . faded k_column in the upper.
+  const float gram = i < 8 ? sums_over_half<8>(products, lane) : sums_over_half<16>(products, lane);
+  float sum = 0;
+#pragma unroll
+  for (int j = 0; j < C; ++j) {
+    if (j < i) {
+      sum += simd_broadcast(gram, j) * X[j];
+    }
+  }
+  X[i] = (i == column ? 1.0f : 0.0f) - simd_broadcast(own_beta, i) * sum;
+  const int in_square = (i / 8 * 2 + column / 8) * Tile + in_tile(i % 8, column % 8);
+  if (upper) {
+    mix_here[in_square] = gram;
+  } else {
+    solve_here[in_square] = X[i] * own_beta;
+  }
 
   prefix *= fading;
   const int at = (channel / 8 * 2 + i / 8) * Tile + in_tile(i % 8, channel % 8);
@@ -100,29 +118,5 @@ for (int c = 0; c < Channels; ++c) {
     const int tile = (channel + c) / 8 * 2 + j / 8;
     const int at = tile * Tile + in_tile((channel + c) % 8, j % 8);
     store<4>(k_suffix_here + at, float4(faded[j][c], faded[j + 1][c], faded[j + 2][c], faded[j + 3][c]));
-  }
-}
-
-// Forward substitution on the columns of (I + A) X = I. X is bounded by 1 however alike the keys.
-float X[C];
-#pragma unroll
-for (int i = 0; i < C; ++i) {
-  float sum = 0;
-#pragma unroll
-  for (int j = 0; j < i; ++j) {
-    sum += simd_broadcast(gram[i], j) * X[j];
-  }
-  X[i] = (i == column ? 1.0f : 0.0f) - simd_broadcast(own_beta, i) * sum;
-}
-
-const auto solve_here = solve + place * (C * C);
-const auto mix_here = mix + place * (C * C);
-#pragma unroll
-for (int i = 0; i < C; ++i) {
-  const int at = (i / 8 * 2 + column / 8) * Tile + in_tile(i % 8, column % 8);
-  if (upper) {
-    mix_here[at] = gram[i];
-  } else {
-    solve_here[at] = X[i] * own_beta;
   }
 }

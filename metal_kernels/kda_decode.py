@@ -100,6 +100,9 @@ def kda_decode(
     return y, tail, state
 
 
+KERNELS = (KERNEL,)
+
+
 def unsupported_reason(weights: DecodeWeights, D: int) -> str | None:
     """Why `kda_decode` does not take a layer with these weights; None: it does."""
     f_b, g_b = weights.f_b, weights.g_b

@@ -62,7 +62,8 @@ if (what == 3) {
   const int channel = what * H * D + first;
   const auto x_here = x + token * Width + channel;
 
-  // What came before the first token: the window's oldest first.
+  // The last tokens, each in the place of its number modulo Taps, counted from the oldest: so none moves. Its
+  // places are constants, since the loop over as many tokens is unrolled.
   vec<float, N> window[Taps];
 #pragma unroll
   for (int i = 0; i < Taps - 1; ++i) {
@@ -70,31 +71,33 @@ if (what == 3) {
     window[i] = t < 0 ? load<N>(tail + (b * (Taps - 1) + t + Taps - 1) * Channels + channel)
                       : load<N>(x_here + (t - begin) * Width);
   }
-  for (int t = begin; t < end; ++t) {
-    window[Taps - 1] = load<N>(x_here + (t - begin) * Width);
-    vec<float, N> sum = filled<N>(0);
+  for (int round = begin; round < end; round += Taps) {
 #pragma unroll
-    for (int i = 0; i < Taps; ++i) {
-      sum += window[i] * load<N>(taps + i * Channels + channel);
-    }
-    float square = 0;
+    for (int oldest = 0; oldest < Taps; ++oldest) {
+      const int t = round + oldest;
+      if (t < end) {
+        window[(oldest + Taps - 1) % Taps] = load<N>(x_here + (t - begin) * Width);
+        vec<float, N> sum = filled<N>(0);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      sum[i] *= sigmoid(sum[i]);
-      square += sum[i] * sum[i];
-    }
-    const float squares = simd_sum(square);
-    const size_t to = here + (t - begin) * (H * D);
-    if (what == 0) {
-      store<N>(q + to, sum * inverse_l2(squares, D));
-    } else if (what == 1) {
-      store<N>(k + to, sum * inverse_l2(squares, 1));
-    } else {
-      store<N>(v + to, sum);
-    }
+        for (int i = 0; i < Taps; ++i) {
+          sum += window[(oldest + i) % Taps] * load<N>(taps + i * Channels + channel);
+        }
+        float square = 0;
 #pragma unroll
-    for (int i = 0; i < Taps - 1; ++i) {
-      window[i] = window[i + 1];
+        for (int i = 0; i < N; ++i) {
+          sum[i] *= sigmoid(sum[i]);
+          square += sum[i] * sum[i];
+        }
+        const float squares = simd_sum(square);
+        const size_t to = here + (t - begin) * (H * D);
+        if (what == 0) {
+          store<N>(q + to, sum * inverse_l2(squares, D));
+        } else if (what == 1) {
+          store<N>(k + to, sum * inverse_l2(squares, 1));
+        } else {
+          store<N>(v + to, sum);
+        }
+      }
     }
   }
 

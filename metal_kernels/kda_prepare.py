@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_kimi.metal_kernels.kda_gate import forget_gate
-from mlx_kimi.metal_kernels.kernel import NO_BACKEND, Kernel, backend
+from mlx_kimi.metal_kernels.kernel import Kernel, not_running
 
 RUN = 16  # tokens of a simdgroup, which reads Taps - 1 more
 SIZES = (64, 128)
@@ -61,8 +61,8 @@ def kda_finish(o: mx.array, g: mx.array, norm: mx.array, eps: float) -> mx.array
 
 def unsupported_reason(width: int, D: int) -> str | None:
     """Why the kernels do not take heads of D channels in rows of `width`; None: they do."""
-    if backend() is None:
-        return NO_BACKEND
+    if why := not_running(PREPARE, FINISH):
+        return why
     if D not in SIZES:
         return f"D = {D} is not among {SIZES}"
     return f"{width} outputs of the input projections are no multiple of 4" if width % 4 else None

@@ -96,6 +96,9 @@ def kda_sequential_kernel(
     return o, state
 
 
+KERNELS = (KERNEL,)
+
+
 def unsupported_reason(Dk: int, Dv: int, sizes: tuple[int, ...] = SIZES) -> str | None:
     """Why a kernel for heads of these `sizes` does not take these; None: it does."""
     if Dk in sizes and Dv in sizes:

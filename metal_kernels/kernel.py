@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.source import body_of, headers_of
+from mlx_kimi.metal_kernels.source import body_of, headers_of, without_comments
 
 
 class Launch(Protocol):
@@ -89,6 +90,7 @@ class Kernel:
 Backend = Callable[[Kernel], Launch]
 # What `use_backend` chose, and whether its launches can be traced; None: the GPU's own backend.
 _CHOSEN: ContextVar[tuple[Backend | None, bool] | None] = ContextVar("kernel backend", default=None)
+_REFUSED: dict[str, str] = {}  # kernels that cannot run on this GPU, and the message: by `trying`
 NO_BACKEND = "nothing runs kernels here"  # why an operator uses its ops form
 NARROW_SIZE = 1 << 31  # elements that an index of 32 bits does not reach
 OFF = "MLX_KIMI_NO_KERNELS"  # set in the environment, every operator uses its ops form
@@ -106,6 +108,49 @@ def backend() -> Backend | None:
 
         return cuda
     return _metal if mx.metal.is_available() else None
+
+
+def not_running(*kernels: Kernel) -> str | None:
+    """Why an operator that needs these kernels uses its ops form; None: all of them run here."""
+    if backend() is None:
+        return NO_BACKEND
+    return next((refusal(kernel.name) for kernel in kernels if kernel.name in _REFUSED), None)
+
+
+def refusal(name: str) -> str:
+    """Why, of a kernel that `trying` refused, in one line: the compiler's first error."""
+    message = _REFUSED[name]
+    found = re.search(r"\berror: .*", message)
+    short = " ".join((found[0] if found else message).split())[:200]
+    return f"{name} does not run on this GPU: {short}"
+
+
+@contextmanager
+def trying() -> Iterator[dict[str, str]]:
+    """Run each launch by itself. A kernel that cannot run answers zeros, and is refused afterwards.
+
+    MLX compiles a kernel at its first launch: a text that this GPU's compiler does not take, or
+    more threads than it has registers for, is found here and not in the middle of an answer. Yields
+    the kernels refused so far, each with MLX's or the compiler's whole message.
+    """
+    build = backend()
+    assert build is not None, "kernels run here"
+
+    def attempt(kernel: Kernel) -> Launch:
+        def launch(**how: Any) -> list[mx.array]:
+            try:
+                outputs = build(kernel)(**how)
+                mx.eval(outputs)
+            except (RuntimeError, ValueError) as error:
+                _REFUSED[kernel.name] = str(error)
+                pairs = zip(how["output_shapes"], how["output_dtypes"], strict=True)
+                return [mx.zeros(shape, dtype) for shape, dtype in pairs]
+            return outputs
+
+        return launch
+
+    with use_backend(attempt):
+        yield _REFUSED
 
 
 def is_traced() -> bool:
@@ -134,7 +179,7 @@ def _metal(kernel: Kernel) -> Launch:
         name=kernel.name,
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
-        source=kernel.source,
-        header=kernel.header,
+        source=without_comments(kernel.source),
+        header=without_comments(kernel.header),
     )
     return launch

@@ -1,3 +1,4 @@
+#include "dequantize.h"
 #include "eights.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -52,7 +53,7 @@ struct Fetched {
 
 template <int Eights, int Pairs>
 struct Fetched<uint, Eights, Pairs> {
-  vec<ushort, 4> codes[Eights];
+  uint2 codes[Eights];
   ushort pair_codes[Pairs];
   float2 lines[1 + Pairs];  // scale and bias, of the eights and of each pair
 };
@@ -69,7 +70,7 @@ METAL_FUNC void fetch_eights(thread Fetched<uint, E, P>& to, const device uint* 
   const device uint* group = row + channel / 64 * GroupWords;
 #pragma unroll
   for (int i = 0; i < E; ++i) {
-    to.codes[i] = *(const device vec<ushort, 4>*)(group + channel % 64 / 4 + 8 * i);
+    to.codes[i] = *(const device uint2*)(group + channel % 64 / 4 + 8 * i);
   }
   to.lines[0] = *(const device float2*)(group + 16);
 }
@@ -98,12 +99,6 @@ METAL_FUNC void fetch_row(
   }
 }
 
-// Two codes as keys. The bits 0x6400 + n are the half 1024 + n, up to n = 1023; 0x6480 is 1024 + 128.
-METAL_FUNC half2 key_of(ushort codes) {
-  const uint bits = 0x64006400u | (codes & 255u) | uint(codes >> 8) << 16;
-  return as_type<half2>(bits) - as_type<half2>(0x64806480u);
-}
-
 // Keys 2 i and 2 i + 1, counted through all eights of a row.
 template <typename T, int E, int P>
 METAL_FUNC vec<T, 2> key_of_eights(thread const Fetched<T, E, P>& fetched, int i) {
@@ -111,7 +106,9 @@ METAL_FUNC vec<T, 2> key_of_eights(thread const Fetched<T, E, P>& fetched, int i
 }
 template <int E, int P>
 METAL_FUNC half2 key_of_eights(thread const Fetched<uint, E, P>& fetched, int i) {
-  return key_of(fetched.codes[i / 4][i % 4]);
+  const uint word = fetched.codes[i / 4][i % 4 / 2];
+  const half2 even = halves_of<128>(word & 0x00ff00ffu), odd = halves_of<128>((word >> 8) & 0x00ff00ffu);
+  return half2(even[i % 2], odd[i % 2]);
 }
 
 template <typename T, int E, int P>
@@ -120,7 +117,8 @@ METAL_FUNC vec<T, 2> key_of_pair(thread const Fetched<T, E, P>& fetched, int i) 
 }
 template <int E, int P>
 METAL_FUNC half2 key_of_pair(thread const Fetched<uint, E, P>& fetched, int i) {
-  return key_of(fetched.pair_codes[i]);
+  const uint codes = fetched.pair_codes[i];
+  return halves_of<128>((codes | codes << 8) & 0x00ff00ffu);
 }
 
 template <typename T, int E, int P>
@@ -133,16 +131,13 @@ METAL_FUNC float2 line_of(thread const Fetched<uint, E, P>& fetched, int i) {
   return float2(line.x, line.y + 128 * line.x);
 }
 
-template <typename T, int N>
-using Fragments = vec<T, 2>[N];
-
 // Unpacks a row for each of M tiles: the keys of 4 E tiles of channels and of P pairs, and the lines of the
 // eights and of each pair.
 template <int M, typename T, int E, int P>
 METAL_FUNC void as_keys(
     thread const Fetched<T, E, P>* fetched,
-    thread Fragments<typename Key<T>::type, M>* key,
-    thread Fragments<float, M>* line) {
+    thread Fragment<typename Key<T>::type> (*key)[M],
+    thread Fragment<float> (*line)[M]) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll

@@ -6,15 +6,22 @@
 constexpr constant int Columns = 8;          // of a lane, in one step
 constexpr constant int Step = 32 * Columns;  // of a simdgroup
 
-// The sum of x[i] * code i over 8 columns of a row, from `column` on.
+// The sum of part[i] times code i over 8 columns of a row, from `column` on.
 template <int Bits>
 struct Stored {
-  static constexpr constant bool quantized = true;
-  static float dot(const device uint32_t* row, int column, const thread float* x) {
-    constexpr int PerWord = 32 / Bits;
+  static METAL_FUNC float dot(const device uint32_t* row, int column, const thread float* part) {
+    uint words[2] = {0, 0};
+    if (Bits == 8) {
+      const uint2 both = fetch<2>(row + column / 4);
+      words[0] = both.x;
+      words[1] = both.y;
+    } else {
+      words[0] = row[column / 8];
+    }
     float sum = 0;
+#pragma unroll
     for (int i = 0; i < Columns; ++i) {
-      sum += x[i] * code_of<Bits>(row[column / PerWord + i / PerWord], i % PerWord);
+      sum += part[i] * code_of<Bits>(words, i);
     }
     return sum;
   }
@@ -23,72 +30,138 @@ struct Stored {
 // The same of a plain matrix: its elements instead of codes.
 template <>
 struct Stored<0> {
-  static constexpr constant bool quantized = false;
   template <typename W>
-  static float dot(const device W* row, int column, const thread float* x) {
+  static METAL_FUNC float dot(const device W* row, int column, const thread float* part) {
     float sum = 0;
-    for (int i = 0; i < Columns; ++i) {
-      sum += x[i] * float(row[column + i]);
+#pragma unroll
+    for (int i = 0; i < Columns; i += 4) {
+      const float4 four = load<4>(row + column + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        sum += part[i + j] * four[j];
+      }
     }
     return sum;
   }
 };
 
-// sums[r] += this lane's part, 8 columns from `column` on, of row r of a matrix [rows, K], times x [K].
-// x may lie anywhere: X is a pointer.
-template <int Bits, int Group, int Rows, typename X, typename W, typename S>
-METAL_FUNC void add_step(
-    X x,
-    const device W* matrix,
-    const device S* scales,
-    const device S* biases,
-    int K,
-    int column,
-    thread float* sums) {
-  const int words = Stored<Bits>::quantized ? K * Bits / 32 : K;  // of one row
-  float part[Columns];
+// Rows of a matrix [..., K]. Bits is 0 where it is plain: then scales and biases are not read.
+template <int Bits, int Group, typename W, typename S>
+struct MatrixRows {
+  const device W* weight;
+  const device S* scales;
+  const device S* biases;
+  int K;
+
+  METAL_FUNC int row_size() const {
+    return Bits == 0 ? K : K * Bits / 32;
+  }
+};
+
+// Those from `row` on. A stack of matrices may have more than 2^31 elements: where its rows start is 64 bits
+// wide.
+template <int Bits, int Group, typename W, typename S>
+METAL_FUNC MatrixRows<Bits, Group, W, S> rows_from(
+    const device W* weight, const device S* scales, const device S* biases, int row, int K) {
+  MatrixRows<Bits, Group, W, S> rows = {weight, scales, biases, K};
+  rows.weight += size_t(row) * rows.row_size();
+  if (Bits != 0) {
+    rows.scales += size_t(row) * (K / Group);
+    rows.biases += size_t(row) * (K / Group);
+  }
+  return rows;
+}
+
+// Loads 8 columns of x, from `column` on, each times the unit of the code that it will be multiplied by, and
+// returns their sum without units. x may lie anywhere: X is a pointer.
+template <int Bits, typename X>
+METAL_FUNC float load_columns(X x, int column, thread float* part) {
   float total = 0;
 #pragma unroll
-  for (int i = 0; i < Columns; ++i) {
-    part[i] = float(x[column + i]);
-    total += part[i];
+  for (int i = 0; i < Columns; i += 4) {
+    const float4 four = load<4>(x + column + i);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      part[i + j] = four[j] * unit_of<Bits>(i + j);
+      total += four[j];
+    }
   }
+  return total;
+}
+
+// sums[r] += this lane's part, 8 columns from `column` on, of row r times x, of which `part` and `total` are
+// what load_columns found.
+template <int Rows, int Bits, int Group, typename W, typename S>
+METAL_FUNC void add_columns(
+    const thread float* part,
+    float total,
+    thread const MatrixRows<Bits, Group, W, S>& rows,
+    int column,
+    thread float* sums) {
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
-    const float products = Stored<Bits>::dot(matrix + r * words, column, part);
-    if (Stored<Bits>::quantized) {
-      const int group = r * (K / Group) + column / Group;
-      sums[r] += products * float(scales[group]) + total * float(biases[group]);
-    } else {
+    const float products = Stored<Bits>::dot(rows.weight + r * rows.row_size(), column, part);
+    if (Bits == 0) {
       sums[r] += products;
+    } else {
+      const int group = r * (rows.K / Group) + column / Group;
+      sums[r] += products * float(rows.scales[group]) + total * float(rows.biases[group]);
     }
   }
 }
 
-// The same for rows from `row` on, over all columns of this lane. A stack of matrices may have more than 2^31
-// elements: where its rows start is 64 bits wide. The steps that every lane takes are unrolled, so that the
-// loads of one do not wait for the arithmetic of the one before.
-template <int Bits, int Group, int Rows, typename X, typename W, typename S>
-METAL_FUNC void add_products(
+// One step of a lane: sums[r] += its part of row r times x [K].
+template <int Rows, int Bits, int Group, typename X, typename W, typename S>
+METAL_FUNC void add_step(
+    X x, thread const MatrixRows<Bits, Group, W, S>& rows, int column, thread float* sums) {
+  float part[Columns];
+  const float total = load_columns<Bits>(x, column, part);
+  add_columns<Rows>(part, total, rows, column, sums);
+}
+
+// The same for rows of two matrices, for which x is loaded once.
+template <int Rows, int Bits, int Group, typename X, typename W, typename S>
+METAL_FUNC void add_step(
     X x,
-    const device W* matrix,
-    const device S* scales,
-    const device S* biases,
-    int row,
-    int K,
-    int lane,
-    thread float* sums) {
-  matrix += size_t(row) * (Stored<Bits>::quantized ? K * Bits / 32 : K);
-  if (Stored<Bits>::quantized) {
-    scales += size_t(row) * (K / Group);
-    biases += size_t(row) * (K / Group);
-  }
+    thread const MatrixRows<Bits, Group, W, S>& first,
+    thread const MatrixRows<Bits, Group, W, S>& second,
+    int column,
+    thread float* first_sums,
+    thread float* second_sums) {
+  float part[Columns];
+  const float total = load_columns<Bits>(x, column, part);
+  add_columns<Rows>(part, total, first, column, first_sums);
+  add_columns<Rows>(part, total, second, column, second_sums);
+}
+
+// All columns of a lane. The steps that every lane takes are unrolled, so that the loads of one do not wait for
+// the arithmetic of the one before.
+template <int Rows, int Bits, int Group, typename X, typename W, typename S>
+METAL_FUNC void add_products(
+    X x, MatrixRows<Bits, Group, W, S> rows, int lane, thread float* sums) {
   int column = lane * Columns;
 #pragma unroll 4
-  for (int step = 0; step < K / Step; ++step, column += Step) {
-    add_step<Bits, Group, Rows>(x, matrix, scales, biases, K, column, sums);
+  for (int step = 0; step < rows.K / Step; ++step, column += Step) {
+    add_step<Rows>(x, rows, column, sums);
   }
-  if (column < K) {
-    add_step<Bits, Group, Rows>(x, matrix, scales, biases, K, column, sums);
+  if (column < rows.K) {
+    add_step<Rows>(x, rows, column, sums);
+  }
+}
+template <int Rows, int Bits, int Group, typename X, typename W, typename S>
+METAL_FUNC void add_products(
+    X x,
+    MatrixRows<Bits, Group, W, S> first,
+    MatrixRows<Bits, Group, W, S> second,
+    int lane,
+    thread float* first_sums,
+    thread float* second_sums) {
+  int column = lane * Columns;
+#pragma unroll 2
+  for (int step = 0; step < first.K / Step; ++step, column += Step) {
+    add_step<Rows>(x, first, second, column, first_sums, second_sums);
+  }
+  if (column < first.K) {
+    add_step<Rows>(x, first, second, column, first_sums, second_sums);
   }
 }

@@ -33,7 +33,7 @@ METAL_FUNC void load_queries(
     int slice,
     int first_head,
     int lane,
-    thread Fragments<float, Sizes::HeadTiles>* query,
+    thread Fragment<float> (*query)[Sizes::HeadTiles],
     threadgroup float2* query_sums) {
   constexpr int Width = Sizes::Width;
   const int row = tile_row(lane), column = tile_column(lane);
@@ -69,11 +69,11 @@ METAL_FUNC void load_queries(
 // Where Packed, query_sums[4 n] are the query's sums over those channels, for a lane's two heads of tile n.
 template <int I, int M, int N, typename K, bool Packed>
 METAL_FUNC void add_scores(
-    const thread Fragments<K, M>* key,
-    const thread Fragments<float, N>* query,
+    const thread Fragment<K> (*key)[M],
+    const thread Fragment<float> (*query)[N],
     const thread float2* line,
     const threadgroup float2* query_sums,
-    thread Fragments<float, M>* score) {
+    thread Fragment<float> (*score)[M]) {
   float2 sum[N][M];
 #pragma unroll
   for (int n = 0; n < N; ++n) {
@@ -102,9 +102,9 @@ METAL_FUNC void add_scores(
 // Leaves in `partial` what this slice's channels add to the scores of a block, [position, head].
 template <typename Sizes, bool Packed, typename K>
 METAL_FUNC void partial_scores(
-    const thread Fragments<K, Sizes::PositionTiles>* key,
-    const thread Fragments<float, Sizes::HeadTiles>* query,
-    const thread Fragments<float, Sizes::PositionTiles>* line,
+    const thread Fragment<K> (*key)[Sizes::PositionTiles],
+    const thread Fragment<float> (*query)[Sizes::HeadTiles],
+    const thread Fragment<float> (*line)[Sizes::PositionTiles],
     const threadgroup float2* query_sums,
     int slice,
     int lane,
@@ -208,8 +208,8 @@ METAL_FUNC void rescale_and_load(
     const threadgroup float2* probs,
     const threadgroup float* rescale,
     int lane,
-    thread Fragments<float, Sizes::HeadTiles>* prob,
-    thread Fragments<float, Sizes::HeadTiles>* acc,
+    thread Fragment<float> (*prob)[Sizes::HeadTiles],
+    thread Fragment<float> (*acc)[Sizes::HeadTiles],
     thread float* acc_bias) {
   const int row = tile_row(lane), column = tile_column(lane);
 #pragma unroll
@@ -233,7 +233,7 @@ template <int M, int N>
 METAL_FUNC void apply_lines(
     const thread float2* line,
     int lane,
-    thread Fragments<float, N>* prob,
+    thread Fragment<float> (*prob)[N],
     thread float* acc_bias) {
   const int column = tile_column(lane);
 #pragma unroll
@@ -253,9 +253,9 @@ METAL_FUNC void apply_lines(
 // acc += prob key, over I tiles of channels, for M tiles of positions and N of heads.
 template <int I, int M, int N, typename K>
 METAL_FUNC void add_values(
-    const thread Fragments<K, M>* key,
-    const thread Fragments<float, N>* prob,
-    thread Fragments<float, N>* acc) {
+    const thread Fragment<K> (*key)[M],
+    const thread Fragment<float> (*prob)[N],
+    thread Fragment<float> (*acc)[N]) {
 #pragma unroll
   for (int i = 0; i < I; ++i) {
 #pragma unroll
@@ -269,7 +269,7 @@ METAL_FUNC void add_values(
 // Writes this slice's channels of acc, [H, Lora] of which the first head of `to` is first_head.
 template <typename Sizes, bool Packed, int H>
 METAL_FUNC void write_acc(
-    const thread Fragments<float, Sizes::HeadTiles>* acc,
+    const thread Fragment<float> (*acc)[Sizes::HeadTiles],
     const thread float* acc_bias,
     int slice,
     int first_head,

@@ -69,9 +69,7 @@ const device StoredT* chosen =
     : segment == 7 ? segment7 : segment == 8 ? segment8 : segment == 9 ? segment9
     : segment == 10 ? segment10 : segment == 11 ? segment11 : segment == 12 ? segment12
     : segment == 13 ? segment13 : segment == 14 ? segment14 : segment == 15 ? segment15
-    : segment == 16 ? segment16 : segment == 17 ? segment17 : segment == 18 ? segment18
-    : segment == 19 ? segment19 : segment == 20 ? segment20 : segment == 21 ? segment21
-    : segment == 22 ? segment22 : segment == 23 ? segment23 : segment24;
+    : segment == 16 ? segment16 : segment == 17 ? segment17 : segment == 18 ? segment18 : segment19;
 // The tail of packed segments is plain: another type, with pointers and keys of its own.
 const bool in_tail = Packed && segment == 0;
 const auto tail_rows = tail + (size_t(b) * Room + start) * Width;

@@ -6,9 +6,7 @@ them is float32; the kernels round the new latent and the output, each once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -17,6 +15,7 @@ from mlx_kimi.metal_kernels.kernel import Kernel
 from mlx_kimi.metal_kernels.latents import is_packed, unpack
 from mlx_kimi.metal_kernels.matrix import Matrix, with_scales
 from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan, multiple_of, sizes_in
+from mlx_kimi.metal_kernels.tuning import AttendShape, tuning
 
 OUTPUT_THREADS = 512
 MOST_SPLITS = 1024  # of mla_output; `positions_of_a_split` asks for at most about 550
@@ -90,7 +89,7 @@ def mla_decode(
     tail: mx.array,
     plan: SplitKVPlan,
     segments: Sequence[mx.array],
-    shape: Shape | None = None,
+    shape: AttendShape | None = None,
 ) -> tuple[mx.array, mx.array]:
     """`naive_mla_decode` in three launches, for the sizes that `unsupported_reason` allows.
 
@@ -219,57 +218,20 @@ ATTEND = Kernel(
 )
 
 
-class Shape(NamedTuple):
-    """How mla_attend divides its work."""
-
-    heads: int  # of a threadgroup: each latent is read once for so many
-    channels: int  # of a simdgroup, 32 or 64
-    positions: int  # of a block, a multiple of 8: after each, all simdgroups wait for one another
-
-    def fitted(self, H: int, lora: int) -> Shape:
-        """The same for a layer of these sizes."""
-        channels = 32 if lora % self.channels else self.channels
-        return Shape(min(self.heads, multiple_of(8, H)), channels, self.positions)
-
-
-# Queries and outputs of 32 heads of the 48B fill 136 KB of registers, 16 simdgroups of 32 lanes
-# with 68 each. A GPU that cannot give such lanes their 104 takes half of the heads at a time, and
-# has the latents from its cache for the other half.
-WIDE = Shape(32, 32, 8)
-NARROW = Shape(16, 64, 8)
-NVIDIA = Shape(16, 64, 16)
-
-
-@cache
-def _shape_here() -> Shape:
-    """That of the GPU at hand.
-
-    By published tables a lane of 512 has at most 104 registers on Apple GPUs before M3, too near to
-    what `WIDE` needs; from M3 on registers are given out as a kernel needs them. On NVIDIA GPUs it
-    has 128, and the compiler keeps a part of `WIDE` in memory; of 256 lanes each has 255 on
-    Hopper, where `NVIDIA` is the fastest of eight shapes.
-    """
-    if mx.cuda.is_available():
-        return NVIDIA
-    if not mx.metal.is_available():
-        return WIDE
-    architecture = str(mx.device_info()["architecture"])  # applegpu_g13s: an M1
-    return NARROW if re.search(r"g1[34]", architecture) else WIDE
-
-
 def mla_attend(
     queries: mx.array,
     tail: mx.array,
     plan: SplitKVPlan,
     segments: Sequence[mx.array],
     lora: int,
-    shape: Shape | None = None,
+    shape: AttendShape | None = None,
 ) -> tuple[mx.array, mx.array]:
     """`naive_mla_attend` in a launch for every SEGMENTS segments.
 
     `shape` None: that of this GPU.
     """
-    shape = (shape or _shape_here()).fitted(queries.shape[1], lora)
+    here = tuning().attend_packed if segments and is_packed(segments[0]) else tuning().attend
+    shape = (shape or here).fitted(queries.shape[1], lora)
     found = [
         _attend(
             queries,
@@ -295,7 +257,7 @@ def _attend(
     splits: int,
     segments: Sequence[mx.array],
     lora: int,
-    shape: Shape,
+    shape: AttendShape,
 ) -> tuple[mx.array, mx.array]:
     B, H, width = queries.shape
     heads, channels, positions = shape
@@ -364,6 +326,9 @@ def mla_output(
         output_dtypes=[dtype],
     )
     return y
+
+
+KERNELS = (QUERY, ATTEND, OUTPUT)
 
 
 def unsupported_reason(weights: LatentWeights, width: int) -> str | None:

@@ -17,8 +17,9 @@
 // common; a simdgroup takes 4 elements of y at a time.
 constexpr int Rows = 4;
 
+typedef float4 Quad;
 threadgroup float factors[MostSplits];  // e of each split
-threadgroup float latent[Lora];
+threadgroup Quad latent[Lora / 4];
 
 const int index = thread_position_in_threadgroup.x;
 const int lane = index % 32;
@@ -47,18 +48,21 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 
 for (int channel = index; channel < Lora; channel += Threads) {
   float sum = 0;
+#pragma unroll 8
   for (int i = 0; i < splits; ++i) {
     sum += factors[i] * acc_of_head[i * H * Lora + channel];
   }
-  latent[channel] = sum / l;
+  ((threadgroup float*)latent)[channel] = sum / l;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 for (int row = index / 32 * Rows; row < V; row += Threads / 32 * Rows) {
   float values[Rows] = {0, 0, 0, 0};
-  const threadgroup float* x = latent;
-  add_products<Bits, Group, Rows>(
-      x, unembed, unembed_scales, unembed_biases, head * V + row, Lora, lane, values);
+  add_products<Rows>(
+      (const threadgroup float*)latent,
+      rows_from<Bits, Group>(unembed, unembed_scales, unembed_biases, head * V + row, Lora),
+      lane,
+      values);
   const float value = sum_of_rows<Rows>(values, lane);
   if (lane < Rows) {
     y[(b * H + head) * V + row + lane] = OutT(value);

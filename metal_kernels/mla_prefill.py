@@ -11,21 +11,9 @@ import mlx.core as mx
 
 from mlx_kimi.metal_kernels.attention import NO_KEY
 from mlx_kimi.metal_kernels.kernel import Kernel
+from mlx_kimi.metal_kernels.tuning import PrefillShape, tuning
 
 SIMDGROUPS = 4  # of a threadgroup: they read the same keys at about the same time
-
-
-class Shape(NamedTuple):
-    """How the kernel divides its work."""
-
-    queries: int  # of a simdgroup
-    positions: int  # that it takes at a time
-
-
-# At the published sizes and in 16 bits, queries and outputs of 8 tokens take 24 and 32 registers of
-# a lane.
-PREFILL_SHAPE = Shape(8, 16)
-NVIDIA_PREFILL_SHAPE = Shape(16, 32)
 
 
 class Expanded(NamedTuple):
@@ -79,7 +67,7 @@ KERNEL = Kernel(
 
 
 def mla_prefill(
-    given: Expanded, dtype: mx.Dtype, shape: Shape | None = None
+    given: Expanded, dtype: mx.Dtype, shape: PrefillShape | None = None
 ) -> tuple[mx.array, mx.array]:
     """`naive_mla_prefill` in one launch, for the sizes that `unsupported_reason` allows.
 
@@ -90,8 +78,7 @@ def mla_prefill(
     B, T, _ = x.shape
     _, H, S, nope = keys.shape
     v = values.shape[-1]
-    here = NVIDIA_PREFILL_SHAPE if mx.cuda.is_available() else PREFILL_SHAPE
-    queries, positions = shape or here
+    queries, positions = shape or tuning().prefill
     groups = -(-T // (queries * SIMDGROUPS)) * SIMDGROUPS
     outputs, lse = KERNEL(
         inputs=[x, keys, latents, values, T, S, offset, scale],
@@ -106,6 +93,9 @@ def mla_prefill(
         output_dtypes=[dtype, mx.float32],
     )
     return outputs, lse
+
+
+KERNELS = (KERNEL,)
 
 
 def unsupported_reason(lora: int, nope: int, shared: int, v: int) -> str | None:

@@ -37,13 +37,9 @@ const int newest = plan[2 + Segments + 1] - 1;
 
 if (head < H && first < Lora) {
   float sums[Rows] = {0, 0, 0, 0};
-  add_products<Bits, Group, Rows>(
+  add_products<Rows>(
       input + head * (Nope + Shared),
-      embed,
-      embed_scales,
-      embed_biases,
-      head * Lora + first,
-      Nope,
+      rows_from<Bits, Group>(embed, embed_scales, embed_biases, head * Lora + first, Nope),
       lane,
       sums);
   const float sum = scale * sum_of_rows<Rows>(sums, lane);

@@ -8,6 +8,7 @@ from functools import cache
 from importlib.resources import files
 
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
+_FOR_PEOPLE = re.compile(r"[ \t]*//[^\n]*|^[ \t]+|(?<=\n)\n+", re.MULTILINE)
 
 
 @cache
@@ -19,6 +20,14 @@ def text_of(file: str) -> str:
 def body_of(file: str) -> str:
     """The file with an empty line in place of each that includes a header."""
     return _INCLUDE.sub("", text_of(file))
+
+
+def without_comments(text: str) -> str:
+    """The text without comments, indentation and empty lines.
+
+    MLX hashes the whole text at every launch: what only people read would cost it a microsecond.
+    """
+    return _FOR_PEOPLE.sub("", text)
 
 
 def headers_of(file: str, instead: Mapping[str, str]) -> str:

@@ -8,7 +8,11 @@ from itertools import accumulate
 
 import mlx.core as mx
 
-SEGMENTS = 24  # that one launch takes: with three more inputs, two outputs: 29 of 31 buffers
+from mlx_kimi.metal_kernels.tuning import tuning
+
+# Segments that one launch takes: with three more inputs and two outputs 24 buffers. Metal has 31,
+# of which its validation layer may need some.
+SEGMENTS = 19
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class SplitKVPlan:
         """The plan for `size` latents, the new one included, in a tail of `room` rows.
 
         Args:
-            segments: the sizes of the segments. A launch takes SEGMENTS of them: a second launch
-                is needed from about 800,000 positions on.
+            segments: the sizes of the segments. A launch takes SEGMENTS of them; 2^20 tokens are
+                no more.
             positions: of a split, a multiple of 8; None: as many as keep a GPU busy.
         """
         if positions is None:
@@ -43,12 +47,14 @@ class SplitKVPlan:
         return SplitKVPlan(tuple(arrays), tuple(splits))
 
 
-def positions_of_a_split(total: int) -> int:
-    """Enough splits for large GPUs to take two each, but none so short that it is mostly overhead.
+def positions_of_a_split(total: int, splits: int | None = None) -> int:
+    """As many as give the GPU its `splits`, but 64 at least and 1024 at most while 512 splits do.
 
     What a split adds to what is read, its queries and its outputs, is as much as 120 positions.
+    `splits` None: those of this GPU.
     """
-    wanted = -(-total // 160) if total <= 160 * 1024 else max(1024, -(-total // 512))
+    splits = splits or tuning().splits
+    wanted = -(-total // splits) if total <= splits * 1024 else max(1024, -(-total // 512))
     return max(64, multiple_of(64, wanted))
 
 

@@ -1,5 +1,7 @@
 // Matrices as tiles of 8 x 8 floats over the 32 lanes of a simdgroup. A lane's fragment of a tile is
 // two neighbours of one row: (tile_row, tile_column) and (tile_row, tile_column + 1).
+template <typename T>
+using Fragment = vec<T, 2>;
 METAL_FUNC int tile_row(int lane) {
   return lane / 16 * 4 + lane / 2 % 4;
 }
@@ -36,16 +38,35 @@ METAL_FUNC vec<T, 2> as_right(vec<T, 2> elements) {
   return elements;
 }
 
+// The type in which a factor of type T is multiplied by one of type Other: its own, without a conversion, where
+// Apple's matrix products are known to take the pair. Products and sums are float in any case.
+template <typename T, typename Other>
+struct Factor {
+  typedef float type;
+};
+template <typename T>
+struct Factor<T, T> {
+  typedef T type;
+};
+template <>
+struct Factor<half, float> {
+  typedef half type;
+};
+
 // c[i] += a[i] b for N tiles of fragments. L and R are the types of the factors, of any float type.
 template <int N, typename L, typename R>
 METAL_FUNC void multiply_add(const thread vec<L, 2>* a, vec<R, 2> b, thread float2* c) {
-  simdgroup_float8x8 A, B, C;
-  B.thread_elements()[0] = float(b[0]);
-  B.thread_elements()[1] = float(b[1]);
+  typedef typename Factor<L, R>::type Left;
+  typedef typename Factor<R, L>::type Right;
+  simdgroup_matrix<Left, 8, 8> A;
+  simdgroup_matrix<Right, 8, 8> B;
+  simdgroup_float8x8 C;
+  B.thread_elements()[0] = Right(b[0]);
+  B.thread_elements()[1] = Right(b[1]);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    A.thread_elements()[0] = float(a[i][0]);
-    A.thread_elements()[1] = float(a[i][1]);
+    A.thread_elements()[0] = Left(a[i][0]);
+    A.thread_elements()[1] = Left(a[i][1]);
     C.thread_elements()[0] = c[i].x;
     C.thread_elements()[1] = c[i].y;
     simdgroup_multiply_accumulate(C, A, B, C);

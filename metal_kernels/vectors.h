@@ -27,6 +27,12 @@ METAL_FUNC vec<float, N> load(const device T* p) {
   return y;
 }
 
+// The same of threadgroup memory, which is an array of such vectors.
+template <int N>
+METAL_FUNC vec<float, N> load(const threadgroup float* p) {
+  return *(const threadgroup vec<float, N>*)p;
+}
+
 // The same where `inside`; elsewhere nothing is read and every element is `outside`.
 template <int N, typename T>
 METAL_FUNC vec<float, N> load_if(bool inside, const device T* p, float outside) {

@@ -17,8 +17,7 @@ from mlx_kimi.metal_kernels.kda_decode import kda_decode
 from mlx_kimi.metal_kernels.kda_prepare import kda_finish_kernel, kda_prepare_kernel
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
-from mlx_kimi.metal_kernels.mla_decode import NARROW, NVIDIA, WIDE, Shape
-from mlx_kimi.metal_kernels.mla_prefill import NVIDIA_PREFILL_SHAPE, PREFILL_SHAPE
+from mlx_kimi.metal_kernels.tuning import BASE, NVIDIA, AttendShape, PrefillShape
 from tests.kda_cases import case
 from tests.nvrtc import NvrtcError, compile_cuda, nvrtc
 from tests.test_kernels_experts import gated
@@ -98,9 +97,9 @@ def test_the_latent_step_compiles(dtype: mx.Dtype, bits: int, packed: bool) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [WIDE, NARROW, NVIDIA], ids=str)
+@pytest.mark.parametrize("shape", [BASE.attend, NVIDIA.attend], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_latent_step_of_the_48b_compiles(shape: Shape, packed: bool) -> None:
+def test_the_latent_step_of_the_48b_compiles(shape: AttendShape, packed: bool) -> None:
     with use_backend(nvrtc):
         given = mla_case(PUBLISHED, bits=4, dtype=mx.bfloat16, packed=packed)
         given.run(shape=shape)
@@ -108,8 +107,8 @@ def test_the_latent_step_of_the_48b_compiles(shape: Shape, packed: bool) -> None
 
 @pytest.mark.slow
 @of_dtype
-@pytest.mark.parametrize("shape", [PREFILL_SHAPE, NVIDIA_PREFILL_SHAPE], ids=str)
-def test_attention_of_many_tokens_compiles(dtype: mx.Dtype, shape: Shape) -> None:
+@pytest.mark.parametrize("shape", [BASE.prefill, NVIDIA.prefill], ids=str)
+def test_attention_of_many_tokens_compiles(dtype: mx.Dtype, shape: PrefillShape) -> None:
     with use_backend(nvrtc):
         prefill_attention(2, 2, sizes=Sizes(1, 128, 64, 128, 512), dtype=dtype).run(shape)
 

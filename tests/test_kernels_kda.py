@@ -11,7 +11,7 @@ from mlx_kimi.metal_kernels import kda_chunk, kda_sequential
 from mlx_kimi.metal_kernels.kda import chosen_implementation, kda
 from mlx_kimi.metal_kernels.kda_chunk import CHUNK, kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
-from mlx_kimi.metal_kernels.kernel import use_backend
+from mlx_kimi.metal_kernels.kernel import NO_BACKEND, use_backend
 from tests.assertions import assert_close, assert_same_bits
 from tests.kda_cases import GATES, Inputs, case, recurrence
 from tests.kernel_cases import linter, on_the_emulator
@@ -144,7 +144,7 @@ def test_segments_do_not_show(B: int) -> None:
 def test_the_columns_of_a_simdgroup_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = case("swch", T=20, H=1).arrays()
     whole, last = kda_chunk_kernel(*inputs)
-    monkeypatch.setattr(kda_chunk, "COLUMNS", 8)
+    monkeypatch.setattr(kda_chunk, "COLUMNS", 16)
     o, state = kda_chunk_kernel(*inputs)
     assert_same_bits("outputs", o, whole)
     assert_same_bits("state", state, last)
@@ -211,9 +211,10 @@ def test_chooses_by_the_number_of_tokens_and_the_domain(
     assert form.name == name and form.why
 
 
-def test_chooses_operations_where_nothing_runs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_kimi.metal_kernels.kda.backend", lambda: None)
-    assert [chosen_implementation(T, 128, 128).name for T in (2, 32)] == ["kda_chunk", "kda_chunk"]
+def test_chooses_operations_where_nothing_runs_kernels() -> None:
+    with use_backend(None):
+        chosen = [chosen_implementation(T, 128, 128) for T in (2, 32)]
+    assert [(form.name, form.why) for form in chosen] == [("kda_chunk", NO_BACKEND)] * 2
 
 
 @pytest.mark.parametrize("T", [1, 5, 40])

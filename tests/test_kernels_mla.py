@@ -10,16 +10,9 @@ import pytest
 from mlx_kimi.metal_kernels import mla_decode as module
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.metal_kernels.latents import CODE_WORDS, GROUP_WORDS, pack, unpack
-from mlx_kimi.metal_kernels.mla_decode import (
-    NARROW,
-    NVIDIA,
-    WIDE,
-    LatentWeights,
-    Shape,
-    mla_decode,
-    naive_mla_decode,
-)
+from mlx_kimi.metal_kernels.mla_decode import LatentWeights, mla_decode, naive_mla_decode
 from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan, positions_of_a_split
+from mlx_kimi.metal_kernels.tuning import BASE, MAX, NVIDIA, ULTRA, AttendShape, Tuning, tuning
 from tests.assertions import assert_close, assert_same_bits, numbers
 from tests.kernel_cases import assert_all_close, emulator, exact, linter, matrix, on_the_emulator
 
@@ -27,6 +20,8 @@ pytestmark = on_the_emulator
 # Float32 against float64: sums of up to a thousand products, and exp of their scores.
 RMS, LARGEST = 5e-6, 2e-5
 of_form = pytest.mark.parametrize("form", ["naive", "kernel"])
+# Those of Apple and of NVIDIA GPUs, and one of 512 threads that reads each latent once.
+SHAPES = [BASE.attend, NVIDIA.attend, AttendShape(32, 32, 8)]
 
 
 class Sizes(NamedTuple):
@@ -54,7 +49,7 @@ class Case(NamedTuple):
     segments: list[mx.array]
 
     def run(
-        self, form: str = "kernel", columns: int | None = None, shape: Shape | None = None
+        self, form: str = "kernel", columns: int | None = None, shape: AttendShape | None = None
     ) -> tuple[mx.array, mx.array]:
         if form == "naive":
             return naive_mla_decode(*self)
@@ -160,16 +155,16 @@ def test_equals_the_equations_at_every_shape(form: str, sizes: Sizes, B: int) ->
     assert_is_oracle(form, case(sizes, B=B))
 
 
-@pytest.mark.parametrize("shape", [WIDE, NARROW, NVIDIA, Shape(8, 64, 24)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, AttendShape(8, 64, 24)], ids=str)
 @pytest.mark.parametrize("sizes", [POCKET, Sizes(12, 128, 64, 16, 8)], ids=str)
-def test_equals_the_equations_however_the_work_is_divided(sizes: Sizes, shape: Shape) -> None:
+def test_equals_the_equations_however_the_work_is_divided(sizes: Sizes, shape: AttendShape) -> None:
     assert_is_oracle("kernel", case(sizes, B=2), shape=shape)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [WIDE, NARROW, NVIDIA], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
-def test_takes_the_heads_of_the_48b(shape: Shape, packed: bool) -> None:
+def test_takes_the_heads_of_the_48b(shape: AttendShape, packed: bool) -> None:
     given = case(PUBLISHED, 3, [24], bits=4, group_size=64, dtype=mx.bfloat16, packed=packed)
     assert_is_oracle("kernel", given, 4e-3, 2.5e-3, columns=16, shape=shape)
 
@@ -237,7 +232,7 @@ def with_uneven_groups(rows: mx.array) -> mx.array:
     return mx.array(words)
 
 
-@pytest.mark.parametrize("shape", [WIDE, NARROW, NVIDIA], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -246,7 +241,7 @@ def with_uneven_groups(rows: mx.array) -> mx.array:
     ],
     ids=str,
 )
-def test_packed_channels_have_the_line_of_their_group(sizes: Sizes, shape: Shape) -> None:
+def test_packed_channels_have_the_line_of_their_group(sizes: Sizes, shape: AttendShape) -> None:
     given = case(sizes, 13, [40, 8], B=2, packed=True, spread=0.5)
     given = given._replace(segments=[with_uneven_groups(s) for s in given.segments])
     assert_is_oracle("kernel", given, columns=16, shape=shape)
@@ -268,7 +263,7 @@ def test_each_latent_is_read_once_for_all_heads() -> None:
         read = []
         for columns in (16, 32):
             given = case(PUBLISHED, 1, [columns], dtype=mx.bfloat16, packed=packed)
-            given.run(columns=64, shape=WIDE)
+            given.run(columns=64, shape=AttendShape(32, 32, 8))
             read.append(emulator(module.ATTEND).counts["device_bytes_read"])
         # A packed row's scales and biases are read by every lane of their groups: 8 bytes by each 4
         # of the 16 simdgroups' lanes that hold a latent, and by 4 for each tile of a shared key.
@@ -313,26 +308,34 @@ def test_says_what_it_does_not_take() -> None:
 
 
 @pytest.mark.parametrize("total", [1, 64, 65, 5000, 131_072, 200_000, 524_288, 1 << 20, 1 << 23])
-def test_splits_are_enough_and_not_too_many(total: int) -> None:
-    columns = positions_of_a_split(total)
+@pytest.mark.parametrize("wanted", [of.splits for of in (BASE, MAX, ULTRA, NVIDIA)])
+def test_splits_are_enough_and_not_too_many(total: int, wanted: int) -> None:
+    columns = positions_of_a_split(total, wanted)
     splits = -(-total // columns)
     assert columns % 8 == 0
     # Every segment and the tail may end with a split that is not full.
     assert splits + 2 * SEGMENTS <= module.MOST_SPLITS
-    assert splits >= min(total // 64, 80)
+    # (rounding up to 64 positions costs some)
+    assert splits >= min(total // 64, wanted / 2)
 
 
 @pytest.mark.parametrize(
-    "gpu, shape",
-    [("applegpu_g13s", NARROW), ("applegpu_g14d", NARROW), ("applegpu_g15p", WIDE), (None, WIDE)],
+    "gpu, expected",
+    [
+        ("applegpu_g13g", BASE),
+        ("applegpu_g13s", MAX),
+        ("applegpu_g15d", ULTRA),
+        ("applegpu_g99x", BASE),
+        (None, BASE),
+    ],
 )
-def test_gpus_with_few_registers_take_fewer_heads(
-    gpu: str | None, shape: Shape, monkeypatch: pytest.MonkeyPatch
+def test_work_is_divided_for_the_gpu_at_hand(
+    gpu: str | None, expected: Tuning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     monkeypatch.setattr(mx.metal, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(mx, "device_info", lambda: {"architecture": gpu})
-    assert module._shape_here.__wrapped__() == shape
+    assert tuning.__wrapped__() == expected
 
 
 # --------------------------------------------------------------------------------------- packing

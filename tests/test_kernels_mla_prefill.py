@@ -11,21 +11,19 @@ from mlx_kimi.metal_kernels.attention import merge_attention
 from mlx_kimi.metal_kernels.kernel import use_backend
 from mlx_kimi.metal_kernels.mla_prefill import (
     KERNEL,
-    NVIDIA_PREFILL_SHAPE,
-    PREFILL_SHAPE,
     Expanded,
-    Shape,
     mla_prefill,
     naive_mla_prefill,
     unsupported_reason,
 )
+from mlx_kimi.metal_kernels.tuning import BASE, NVIDIA, PrefillShape
 from tests.assertions import assert_close, assert_same_bits, numbers
 from tests.kernel_cases import assert_all_close, emulator, linter, on_the_emulator
 
 pytestmark = on_the_emulator
 # Float32 against float64: sums of up to a hundred products, and exp of their scores.
 LARGEST, RMS = 2e-5, 5e-6
-SHAPES = [PREFILL_SHAPE, NVIDIA_PREFILL_SHAPE, Shape(24, 8)]
+SHAPES = [BASE.prefill, NVIDIA.prefill, PrefillShape(24, 8)]
 of_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -39,7 +37,7 @@ class Sizes(NamedTuple):
 
 class Case(Expanded):
     def run(
-        self, shape: Shape | None = None, dtype: mx.Dtype | None = None
+        self, shape: PrefillShape | None = None, dtype: mx.Dtype | None = None
     ) -> tuple[mx.array, mx.array]:
         return mla_prefill(self, dtype or self.x.dtype, shape)
 
@@ -99,7 +97,7 @@ def oracle(given: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assert_is_oracle(
-    given: Case, shape: Shape | None = None, largest: float = LARGEST, rms: float = RMS
+    given: Case, shape: PrefillShape | None = None, largest: float = LARGEST, rms: float = RMS
 ) -> None:
     outputs, lse = given.run(shape)
     expected, expected_lse = oracle(given)
@@ -118,21 +116,21 @@ def test_the_naive_form_equals_the_definition(T: int, offset: int) -> None:
 @of_shape
 @pytest.mark.parametrize("T", [1, 7, 8, 9, 17, 70])
 @pytest.mark.parametrize("past", [0, 5, 40])
-def test_equals_the_definition_at_every_length(shape: Shape, T: int, past: int) -> None:
+def test_equals_the_definition_at_every_length(shape: PrefillShape, T: int, past: int) -> None:
     assert_is_oracle(case(T, past + T), shape)
 
 
 @of_shape
 @pytest.mark.parametrize("S", [1, 8, 15, 33])
 @pytest.mark.parametrize("offset", [-30, -9, -1, 0, 3, 100])
-def test_a_token_sees_the_columns_up_to_its_own(shape: Shape, S: int, offset: int) -> None:
+def test_a_token_sees_the_columns_up_to_its_own(shape: PrefillShape, S: int, offset: int) -> None:
     """Blocks before and among the tokens; none of them sees one of the first kind."""
     assert_is_oracle(case(20, S, offset), shape)
 
 
 @of_shape
 @pytest.mark.parametrize("offset", range(-3, 33))
-def test_no_token_sees_the_next_wherever_blocks_end(shape: Shape, offset: int) -> None:
+def test_no_token_sees_the_next_wherever_blocks_end(shape: PrefillShape, offset: int) -> None:
     assert_is_oracle(case(20, 60, offset), shape)
 
 
@@ -149,13 +147,13 @@ def test_no_token_sees_the_next_wherever_blocks_end(shape: Shape, offset: int) -
     ids=str,
 )
 @pytest.mark.parametrize("B", [1, 2])
-def test_equals_the_definition_at_every_shape(shape: Shape, sizes: Sizes, B: int) -> None:
+def test_equals_the_definition_at_every_shape(shape: PrefillShape, sizes: Sizes, B: int) -> None:
     assert_is_oracle(case(11, 30, B=B, sizes=sizes), shape)
 
 
 @of_shape
 @pytest.mark.parametrize("direction", [1, -1], ids=["rising", "falling"])
-def test_large_scores_do_not_overflow(shape: Shape, direction: int) -> None:
+def test_large_scores_do_not_overflow(shape: PrefillShape, direction: int) -> None:
     given = case(12, 40)
     size = mx.linspace(1, 100, 40)[::direction, None]
     given = given._replace(keys=given.keys * size, x=given.x * 10)
@@ -168,14 +166,14 @@ def test_large_scores_do_not_overflow(shape: Shape, direction: int) -> None:
 @pytest.mark.parametrize("dtype, rms", [(mx.float16, 4e-4), (mx.bfloat16, 3e-3)])
 @pytest.mark.parametrize("spread", [1.0, 4.0])
 def test_rounds_shares_and_outputs_in_16_bits(
-    shape: Shape, dtype: mx.Dtype, rms: float, spread: float
+    shape: PrefillShape, dtype: mx.Dtype, rms: float, spread: float
 ) -> None:
     given = case(20, 60, sizes=Sizes(2, 64, 32, 64, 16), dtype=dtype, spread=spread)
     assert_is_oracle(given, shape, 8e-3, rms)
 
 
 @of_shape
-def test_any_blocks_are_one_softmax(shape: Shape) -> None:
+def test_any_blocks_are_one_softmax(shape: PrefillShape) -> None:
     given = case(40, 70)
     ends = [0, 8, 25, 31, 64, 70]
     parts = [given.columns(*pair).run(shape, mx.float32) for pair in pairwise(ends)]
@@ -189,7 +187,7 @@ def test_any_blocks_are_one_softmax(shape: Shape) -> None:
 
 @of_shape
 @pytest.mark.parametrize("p", [1, 8, 13])
-def test_later_columns_leave_earlier_tokens_bit_identical(shape: Shape, p: int) -> None:
+def test_later_columns_leave_earlier_tokens_bit_identical(shape: PrefillShape, p: int) -> None:
     given, other = case(30, 30), case(30, 30, spread=2)
     swap = [
         mx.concatenate([a[..., :p, :], 100 * b[..., p:, :]], axis=-2)
@@ -204,13 +202,13 @@ def test_no_score_leaves_the_registers() -> None:
     """What is written does not grow with the columns."""
     written = []
     for S in (32, 64):
-        case(8, S).run(PREFILL_SHAPE)
+        case(8, S).run(BASE.prefill)
         written.append(emulator(KERNEL).counts["device_bytes_written"])
     assert written[0] == written[1] == 8 * 2 * (32 + 1) * 4
 
 
 @of_shape
-def test_columns_after_the_last_token_cost_nothing(shape: Shape) -> None:
+def test_columns_after_the_last_token_cost_nothing(shape: PrefillShape) -> None:
     T, S, (queries, block) = 50, 90, shape
     case(T, S, 0).run(shape)
     seen = [min(S, first + queries) for first in range(0, T, queries)]

@@ -16,6 +16,8 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.budget import Budget, slots_for
 from mlx_kimi.loading.match import TensorMatcher
 from mlx_kimi.loading.memory import refuse_what_does_not_fit, wire
+from mlx_kimi.loading.warm_up import warm_up
+from mlx_kimi.metal_kernels.kernel import is_traced
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.weights import Weights
 from mlx_kimi.offload.expert_files import ExpertFiles, ExpertStack
@@ -53,7 +55,8 @@ def load_model(
     """Load a model from a folder that may have no tokenizer.
 
     The weights are read one layer after another. On the CPU they become float32: MLX multiplies
-    16-bit matrices ten times slower there.
+    16-bit matrices ten times slower there. On a GPU the kernels are compiled, too; one that the GPU
+    cannot run is a warning of the log, and MLX operations take its place.
 
     Args:
         folder: published, converted, or written by transformers 5.
@@ -97,6 +100,8 @@ def load_model(
     for layer in model.layers:
         mx.eval(layer.parameters())
     mx.eval(model.parameters())
+    if is_traced():  # (a GPU's own backend: an emulator compiles nothing ahead)
+        warm_up(model)
     return model
 
 

@@ -17,7 +17,8 @@ from mlx_kimi.metal_kernels.latents import BITS, is_packed, pack, unpack
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 
 TAIL = 256  # tokens of the latent that may be rebuilt at every step (0.3 MB)
-RADIX = 8  # neighbours of one size class that merge into one of the next
+RADIX = 4  # neighbours of one size class that merge into one of the next
+LAST_CLASS = 5  # of 262,144 tokens (0.3 GB) and more, which are never merged
 
 
 @dataclass
@@ -124,9 +125,10 @@ class Segment:
 class LatentCache:
     """The cache of an MLA layer: one latent a token, in frozen segments and a short tail.
 
-    Only the tail is rebuilt when a token comes. A full tail is frozen; eight neighbouring segments
-    of one size class merge into one of the next, so that a frozen token is copied at most three
-    times and 2^20 tokens are at most 32 segments. `bits` 8: frozen latents are packed to 8 bits.
+    Only the tail is rebuilt when a token comes. A full tail is frozen; four neighbouring segments
+    of one size class merge into one of the next, so that a frozen token is copied at most five
+    times and 2^20 tokens are at most 19 segments, as many as one launch of the decode kernel takes.
+    `bits` 8: frozen latents are packed to 8 bits.
     """
 
     lengths: tuple[int, ...] = ()
@@ -275,7 +277,7 @@ def _all_filled(arrays: Sequence[mx.array | None]) -> list[mx.array]:
 
 
 def _size_class(segment: Segment) -> int:
-    """0 for up to 2047 tokens, then one more for every factor of eight."""
+    """0 for up to 1023 tokens, then one more for every factor of four."""
     size, level = segment.size // (TAIL * RADIX), 0
     while size:
         size, level = size // RADIX, level + 1
@@ -285,8 +287,7 @@ def _size_class(segment: Segment) -> int:
 def _merged(frozen: tuple[Segment, ...], new: Segment) -> tuple[Segment, ...]:
     """`frozen` and `new`, merged so that size classes never increase from front to back.
 
-    Fewer than `RADIX` neighbours are of one class; those of the last one, from 131,072 tokens on,
-    are never merged.
+    Fewer than `RADIX` neighbours are of one class; those of `LAST_CLASS` are never merged.
     """
     kept = list(frozen)
     level = _size_class(new)
@@ -296,7 +297,7 @@ def _merged(frozen: tuple[Segment, ...], new: Segment) -> tuple[Segment, ...]:
     while True:
         level = _size_class(merged)
         peers = [s for s in kept if _size_class(s) <= level]
-        if level >= 3 or len(peers) < RADIX - 1:
+        if level >= LAST_CLASS or len(peers) < RADIX - 1:
             return (*kept, merged)
         merged = Segment.concatenate([*peers, merged])
         kept = kept[: len(kept) - len(peers)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_kimi.checkpoint.config import ModelConfig
-from mlx_kimi.metal_kernels import mla_prefill
+from mlx_kimi.metal_kernels import mla_decode, mla_prefill
 from mlx_kimi.metal_kernels.attention import (
     Block,
     SubmitLimit,
@@ -18,8 +18,8 @@ from mlx_kimi.metal_kernels.attention import (
     merge_attention,
     query_block,
 )
-from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
-from mlx_kimi.metal_kernels.mla_decode import LatentWeights, mla_decode, unsupported_reason
+from mlx_kimi.metal_kernels.kernel import Kernel, not_running
+from mlx_kimi.metal_kernels.mla_decode import LatentWeights
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 from mlx_kimi.model.cache import LatentCache, Segment
 from mlx_kimi.model.layers import RMSNorm
@@ -111,24 +111,24 @@ class MultiHeadLatentAttention(nn.Module):
         tail = cache.roomy_tail(x.shape[0], self.width, x.dtype).latents
         frozen = [segment.latents for segment in cache.frozen]
         x = self.in_proj.joined(x[:, 0])
-        y, tail = mla_decode(x, self._for_decode, tail, plan, frozen)
+        y, tail = mla_decode.mla_decode(x, self._for_decode, tail, plan, frozen)
         cache.grow_tail(tail)
         return self.o_proj(y[:, None])
 
     def decode_unsupported_reason(self, cache: LatentCache) -> str | None:
         """Why the decode kernel cannot run; None: it can."""
-        return _kernels_unsupported_reason(cache) or self._unsupported_reason
+        return _unsupported_cache(cache, mla_decode.KERNELS) or self._unsupported_reason
 
     def prefill_unsupported_reason(self, cache: LatentCache) -> str | None:
         """Why the prefill kernel cannot run; None: it can."""
         sizes = (self.nope, self.width - self.lora, self.unembed_out.out_features)
-        return _kernels_unsupported_reason(cache) or mla_prefill.unsupported_reason(
+        return _unsupported_cache(cache, mla_prefill.KERNELS) or mla_prefill.unsupported_reason(
             self.lora, *sizes
         )
 
     @cached_property
     def _unsupported_reason(self) -> str | None:
-        return unsupported_reason(self._for_decode, self.in_proj.width)
+        return mla_decode.unsupported_reason(self._for_decode, self.in_proj.width)
 
     @cached_property
     def _for_decode(self) -> LatentWeights:
@@ -204,11 +204,9 @@ class MultiHeadLatentAttention(nn.Module):
         return attend(q, _blocks(q, cache, per_head), self.scale, past, submit_limit)
 
 
-def _kernels_unsupported_reason(cache: LatentCache) -> str | None:
-    """Why no kernel attends to this cache, whatever the layer's sizes; None: one may."""
-    if backend() is None:
-        return NO_BACKEND
-    return "some columns are padding" if cache.is_masked else None
+def _unsupported_cache(cache: LatentCache, kernels: Sequence[Kernel]) -> str | None:
+    """Why these kernels do not attend to this cache, whatever the layer's sizes; None: they may."""
+    return not_running(*kernels) or ("some columns are padding" if cache.is_masked else None)
 
 
 def _blocks(

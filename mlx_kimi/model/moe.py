@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.metal_kernels.experts import (
+    KERNELS,
     LARGEST_BATCH,
     SwiGLUWeights,
     add_norm_scores,
@@ -20,7 +21,7 @@ from mlx_kimi.metal_kernels.experts import (
     naive_expert_select,
     unsupported_reason,
 )
-from mlx_kimi.metal_kernels.kernel import NO_BACKEND, backend
+from mlx_kimi.metal_kernels.kernel import not_running
 from mlx_kimi.model.layers import MLP, RMSNorm, swiglu
 from mlx_kimi.offload.expert_cache import ExpertCache
 from mlx_kimi.offload.optimistic import Residency
@@ -130,8 +131,8 @@ class DecodeMoE:
 
     def unsupported_reason(self, tokens: int) -> str | None:
         """Why the ops form runs instead; None: it does not."""
-        if backend() is None:
-            return NO_BACKEND
+        if why := not_running(*KERNELS):
+            return why
         if tokens > LARGEST_BATCH:
             return f"{tokens} tokens are more than {LARGEST_BATCH}: sorted by expert"
         return self._unsupported_reason

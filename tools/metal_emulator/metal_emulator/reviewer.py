@@ -28,7 +28,7 @@ _ENTRY = "emu_entry"
 _ALLOCA = re.compile(r"^  (%[\w.$-]+) = alloca ([\[{%][^,]*)")
 _CALL = re.compile(r"\bcall .*?@([\w.$]+)\(")
 _DEBUG = re.compile(r"!dbg (!\d+)")
-_COMPONENT = re.compile(r"= (?:extract|insert)element .*, i\d+ %")
+_COMPONENT = re.compile(r"= (?:extract|insert)element .*, i\d+ %[\w.$-]+$")  # the last is the index
 _ARRAY_ALIAS = re.compile(r"\busing\s+(\w+)\s*=[^;]*\]\s*;|\btypedef\b[^;{}]*?\b(\w+)\s*\[[^;]*;")
 _SPACES = r"\b(?:thread|threadgroup|device|constant)\b"
 

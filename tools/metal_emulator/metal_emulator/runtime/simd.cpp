@@ -156,6 +156,19 @@ static void multiply(Meeting& m) {
   }
 }
 
+EXPORT float emu_half_factor(uint64_t bits) {
+  const uint16_t low = uint16_t(bits);
+  _Float16 x;
+  memcpy(&x, &low, sizeof x);
+  return float(x);
+}
+EXPORT float emu_bfloat_factor(uint64_t bits) {
+  const uint32_t high = uint32_t(bits) << 16;
+  float x;
+  memcpy(&x, &high, sizeof x);
+  return x;
+}
+
 // D = A B + C in float32; each lane brings and takes two elements of every tile.
 EXPORT uint64_t emu_matrix_multiply(float a0, float a1, float b0, float b1, float c0, float c1,
                                         uint32_t site) {

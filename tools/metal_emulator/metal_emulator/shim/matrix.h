@@ -8,6 +8,8 @@ uint emu_matrix_column();
 EMU_TOGETHER void emu_matrix_transfer(uint site);
 ulong emu_matrix_load(ulong address, uint size, uint site);
 void emu_matrix_store(ulong address, ulong bits, uint size, uint site);
+float emu_half_factor(ulong bits);
+float emu_bfloat_factor(ulong bits);
 EMU_TOGETHER ulong emu_matrix_multiply(float a0, float a1, float b0, float b1, float c0, float c1,
                                        uint site);
 }
@@ -72,11 +74,17 @@ EMU_TRANSFER(device)
 EMU_TRANSFER(threadgroup)
 #undef EMU_TRANSFER
 
+// An element as a factor. The matrix units take 16 bits as they are: no conversion is counted.
+SHIM float as_factor(float x) { return x; }
+SHIM float as_factor(half x) { return emu_half_factor(to_bits(x)); }
+SHIM float as_factor(bfloat x) { return emu_bfloat_factor(to_bits(x)); }
+
 template <typename T, typename A, typename B, typename C>
 SHIM void simdgroup_multiply_accumulate(thread simdgroup_matrix<T, 8, 8>& d,
                                         simdgroup_matrix<A, 8, 8> a, simdgroup_matrix<B, 8, 8> b,
                                         simdgroup_matrix<C, 8, 8> c, SITE) {
-  ulong both = emu_matrix_multiply(a.elements[0], a.elements[1], b.elements[0], b.elements[1],
+  ulong both = emu_matrix_multiply(as_factor(a.elements[0]), as_factor(a.elements[1]),
+                                   as_factor(b.elements[0]), as_factor(b.elements[1]),
                                    c.elements[0], c.elements[1], site);
   d.elements[0] = T(from_bits<float>(both & 0xFFFFFFFFul));
   d.elements[1] = T(from_bits<float>(both >> 32));

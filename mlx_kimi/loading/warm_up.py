@@ -1,0 +1,79 @@
+"""Every kernel that a model launches, once, before anyone waits for an answer."""
+
+from __future__ import annotations
+
+import logging
+
+import mlx.core as mx
+
+from mlx_kimi.metal_kernels.experts import LARGEST_BATCH, expert_combine
+from mlx_kimi.metal_kernels.kda import CHUNKED_FROM
+from mlx_kimi.metal_kernels.kernel import refusal, trying
+from mlx_kimi.model.cache import TAIL, KDACache, LatentCache
+from mlx_kimi.model.forward_batch import ForwardBatch
+from mlx_kimi.model.kda import KimiDeltaAttention
+from mlx_kimi.model.kimi_linear import DecoderLayer, KimiLinear
+from mlx_kimi.model.mla import EXPAND_FROM
+from mlx_kimi.model.moe import MixtureOfExperts
+
+# Tokens of one call after another: many, few, and one take different ways. (Two tokens of a tiny
+# model are inputs of under 8 elements, in another address space: to Metal another kernel.)
+STEPS = (EXPAND_FROM, CHUNKED_FROM - 1, 2, 1)
+_log = logging.getLogger(__name__)
+
+
+def warm_up(model: KimiLinear) -> dict[str, str]:
+    """Compile the kernels of `model` for this GPU, and say which of them it cannot run.
+
+    Their operators use MLX operations from then on. Layers of one kind launch the same kernels: one
+    of each kind is run, on zeros. No expert is read from a file.
+
+    Returns:
+        The kernels that cannot run, with MLX's or the compiler's whole message. Each is a warning
+        of the log, too, in one line.
+    """
+    kinds = {(type(layer.self_attn), type(layer.mlp)): layer for layer in model.layers}
+    with trying() as refused:
+        for layer in kinds.values():
+            _attend(model, layer)
+            _feed_forward(model, layer)
+        mx.eval(model.norm.add_norm(*_zeros(model, 1)))
+    for name in refused:
+        _log.warning("%s; MLX operations take its place, slower", refusal(name))
+    return dict(refused)
+
+
+def _zeros(model: KimiLinear, T: int) -> tuple[mx.array, mx.array]:
+    """x and residual of T tokens."""
+    x = mx.zeros((1, T, model.config.hidden_size), model.norm.weight.dtype)
+    return x, x
+
+
+def _attend(model: KimiLinear, layer: DecoderLayer) -> None:
+    if isinstance(layer.self_attn, KimiDeltaAttention):
+        caches: list[KDACache | LatentCache] = [KDACache()]
+    else:
+        caches = [LatentCache(), LatentCache(bits=8)]
+    for cache in caches:
+        # Packed latents are met once a tail is full.
+        steps = (TAIL, *STEPS) if isinstance(cache, LatentCache) and cache.bits else STEPS
+        for T in steps:
+            normed, _ = layer.input_layernorm.add_norm(*_zeros(model, T))
+            mx.eval(layer.attend(normed, cache, ForwardBatch()), cache.arrays())
+            cache.lengths = (sum(cache.lengths) + T,)
+
+
+def _feed_forward(model: KimiLinear, layer: DecoderLayer) -> None:
+    mlp, norm = layer.mlp, layer.post_attention_layernorm
+    for tokens in (1, LARGEST_BATCH):
+        x, residual = _zeros(model, tokens)
+        if not isinstance(mlp, MixtureOfExperts):
+            mx.eval(mlp.norm_and_forward(norm, x, residual, None))
+            continue
+        k = mlp.router.top_k
+        if mlp.kernels.unsupported_reason(tokens) is None:
+            normed, _, experts, weights = mlp.router.norm_and_route(norm, x[0], residual[0])
+            mx.eval(mlp.kernels(normed, mx.zeros_like(experts), weights))
+        y, places = mx.zeros((tokens * k, x.shape[-1]), x.dtype), mx.zeros((tokens, k), mx.int32)
+        shared = None if mlp.shared_experts is None else x[0]
+        mx.eval(expert_combine(y, places, mx.ones((tokens, k)), shared))

@@ -1,0 +1,110 @@
+"""What may be slow in a kernel, or refused by some Macs, as far as clang can tell: nothing."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import pytest
+from metal_emulator import Remark
+
+from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
+from mlx_kimi.metal_kernels.experts import (
+    add_norm_scores,
+    expert_combine,
+    expert_mlp,
+    expert_select,
+)
+from mlx_kimi.metal_kernels.kda_chunk import kda_chunk_kernel
+from mlx_kimi.metal_kernels.kda_decode import kda_decode
+from mlx_kimi.metal_kernels.kda_prepare import kda_finish_kernel, kda_prepare_kernel
+from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
+from mlx_kimi.metal_kernels.kernel import use_backend
+from tests import (
+    kda_cases,
+    test_kernels_add_norm,
+    test_kernels_experts,
+    test_kernels_kda_decode,
+    test_kernels_kda_prepare,
+    test_kernels_mla,
+    test_kernels_mla_prefill,
+)
+from tests.kernel_cases import linter
+
+DTYPE = mx.bfloat16
+
+
+def experts(bits: int) -> None:
+    routed, shared = (
+        test_kernels_experts.gated(lead, 1024, 2304, bits, 64, DTYPE) for lead in ((2,), ())
+    )
+    chosen = mx.zeros((1, 8), mx.int32)
+    expert_mlp(mx.ones((1, 2304), DTYPE), chosen, mx.ones((1, 8)), routed, shared)
+
+
+def combination() -> None:
+    y, places = mx.zeros((16, 2304), DTYPE), mx.zeros((2, 8), mx.int32)
+    expert_combine(y, places, mx.ones((2, 8)), y[:2])
+
+
+def delta_rule(run: Callable[..., object]) -> None:
+    q, k, v, *rest = kda_cases.case("typ", T=32, H=2, Dk=128).arrays()
+    run(*(x.astype(DTYPE) for x in (q, k, v)), *rest)
+
+
+def finish() -> None:
+    shape, gate = (1, 2, 32, 128), mx.zeros((1, 2, 4096), DTYPE)
+    kda_finish_kernel(mx.zeros(shape), gate, mx.ones(128, DTYPE), 1e-5)
+
+
+def mla(packed: bool = False) -> None:
+    sizes = test_kernels_mla.PUBLISHED
+    given = test_kernels_mla.case(sizes, bits=8, group_size=64, dtype=DTYPE, packed=packed)
+    given.run()
+
+
+def prefill() -> None:
+    sizes = test_kernels_mla_prefill.Sizes(32, 128, 64, 128, 512)
+    test_kernels_mla_prefill.case(sizes=sizes, dtype=DTYPE).run()
+
+
+def decode(bits: int) -> None:
+    kda_decode(*test_kernels_kda_decode.case(H=2, D=128, bits=bits, group_size=64, dtype=DTYPE))
+
+
+def scores(bits: int) -> None:
+    add_norm_scores(*test_kernels_experts.scored(1, 256, 2304, bits, DTYPE))
+
+
+LAUNCHES: dict[str, Callable[[], object]] = {
+    "add_norm": lambda: add_norm_kernel(*test_kernels_add_norm.case((1, 2304), DTYPE), 1e-5),
+    "add_norm_scores": lambda: scores(0),
+    "add_norm_scores of 8 bits": lambda: scores(8),
+    "expert_select": lambda: expert_select(
+        mx.zeros((1, 256)), mx.zeros((256,)), 8, 1, 1, True, 2.446
+    ),
+    "expert_select of groups": lambda: expert_select(
+        mx.zeros((1, 256)), mx.zeros((256,)), 8, 8, 4, True, 2.446
+    ),
+    "experts of 4 bits": lambda: experts(4),
+    "experts of 8 bits": lambda: experts(8),
+    "experts of 16 bits": lambda: experts(0),
+    "expert_combine": combination,
+    "kda_sequential": lambda: delta_rule(kda_sequential_kernel),
+    "kda_chunk": lambda: delta_rule(kda_chunk_kernel),
+    "kda_decode": lambda: decode(0),
+    "kda_decode of 8 bits": lambda: decode(8),
+    "kda_prepare": lambda: kda_prepare_kernel(test_kernels_kda_prepare.case(D=128, dtype=DTYPE)),
+    "kda_finish": finish,
+    "mla_decode": mla,
+    "mla_decode of packed latents": lambda: mla(packed=True),
+    "mla_prefill": prefill,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_the_review_finds_nothing(launch: str) -> None:
+    """No array in memory, no call, no component chosen at run time; buffers and registers do."""
+    remarks: list[Remark] = []
+    with use_backend(lambda kernel: linter(kernel.inputs, remarks)(kernel)):
+        LAUNCHES[launch]()
+    assert not remarks, "\n".join(map(str, remarks))

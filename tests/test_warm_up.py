@@ -1,0 +1,148 @@
+"""Loading on a GPU: each kernel runs once, and one that cannot run is named and left out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_kimi.bundled import pocket_folder
+from mlx_kimi.loading.load import load_model
+from mlx_kimi.loading.warm_up import warm_up
+from mlx_kimi.metal_kernels import kernel as kernels
+from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
+from mlx_kimi.model.cache import TAIL
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.mla import EXPAND_FROM
+from mlx_kimi.model.moe import MixtureOfExperts
+from tests.assertions import assert_close
+from tests.reference_backend import reference_backend
+
+SAME = 1e-4  # float32, added in another order
+Text = tuple[Any, ...]  # what MLX makes another text of: a pipeline of its own
+
+
+@pytest.fixture(autouse=True)
+def nothing_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_REFUSED", {})
+
+
+class Recorder:
+    """A backend that answers zeros, or refuses; `texts` are those of all launches."""
+
+    def __init__(self, refused: dict[str, Exception] | None = None) -> None:
+        self.texts: set[Text] = set()
+        self.refused = refused or {}
+
+    def __call__(self, kernel: Kernel) -> Launch:
+        def launch(
+            *, inputs: Any, template: Any, output_shapes: Any, output_dtypes: Any, **_: Any
+        ) -> list[mx.array]:
+            if kernel.name in self.refused:
+                raise self.refused[kernel.name]
+            arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
+            types = tuple((x.dtype, min(x.ndim, 1), x.size < 8) for x in arrays)
+            self.texts.add((kernel.name, tuple(template), types, tuple(output_dtypes)))
+            return [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
+
+        return launch
+
+    @property
+    def names(self) -> set[str]:
+        return {text[0] for text in self.texts}
+
+
+def converse(model: KimiLinear, bits: int | None) -> None:
+    """A prompt of many tokens, a turn of few, and more answers than a tail holds."""
+    cache = model.make_cache(bits)
+    for T in (EXPAND_FROM + 5, 7, 1, TAIL, 1, 1):
+        mx.eval(model(mx.zeros((1, T), mx.int32), cache))
+
+
+@pytest.fixture(scope="module")
+def pocket() -> KimiLinear:
+    return load_model(pocket_folder())
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("name", ["pocket", "tiny", "odd"])
+def test_no_kernel_is_compiled_in_the_middle_of_an_answer(
+    name: str, bits: int | None, pocket: KimiLinear, model: Callable[[str], KimiLinear]
+) -> None:
+    network = pocket if name == "pocket" else model(name)
+    before, during = Recorder(), Recorder()
+    with use_backend(before):
+        assert warm_up(network) == {}
+    with use_backend(during):
+        converse(network, bits)
+    assert during.texts <= before.texts
+    assert name != "pocket" or len(during.names) == 15  # all but kda_prepare
+
+
+def test_a_kernel_that_cannot_run_is_named_and_its_operator_does_without(
+    pocket: KimiLinear, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a compiler's error is, and MLX's when a kernel needs more registers than there are."""
+    refusing = Recorder(
+        {
+            "mla_attend": ValueError("[CustomKernel] Thread group size (512) is greater than 448"),
+            "expert_select": RuntimeError("program_source:7:3: error: expected ';'\n  x y"),
+        }
+    )
+    with use_backend(refusing, traced=True):
+        refused = warm_up(pocket)
+        reasons = [
+            "mla_attend does not run on this GPU: [CustomKernel] Thread group size (512) is "
+            "greater than 448",
+            "expert_select does not run on this GPU: error: expected ';'",
+        ]
+        assert sorted(caplog.messages) == sorted(
+            f"{reason}; MLX operations take its place, slower" for reason in reasons
+        )
+        refusing.texts.clear()
+        converse(pocket, None)
+        told = str(
+            [
+                (layer.self_attn.implementations(), layer.mlp.implementations())
+                for layer in pocket.layers
+                if isinstance(layer.mlp, MixtureOfExperts)
+            ]
+        )
+    # Those that belong together are left out together; all others run.
+    left_out = {"mla_query", "mla_output", "add_norm_scores", "expert_gate_up", "expert_down"}
+    assert not refusing.names & {*left_out, *refused}
+    assert {"kda_decode", "kda_sequential", "kda_chunk_scan", "mla_prefill"} <= refusing.names
+    assert all(reason in told for reason in reasons)
+
+
+def test_a_model_without_some_kernels_answers_the_same(
+    pocket: KimiLinear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = dict.fromkeys(("kda_decode", "kda_prepare", "add_norm", "mla_query"), "no")
+    monkeypatch.setattr(kernels, "_REFUSED", refused)
+    launched: list[str] = []
+
+    def backend(kernel: Kernel) -> Launch:
+        launched.append(kernel.name)
+        return reference_backend(kernel)
+
+    ids, cache = mx.array([[3, 1, 4, 1, 5, 9]]), pocket.make_cache()
+    with use_backend(None):
+        plain = pocket(ids)
+        pocket(ids[:, :4], cache)
+    with use_backend(backend, traced=True):
+        logits = [pocket(ids[:, t : t + 1], cache) for t in (4, 5)]
+        mx.eval(logits)
+    assert_close("logits", mx.concatenate(logits, axis=1), plain[:, 4:], SAME)
+    assert set(launched) == {"add_norm_scores", "expert_select", "expert_gate_up", "expert_down"}
+
+
+def test_loading_warms_up_where_a_gpu_runs_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    backend = Recorder({"kda_finish": RuntimeError("no")})
+    with use_backend(backend, traced=True):
+        load_model(pocket_folder())
+    assert "kda_decode" in backend.names
+    assert [line.partition(" does")[0] for line in caplog.messages] == ["kda_finish"]
+    with use_backend(backend, traced=True):
+        load_model(pocket_folder(), lazy=True)
+    assert len(caplog.messages) == 1
