@@ -40,7 +40,12 @@ from benchmarks.kernel_counts import (
 # 18 (20 in an early table; its multiplications alone are 16), SUM<F32> 14.5, SHUFFLE 2, FFMA32 and
 # IADD32 1 (but shifts, IMUL32 and CONVERT 4), RSQRT32 8, RECIP32 6, EXP2_32 and LOG2_32 4.
 OF_A_SIMDGROUP = {"matrix_products": 18, "simd_reductions": 14.5, "shuffles": 2}
-OF_A_LANE = {"float_operations": 1, "integer_operations": 1, "special_functions": 8}
+OF_A_LANE = {
+    "float_operations": 1,
+    "integer_operations": 1,
+    "special_functions": 8,
+    "slow_integers": 4,
+}
 LANES, SCHEDULERS = 32, 4  # of a simdgroup; of a core
 ACCESSES = (
     "device_bytes_read",
@@ -244,7 +249,7 @@ def missed(kind: str) -> str:
 
 
 def print_counts(rows: Sequence[Estimate]) -> None:
-    columns = "tiles sums shuffles float integer special barriers accesses arrays".split()
+    columns = "tiles sums shuffles float integer special slow barriers accesses arrays".split()
     print(f"\n{'Per token and head, or per row':<31}" + "".join(f"{c:>10}" for c in columns))
     for launch in (launch for row in rows for launch in row.launches):
         net = launch.net
@@ -252,8 +257,9 @@ def print_counts(rows: Sequence[Estimate]) -> None:
         cells += [sum(net[key] for key in ACCESSES), net["array_bytes"]]
         print(f"{launch.kernel:<31}" + "".join(f"{x:10.1f}" for x in cells))
     print(
-        "Tiles, sums and shuffles are instructions of a simdgroup; float, integer and special\n"
-        "ones of a lane. Accesses are bytes as often as lanes ask for them, arrays are bytes once."
+        "Tiles, sums and shuffles are instructions of a simdgroup; the next four of a lane: slow\n"
+        "are shifts, products and conversions of integers. Accesses are bytes as often as lanes ask\n"
+        "for them, arrays are bytes once."
     )
 
 

@@ -65,11 +65,11 @@ MATHEMATICS: dict[str, Work] = {
     "gram": {
         # Between the halves 136; sums of 8 and of 16 over them; the substitution's 120, and beta.
         "shuffles": (136 + 8 * (4 + 2 + 1 + 1) + 8 * (8 + 4 + 2 + 1) + 120 + 16) / 16,
-        # Of a lane's 4 channels of 16 tokens: q and k from bfloat; keys decay; 4 products of each pair
-        # of keys, and of a query and a key, added up; the halves' exchange and sums; the prefix, and
-        # q and k times it; three arrays to half. Of a column: the substitution.
+        # Of a lane's 4 channels of 16 tokens: q and k from bfloat; keys decay; 4 products of each
+        # pair of keys, and of a query and a key, added up; the halves' exchange and their sums; the
+        # prefix, and q and k times it. Of a column: the substitution.
         "float_operations": 32 * (16 * 8 + 120 * 4 + (120 + 136) * 7) / 16
-        + 32 * (136 + 8 * (8 + 15) + 4 * (15 + 2 * 16) + 4 * 3 * 16) / 16
+        + 32 * (136 + 8 * (8 + 15) + 4 * (15 + 2 * 16)) / 16
         + 32 * (2 * 120 + 3 * 16) / 16,
         "device_bytes_written": 3 * D * 2 + (4 * D + 2 * 4 * 16 * 16) / 16,
         "simdgroups": 1 / 16,

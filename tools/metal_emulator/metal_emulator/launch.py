@@ -27,6 +27,7 @@ COUNTS = (
     "float_operations",
     "integer_operations",
     "special_functions",
+    "slow_integers",
 )
 INPUT, OUTPUT, FILLED_OUTPUT = range(3)  # Use in runtime/memory.h
 Size = tuple[int, int, int]

@@ -280,7 +280,9 @@ def test_counts() -> None:
     s[i] = fma(a[i], 2.0f, 1.0f);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     float4 y = float4(a[i]) * float4(a[i], 1, 2, 3);
-    out[i] = simd_shuffle_xor(simd_sum(s[i ^ 1]), 1) + metal::exp(y.x * y.w);
+    uint bits = as_type<uint>(a[i]);
+    out[i] = simd_shuffle_xor(simd_sum(s[i ^ 1]), 1) + metal::exp(y.x * y.w) +
+        float(half(y.z)) + float(bits * (bits >> 3));
     """
     kernel = metal_kernel("counted", ["a"], ["out"], START + body)
     kernel(
@@ -304,6 +306,7 @@ def test_counts() -> None:
         "device_bytes_written": 4 * N,
         "threadgroup_bytes_read": 4 * N,
         "threadgroup_bytes_written": 4 * N,
-        "float_operations": (1 + 4 + 1 + 1) * N,
+        "float_operations": (1 + 4 + 1 + 3) * N,
         "special_functions": N,
+        "slow_integers": 3 * N,  # and a half is free
     }

@@ -15,9 +15,10 @@ enum Count : uint32_t {
   DEVICE_WRITTEN,
   THREADGROUP_READ,
   THREADGROUP_WRITTEN,
-  FLOAT_OPERATIONS,  // per thread, as the next two; a fused multiply-add is one
+  FLOAT_OPERATIONS,  // per thread, as the next three; a fused multiply-add is one
   INTEGER_OPERATIONS,
   SPECIAL_FUNCTIONS,  // exp, rsqrt, division, ...
+  SLOW_INTEGERS,  // shifts, products, conversions to and from float
   COUNTS,
 };
 
