@@ -258,8 +258,8 @@ def print_counts(rows: Sequence[Estimate]) -> None:
         print(f"{launch.kernel:<31}" + "".join(f"{x:10.1f}" for x in cells))
     print(
         "Tiles, sums and shuffles are instructions of a simdgroup; the next four of a lane: slow\n"
-        "are shifts, products and conversions of integers. Accesses are bytes as often as lanes ask\n"
-        "for them, arrays are bytes once."
+        "are shifts, products and conversions of integers. Accesses are bytes as often as lanes\n"
+        "ask for them, arrays are bytes once."
     )
 
 

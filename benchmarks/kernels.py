@@ -28,10 +28,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.full_size import CONFIG, our_model, peer_kernels, random_arrays
+from benchmarks.full_size import CONFIG, peer_kernels
 from benchmarks.launches import launches
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.evaluation.random_model import model_of, random_arrays
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.add_norm import add_norm, naive_add_norm
 from mlx_kimi.metal_kernels.attention import Block, attend
@@ -307,7 +308,7 @@ def _models() -> Comparisons:
     # bits can change an expert, and with it the whole answer. In float32 it cannot.
     arrays = random_arrays(ModelConfig.from_json(CONFIG), mx.float32)
     ids = mx.random.randint(0, CONFIG["vocab_size"], (1, PROMPT + 64), key=mx.random.key(3))
-    for how, ours, expected in _forced(our_model(CONFIG, arrays), ids):
+    for how, ours, expected in _forced(model_of(CONFIG, arrays), ids):
         error = largest_error(ours, expected)
         best = mx.sort(expected, axis=-1)[..., -2:]
         decided = best[..., 1] - best[..., 0] > 2 * error * mx.abs(expected).max()

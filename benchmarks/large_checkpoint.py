@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from mlx_kimi.convert.shards import OutputTensor, Shard, lay_out, write_index
-from tests.checkpoints import PUBLISHED_48B, entries, to_bfloat16
+from mlx_kimi.evaluation.random_model import PUBLISHED_48B
+from tests.checkpoints import entries, to_bfloat16
 
 MAX_SHARD = 2 * 10**9  # bytes; as the 48B's, shards divide the experts of a layer between them
 ROWS = 2**22  # elements that are in memory at once

@@ -15,11 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from benchmarks.full_size import CONFIG, random_tensor
+from benchmarks.full_size import CONFIG
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig, read_json
 from mlx_kimi.checkpoint.files import INDEX
 from mlx_kimi.checkpoint.tensors import Tensor, tensors
+from mlx_kimi.evaluation.random_model import random_tensor
 
 TOKENIZER = ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja")
 

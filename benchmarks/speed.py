@@ -21,9 +21,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from benchmarks.full_size import CONFIG, our_model, peer_kernels, peer_model, random_arrays
+from benchmarks.full_size import CONFIG, peer_kernels, peer_model
 from benchmarks.launches import launches
 from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.evaluation.random_model import model_of, random_arrays
 from mlx_kimi.metal_kernels.kda import kda
 from mlx_kimi.model.cache import CacheEntry, LatentCache, arrays
 from mlx_kimi.model.forward_batch import ForwardBatch
@@ -67,7 +68,7 @@ def _models(config: dict[str, Any]) -> tuple[KimiLinear, Any]:
     dtype = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
     weights = random_arrays(ModelConfig.from_json(config), dtype)
     with peer_kernels():
-        return our_model(config, weights), peer_model(config, weights)
+        return model_of(config, weights), peer_model(config, weights)
 
 
 # ------------------------------------------------------------------------------------ decode

@@ -12,9 +12,11 @@ from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli.options import model_or_pocket
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.goldens import Goldens, goldens_of
+from mlx_kimi.evaluation.kernel_report import kernel_report
+from mlx_kimi.evaluation.machine import machine
 from mlx_kimi.generation.generate import generate
 from mlx_kimi.loading.load import load_model
-from mlx_kimi.metal_kernels.kernel import backend, use_backend
+from mlx_kimi.metal_kernels.kernel import backend, refusals, use_backend
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.mla import EXPAND_FROM
 from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
@@ -33,12 +35,19 @@ Finding = tuple[str, str | None]  # what was found; what is wrong with it
 
 @click.command("check")
 @click.argument("model", required=False, metavar="[FOLDER|HUB-ID]")
-def command(model: str | None) -> None:
+@click.option(
+    "--report",
+    is_flag=True,
+    help="Also print what to paste into an issue: this machine, and each kernel alone.",
+)
+def command(model: str | None, report: bool) -> None:
     """Check a model: its tensors, tokenizer, chat template and one greedy answer.
 
     Without MODEL, the pocket model is checked. Exit code 1 if anything is wrong.
     """
     folder = local_folder(model_or_pocket(model))
+    if report:
+        click.echo("\n".join(machine()))
     tokenizer = load_tokenizer(folder)
     network = load_model(folder)
     goldens = goldens_of(folder, network.config.vocab_size)
@@ -47,7 +56,7 @@ def command(model: str | None) -> None:
         ("tensors", [_tensors(network)]),
         ("tokenizer", list(_tokenizer(tokenizer, goldens))),
         ("template", list(_template(tokenizer, goldens))),
-        ("kernels", [_kernels(network, tokenizer)]),
+        ("kernels", list(_kernels(network, tokenizer))),
         ("answer", list(_answers(network, tokenizer, goldens))),
     ):
         for found, wrong in findings:
@@ -55,6 +64,8 @@ def command(model: str | None) -> None:
             click.echo(f"{'ok    ' if wrong is None else 'FAILED'} {part:<10} {found}")
             if wrong is not None:
                 click.echo(f"       {wrong}")
+    if report:
+        _report()
     if failures:
         raise KimiError(f"{folder}: {failures} checks failed")
     click.echo(f"{folder} is a whole model, on {mx.default_device()}")
@@ -68,14 +79,25 @@ def _tensors(network: KimiLinear) -> Finding:
     return f"{count} matrices and vectors, all there and of the right shape; {stored}", None
 
 
-def _kernels(network: KimiLinear, tokenizer: Tokenizer) -> Finding:
+def _report() -> None:
+    try:
+        for line in kernel_report():
+            click.echo(line)
+    except (RuntimeError, ValueError) as error:  # (what was printed may say why)
+        click.echo(f"the report ends here: {error}")
+
+
+def _kernels(network: KimiLinear, tokenizer: Tokenizer) -> Iterator[Finding]:
     """The kernels of this machine against the same model in MLX operations, on forced tokens.
 
     In 16 bits a rounding may choose another expert, and one token's logits are then far off; so it
     is the median token that counts, of many, of few, and of those read one by one.
     """
     if backend() is None:
-        return "none run here", None
+        yield "none run here", None
+        return
+    for refused in refusals():
+        yield refused, "MLX operations take its place, slower: `mlx_kimi check --report` says more"
     text = tokenizer.encode(TEXT)
     count = 2 * MANY + FEW + ONE_BY_ONE
     ids = mx.array([(text * count)[:count]])
@@ -93,7 +115,7 @@ def _kernels(network: KimiLinear, tokenizer: Tokenizer) -> Finding:
     error = max(float(mx.median(part)) for part in mx.split(errors, cuts[:3]))
     found = f"differ from MLX operations by {error:.1e} of the largest logit"
     # (written so that NaN fails)
-    return found, None if error <= KERNEL_TOLERANCE else f"expected at most {KERNEL_TOLERANCE}"
+    yield found, None if error <= KERNEL_TOLERANCE else f"expected at most {KERNEL_TOLERANCE}"
 
 
 def _tokenizer(tokenizer: Tokenizer, goldens: Goldens | None) -> Iterator[Finding]:

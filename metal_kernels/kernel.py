@@ -117,6 +117,11 @@ def not_running(*kernels: Kernel) -> str | None:
     return next((refusal(kernel.name) for kernel in kernels if kernel.name in _REFUSED), None)
 
 
+def refusals() -> list[str]:
+    """Of every kernel that `trying` refused, in one line each."""
+    return [refusal(name) for name in _REFUSED]
+
+
 def refusal(name: str) -> str:
     """Why, of a kernel that `trying` refused, in one line: the compiler's first error."""
     message = _REFUSED[name]

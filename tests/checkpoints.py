@@ -135,30 +135,6 @@ FULL_WIDTH = published_config(
     moe_intermediate_size=1024,
 )
 
-# Never written: the 48B itself, for its names, shapes and sizes.
-MLA_LAYERS_48B = [4, 8, 12, 16, 20, 24, 27]
-PUBLISHED_48B = published_config(
-    kda_layers=[n for n in range(1, 28) if n not in MLA_LAYERS_48B],
-    full_attn_layers=MLA_LAYERS_48B,
-    bos_token_id=163584,
-    eos_token_id=163586,
-    pad_token_id=163839,
-    vocab_size=163840,
-    hidden_size=2304,
-    intermediate_size=9216,
-    num_attention_heads=32,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    model_max_length=1048576,
-    kda_num_heads=32,
-    kda_head_dim=128,
-    num_experts=256,
-    num_experts_per_token=8,
-    moe_intermediate_size=1024,
-)
-
 # Experts of the 48B's width, and little else: 150M parameters.
 WIDE = FULL_WIDTH | {
     "num_experts": 8,

@@ -7,12 +7,13 @@ import mlx.core as mx
 import pytest
 
 from benchmarks.launches import launches
+from mlx_kimi.evaluation.random_model import PUBLISHED_48B
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model.cache import CacheEntry, arrays
 from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kimi_linear import KimiLinear
-from tests.checkpoints import PUBLISHED_48B, published_config, write_checkpoint
+from tests.checkpoints import published_config, write_checkpoint
 
 LINEAR = PUBLISHED_48B["linear_attn_config"]
 MOST = 285

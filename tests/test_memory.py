@@ -16,6 +16,7 @@ from mlx_kimi.checkpoint.tensors import Join, tensors
 from mlx_kimi.cli import info
 from mlx_kimi.defaults import SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
+from mlx_kimi.evaluation.random_model import PUBLISHED_48B
 from mlx_kimi.loading.budget import Budget, slots_for
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.loading.memory import (
@@ -28,7 +29,6 @@ from mlx_kimi.loading.memory import (
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.units import human_size
-from tests.checkpoints import PUBLISHED_48B
 from tests.processes import live_memory
 
 GB = 10**9

@@ -7,7 +7,8 @@ import pytest
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import Join, tensors
-from tests.checkpoints import CONFIGS, PUBLISHED_48B, tensor_shapes
+from mlx_kimi.evaluation.random_model import PUBLISHED_48B
+from tests.checkpoints import CONFIGS, tensor_shapes
 
 KIMI_48B = {
     "architectures": ["KimiLinearForCausalLM"],

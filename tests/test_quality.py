@@ -23,9 +23,10 @@ from mlx_kimi.convert.report.layerwise import Layers
 from mlx_kimi.convert.report.quality import Quality, measure, sample_ids, sample_text
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.evaluate import evaluate
+from mlx_kimi.evaluation.random_model import PUBLISHED_48B
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.model.forward_batch import ForwardBatch
-from tests.checkpoints import CONFIGS, PUBLISHED_48B, WIDE, write_checkpoint
+from tests.checkpoints import CONFIGS, WIDE, write_checkpoint
 from tests.processes import peak_memory
 from tests.tokenizer_files import trained_tokens, write_tiktoken
 

@@ -8,7 +8,8 @@ from mlx_kimi.checkpoint.config import ModelConfig, Quantization
 from mlx_kimi.checkpoint.tensors import Tensor, tensors
 from mlx_kimi.convert.plan import TensorPlan
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
-from tests.checkpoints import PUBLISHED_48B, TINY
+from mlx_kimi.evaluation.random_model import PUBLISHED_48B
+from tests.checkpoints import TINY
 
 REAL = ModelConfig.from_json(PUBLISHED_48B)
 

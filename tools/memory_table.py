@@ -10,8 +10,8 @@ from math import prod
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import Join, tensors
+from mlx_kimi.evaluation.random_model import PUBLISHED_48B
 from mlx_kimi.loading.memory import SCALES, needs, non_expert_bytes
-from tests.checkpoints import PUBLISHED_48B
 
 GB = 10**9
 BITS = (8, 6, 4, 3)
