@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import click
 import mlx.core as mx
@@ -12,6 +13,8 @@ from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli.options import model_or_pocket
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.goldens import Goldens, goldens_of
+from mlx_kimi.evaluation.mlx_ops.case import Measurement
+from mlx_kimi.evaluation.mlx_ops.check import check_mlx
 from mlx_kimi.generation.generate import generate
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
@@ -34,7 +37,7 @@ Finding = tuple[str, str | None]  # what was found; what is wrong with it
 @click.command("check")
 @click.argument("model", required=False, metavar="[FOLDER|HUB-ID]")
 def command(model: str | None) -> None:
-    """Check a model: its tensors, tokenizer, chat template and one greedy answer.
+    """Check a model: its tensors, tokenizer, chat template, MLX's operations, kernels and answers.
 
     Without MODEL, the pocket model is checked. Exit code 1 if anything is wrong.
     """
@@ -47,6 +50,7 @@ def command(model: str | None) -> None:
         ("tensors", [_tensors(network)]),
         ("tokenizer", list(_tokenizer(tokenizer, goldens))),
         ("template", list(_template(tokenizer, goldens))),
+        ("mlx", list(_mlx(network))),
         ("kernels", [_kernels(network, tokenizer)]),
         ("answer", list(_answers(network, tokenizer, goldens))),
     ):
@@ -66,6 +70,19 @@ def _tensors(network: KimiLinear) -> Finding:
     quantized = network.config.quantization
     stored = f"{quantized.bits}-bit, group {quantized.group_size}" if quantized else "not quantized"
     return f"{count} matrices and vectors, all there and of the right shape; {stored}", None
+
+
+def _mlx(network: KimiLinear) -> Iterator[Finding]:
+    """MLX's operations against float64: a line for each wrong one, and one for all others."""
+    right: list[Measurement] = []
+    for measured in check_mlx(network):
+        if not measured.is_wrong:
+            right.append(measured)
+            continue
+        yield str(measured), f"MLX {version('mlx')} computes this wrongly here: trust no answer"
+    if right:
+        worst = max(right, key=lambda measured: measured.share)
+        yield f"{len(right)} operations of MLX within their tolerances, worst {worst}", None
 
 
 def _kernels(network: KimiLinear, tokenizer: Tokenizer) -> Finding:
