@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 
 import click
 import mlx.core as mx
@@ -14,6 +15,8 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.goldens import Goldens, goldens_of
 from mlx_kimi.evaluation.kernel_report import kernel_report
 from mlx_kimi.evaluation.machine import machine
+from mlx_kimi.evaluation.mlx_ops.case import Measurement
+from mlx_kimi.evaluation.mlx_ops.check import check_mlx
 from mlx_kimi.generation.generate import generate
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import backend, refusals, use_backend
@@ -41,7 +44,7 @@ Finding = tuple[str, str | None]  # what was found; what is wrong with it
     help="Also print what to paste into an issue: this machine, and each kernel alone.",
 )
 def command(model: str | None, report: bool) -> None:
-    """Check a model: its tensors, tokenizer, chat template and one greedy answer.
+    """Check a model: its tensors, tokenizer, chat template, MLX's operations, kernels and answers.
 
     Without MODEL, the pocket model is checked. Exit code 1 if anything is wrong.
     """
@@ -52,13 +55,15 @@ def command(model: str | None, report: bool) -> None:
     network = load_model(folder)
     goldens = goldens_of(folder, network.config.vocab_size)
     failures = 0
-    for part, findings in (
+    parts: list[tuple[str, Iterable[Finding]]] = [
         ("tensors", [_tensors(network)]),
-        ("tokenizer", list(_tokenizer(tokenizer, goldens))),
-        ("template", list(_template(tokenizer, goldens))),
-        ("kernels", list(_kernels(network, tokenizer))),
-        ("answer", list(_answers(network, tokenizer, goldens))),
-    ):
+        ("tokenizer", _tokenizer(tokenizer, goldens)),
+        ("template", _template(tokenizer, goldens)),
+        ("mlx", _mlx(network)),
+        ("kernels", _kernels(network, tokenizer)),
+        ("answer", _answers(network, tokenizer, goldens)),
+    ]
+    for part, findings in parts:
         for found, wrong in findings:
             failures += wrong is not None
             click.echo(f"{'ok    ' if wrong is None else 'FAILED'} {part:<10} {found}")
@@ -85,6 +90,19 @@ def _report() -> None:
             click.echo(line)
     except (RuntimeError, ValueError) as error:  # (what was printed may say why)
         click.echo(f"the report ends here: {error}")
+
+
+def _mlx(network: KimiLinear) -> Iterator[Finding]:
+    """MLX's operations against float64: a line for each wrong one, and one for all others."""
+    right: list[Measurement] = []
+    for measured in check_mlx(network):
+        if not measured.is_wrong:
+            right.append(measured)
+            continue
+        yield str(measured), f"MLX {version('mlx')} computes this wrongly here: trust no answer"
+    if right:
+        worst = max(right, key=lambda measured: measured.share)
+        yield f"{len(right)} operations of MLX within their tolerances, worst {worst}", None
 
 
 def _kernels(network: KimiLinear, tokenizer: Tokenizer) -> Iterator[Finding]:
