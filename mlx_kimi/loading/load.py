@@ -14,6 +14,7 @@ from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import Join, tensors
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.budget import Budget, slots_for
+from mlx_kimi.loading.command_buffers import enlarge_command_buffers
 from mlx_kimi.loading.match import TensorMatcher
 from mlx_kimi.loading.memory import refuse_what_does_not_fit, wire
 from mlx_kimi.loading.warm_up import warm_up
@@ -70,6 +71,7 @@ def load_model(
         KimiError: a tensor is missing, unknown, of the wrong shape or dtype, or the model does not
             fit into this machine's memory or into the budget.
     """
+    enlarge_command_buffers()  # first: MLX reads the limits when it first uses the GPU
     if budget is not None and shard[1] > 1:
         raise KimiError(f"a memory budget is for a whole model, not one of {shard[1]} ranks")
     folder = Path(folder)
