@@ -24,10 +24,11 @@ from benchmarks.command_buffers import (
     evaluation_order,
     most_held,
 )
-from benchmarks.step_graphs import step_graph
+from benchmarks.step_graphs import CONFIG_48B, step_graph
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.loading.command_buffers import MEGABYTES, OPERATIONS, enlarge_command_buffers
 from mlx_kimi.loading.load import load_model
+from mlx_kimi.loading.memory import needs
 from mlx_kimi.metal_kernels.kernel import OFF
 from mlx_kimi.model.kimi_linear import SUBMITTED_FROM
 
@@ -260,6 +261,21 @@ def test_a_token_of_the_48b_is_one_command_buffer(theirs: Limits) -> None:
     # The limit that is meant never to be reached is above a model in 16 bits, too.
     assert ours.elements >> 20 < MEGABYTES
     assert 48e9 / 2**20 < MEGABYTES
+
+
+@pytest.mark.parametrize("T", [1, SUBMITTED_FROM - 1, SUBMITTED_FROM, 2048])
+def test_buffers_hold_no_more_than_is_booked_as_work_space(T: int) -> None:
+    """`loading/memory.py` books it for a step of 2048 tokens, and any step must do with it.
+
+    Nothing of a step completes before all of it is submitted, but what `SubmitLimit` waits for:
+    two halves of a layer. Of single tokens, two steps are submitted at a time (`decode`).
+    """
+    work = needs(CONFIG_48B, 0, number=2).work
+    submitted = T >= SUBMITTED_FROM
+    held = most_held(recorded(T).command_buffers(OURS), ahead=1 if submitted else None)
+    assert (2 * held if T == 1 else held) <= work
+    if T == 2048:  # within MLX's limits a half is a few buffers, all of them unfinished
+        assert held == most_held(recorded(T).command_buffers(ULTRA), ahead=1)
 
 
 def test_recording_a_step_takes_no_memory() -> None:

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 # Tokens of a step from which each half of a layer is queued as soon as it is built: the device
 # works while the host builds the next. Two halves are queued at a time, each with the memory it
-# works in; from ONE_BY_ONE_FROM tokens of context on, where latents take more, one.
-SUBMITTED_FROM = 128
+# works in; from ONE_BY_ONE_FROM tokens of context on, where latents take more, one. A shorter step
+# may hold what all its layers work in.
+SUBMITTED_FROM = 32
 ONE_BY_ONE_FROM = 16_384
 
 
