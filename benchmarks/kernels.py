@@ -33,6 +33,7 @@ from benchmarks.launches import launches
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.evaluation.random_model import model_of, random_arrays
+from mlx_kimi.loading.command_buffers import enlarge_command_buffers
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.add_norm import add_norm, naive_add_norm
 from mlx_kimi.metal_kernels.attention import Block, attend
@@ -616,6 +617,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of the delta rule in check")
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
+    enlarge_command_buffers()
     machine: Any = mx.device_info() if hasattr(mx, "device_info") else mx.default_device()
     print(f"mlx {mx.__version__} on {machine}")
     if options.what == "check":

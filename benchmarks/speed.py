@@ -25,6 +25,7 @@ from benchmarks.full_size import CONFIG, peer_kernels, peer_model
 from benchmarks.launches import launches
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.evaluation.random_model import model_of, random_arrays
+from mlx_kimi.loading.command_buffers import enlarge_command_buffers
 from mlx_kimi.metal_kernels.kda import kda
 from mlx_kimi.model.cache import CacheEntry, LatentCache, arrays
 from mlx_kimi.model.forward_batch import ForwardBatch
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--trial", action="store_true", help="of this script: a tiny model")
     options = parser.parse_args()
     chosen = options.parts or list(parts)
+    enlarge_command_buffers()  # as `load_model` does, but for mlx-lm, too
     print(f"mlx {mx.__version__} on {mx.device_info().get('device_name', mx.default_device())}")
     config = CONFIG | TRIAL if options.trial else CONFIG
     models = _models(config) if {*chosen} - {"delta_rule"} else None

@@ -23,6 +23,7 @@ import numpy as np
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.loading.budget import Budget
+from mlx_kimi.loading.command_buffers import enlarge_command_buffers
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -82,6 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     config = ModelConfig.read(options.folder)
     experts, k = config.num_experts, config.num_experts_per_token
+    enlarge_command_buffers()  # before the GPU is asked its name
     print(f"mlx {mx.__version__} on {mx.device_info().get('device_name', mx.default_device())}")
     print(f"{PROMPT} tokens read, {options.tokens} generated, {options.repeats} repeats")
     rng = np.random.default_rng(0)
