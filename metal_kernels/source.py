@@ -38,6 +38,19 @@ def headers_of(file: str, instead: Mapping[str, str]) -> str:
     Raises:
         ValueError: headers include each other in a circle.
     """
+    return "\n".join(map(body_of, _included(file, instead)))
+
+
+def places_of_headers(file: str) -> list[str]:
+    """Where each line of `headers_of` stands: vectors.h:1 and so on."""
+    return [
+        f"{name}:{number}"
+        for name in _included(file, {})
+        for number, _ in enumerate(body_of(name).split("\n"), start=1)
+    ]
+
+
+def _included(file: str, instead: Mapping[str, str]) -> list[str]:
     found: dict[str, None] = {}
 
     def visit(file: str, way: tuple[str, ...]) -> None:
@@ -50,4 +63,4 @@ def headers_of(file: str, instead: Mapping[str, str]) -> str:
                 found[header] = None
 
     visit(file, ())
-    return "\n".join(map(body_of, found))
+    return list(found)

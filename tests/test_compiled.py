@@ -208,7 +208,8 @@ def test_what_cannot_be_traced_is_not(pocket: KimiLinear) -> None:
 
 def test_the_graph_does_not_keep_the_model(launched: list[str]) -> None:
     before = live_memory()
-    model = load_model(pocket_folder())
+    with use_backend(None):
+        model = load_model(pocket_folder())
     weights = mx.get_active_memory() - before
     one_by_one(model, ids(1, 2), prompted(model, 1, 5))
     alive = weakref.ref(model)

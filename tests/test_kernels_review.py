@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import pytest
-from metal_emulator import Remark
+from metal_emulator import LintError
 
+from mlx_kimi.metal_kernels import source
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
 from mlx_kimi.metal_kernels.experts import (
     add_norm_scores,
@@ -104,7 +105,47 @@ LAUNCHES: dict[str, Callable[[], object]] = {
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_the_review_finds_nothing(launch: str) -> None:
     """No array in memory, no call, no component chosen at run time; buffers and registers do."""
-    remarks: list[Remark] = []
+    remarks: list[str] = []
     with use_backend(lambda kernel: linter(kernel.inputs, remarks)(kernel)):
         LAUNCHES[launch]()
-    assert not remarks, "\n".join(map(str, remarks))
+    assert not remarks, "\n".join(remarks)
+
+
+PLANTED = {  # in the kernel's body or a header of it: what is found where
+    ("expert_select", "expert_select.metal"): (
+        "float merits[Owned];",
+        "float merits[Owned]; merits[lane % Owned] = 0;",
+        "expert_select.metal:23: 'merits', [8 x float], stays in memory",
+    ),
+    ("expert_select", "activations.h"): (
+        "METAL_FUNC float sigmoid_as_written",
+        "inline float sigmoid_as_written",
+        "activations.h:8: 'sigmoid_as_written' is not forced inline",
+    ),
+}
+
+
+@pytest.mark.parametrize("kernel, file", PLANTED)
+def test_what_is_planted_is_named_by_file_and_line(
+    kernel: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after, message = PLANTED[kernel, file]
+    plain = source.text_of
+    assert plain(file).count(before) == 1
+    monkeypatch.setattr(
+        source, "text_of", lambda f: plain(f).replace(before, after) if f == file else plain(f)
+    )
+    remarks: list[str] = []
+    with use_backend(linter((), remarks)):
+        LAUNCHES[kernel]()
+    assert any(message in remark for remark in remarks), remarks
+
+
+def test_a_word_that_metal_reserves_is_named_by_file_and_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = source.text_of
+    monkeypatch.setattr(source, "text_of", lambda f: plain(f).replace("elements", "fragment"))
+    expected = "tiles.h:25: error: 'fragment' is a reserved word of Metal"
+    with use_backend(linter()), pytest.raises(LintError, match=expected):
+        prefill()
