@@ -208,8 +208,16 @@ def test_what_is_outside_the_domain_is_named() -> None:
     assert "router is no multiple" in str(unsupported_reason(narrow, routed, None, 2))
 
 
-def test_of_no_numbers_experts_are_chosen_all_the_same() -> None:
-    """No score of NaN is the best; an expert beyond the last would be read from foreign memory."""
-    logits = mx.full((2, 40), float("nan"))
-    experts, _ = expert_select(logits, mx.zeros((40,)), 3, 1, 1, True, 1.0)
-    assert np.array(experts).max() < 40
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("numbers", [0, 1, 2, 20, 39])
+def test_experts_exist_however_many_logits_are_not_numbers(numbers: int, groups: int) -> None:
+    """An expert beyond the last would be read from foreign memory: the emulator would say so."""
+    rng = np.random.default_rng(numbers)
+    logits = np.full((2, 40), np.nan, np.float32)
+    for row in logits:
+        row[rng.choice(40, numbers, replace=False)] = rng.standard_normal(numbers)
+    routed = gated((40,), 32, 32, 4, 32, mx.float32)
+    experts, weights = expert_select(mx.array(logits), mx.zeros((40,)), 3, groups, 2, True, 1.0)
+    y = expert_mlp(mx.ones((2, 32)), experts, weights, routed, None)
+    ids = np.array(experts)
+    assert ids.min() >= 0 and ids.max() < 40 and y.shape == (2, 32)
