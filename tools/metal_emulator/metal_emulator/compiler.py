@@ -36,12 +36,13 @@ LANGUAGE = (
     *("-Xclang", "-fbfloat16-excess-precision=none"),
     *("-ffp-contract=off", "-fPIC", "-Wno-unknown-attributes", "-Wno-uninitialized"),
     *(("-mf16c",) if MACHINE == "x86_64" else ()),
-    *("-I", str(SHIM), "-include", str(SHIM / "emulator.h")),
+    *("-I", str(SHIM)),
 )
+LIBRARY = SHIM / "emulator.h"  # Metal's, included before every text
 SANITIZED = (
     *("-O2", "-fno-vectorize", "-fno-slp-vectorize", "-gline-tables-only"),
     *("-fsanitize=thread,array-bounds", "-fsanitize-recover=array-bounds"),
-    *("-mllvm", "-tsan-instrument-read-before-write=1", "-S", "-emit-llvm"),
+    *("-mllvm", "-tsan-instrument-read-before-write=1"),
     *("-mllvm", "-disable-vector-combine"),  # no vector arithmetic that the text does not have
 )
 CODEGEN = (
@@ -62,6 +63,25 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
+def clang(source: Path, flags: Sequence[str], *output: str) -> str:
+    """Read one text, with Metal's library before it; `output` says what is made of it.
+
+    It is compiled once for all texts of these `flags`: reading it takes longer than a text.
+    """
+    library = ("-Xclang", "-include-pch", "-Xclang", str(_precompiled(tuple(flags))))
+    return run("clang", *LANGUAGE, *flags, *library, *output, str(source))
+
+
+@cache
+def _precompiled(flags: tuple[str, ...]) -> Path:
+    how = (*LANGUAGE, *flags, "-c", "-Xclang", "-emit-pch", "-Xclang", "-fno-pch-timestamp")
+
+    def build(folder: Path) -> None:
+        run("clang", *how, str(LIBRARY), "-o", str(folder / "library"))
+
+    return cached(build, _shim(), repr(how))  # (among them where the library lies)
+
+
 @cache
 def kernel_library(text: str) -> Path:
     """The shared library of a translated kernel."""
@@ -71,7 +91,7 @@ def kernel_library(text: str) -> Path:
             folder / f"kernel.{suffix}" for suffix in ("cl", "ll", "emu.ll", "o")
         )
         source.write_text(text)
-        run("clang", *LANGUAGE, *SANITIZED, str(source), "-o", str(ir))
+        clang(source, SANITIZED, "-S", "-emit-llvm", "-o", str(ir))
         instrumented.write_text(instrument(ir.read_text()))
         run("clang", *CODEGEN, str(instrumented), "-o", str(unit))
         _link(unit, folder / "library")

@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from .arrays import as_array
-from .compiler import LANGUAGE, CompileError, run
+from .compiler import CompileError, clang
 from .msl import Input, MetalText, metal_text
 from .report import place
 from .reserved import reserved_words
@@ -36,8 +36,8 @@ STRICT = (
     "-Xclang",
     "-cl-ext=-cl_khr_fp64,-__opencl_c_fp64,-__opencl_c_program_scope_global_variables,"
     "-__opencl_c_device_enqueue,-__opencl_c_pipes",
-    *("-fsyntax-only", "-fno-color-diagnostics", "-Xclang", "-ast-dump"),
 )
+_TREE = ("-fsyntax-only", "-fno-color-diagnostics", "-Xclang", "-ast-dump")
 
 
 class LintError(Exception):
@@ -150,9 +150,8 @@ def _problems(text: str, version: int) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / SOURCE
         source.write_text(text)
-        define = f"-D__METAL_VERSION__={version}"
         try:
-            tree = run("clang", *LANGUAGE, *STRICT, define, str(source))
+            tree = clang(source, (*STRICT, f"-D__METAL_VERSION__={version}"), *_TREE)
         except CompileError as error:
             return _errors(str(error))
         return list(refusals(tree, source))

@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from .compiler import LANGUAGE, run
+from .compiler import clang, run
 
-_AS_WRITTEN = (
-    *("-O2", "-g", "-fno-discard-value-names", "-Xclang", "-disable-llvm-passes"),
-    *("-S", "-emit-llvm"),
-)
+_AS_WRITTEN = ("-O2", "-g", "-fno-discard-value-names", "-Xclang", "-disable-llvm-passes")
 _OPTIMIZE = (
     *("-x", "ir", "-O2", "-fno-vectorize", "-fno-slp-vectorize", "-fno-discard-value-names"),
     *("-Wno-override-module", "-S", "-emit-llvm"),
@@ -70,7 +67,7 @@ def modules(text: str, kernel: str) -> tuple[Module, Module]:
     with tempfile.TemporaryDirectory() as folder:
         source, written, optimized = (Path(folder) / f"kernel.{s}" for s in ("cl", "ll", "o2.ll"))
         source.write_text(text)
-        run("clang", *LANGUAGE, *_AS_WRITTEN, str(source), "-o", str(written))
+        clang(source, _AS_WRITTEN, "-S", "-emit-llvm", "-o", str(written))
         before = _apart(written.read_text(), kernel)
         written.write_text(before)
         run("clang", *_OPTIMIZE, str(written), "-o", str(optimized))
