@@ -15,6 +15,7 @@ from .compiler import CompileError
 from .findings import Finding
 from .kernel import EmulatedKernel, metal_kernel
 from .launch import COUNTS
+from .library import lint_library, review_library
 from .linter import LintError, lint, lint_kernel
 from .reviewer import Remark, review
 
@@ -28,6 +29,8 @@ __all__ = [
     "findings",
     "lint",
     "lint_kernel",
+    "lint_library",
     "metal_kernel",
     "review",
+    "review_library",
 ]

@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ import mlx.core as mx
 
 from .arrays import as_array
 from .compiler import CompileError, clang
-from .msl import Input, MetalText, metal_text
-from .report import place
+from .msl import Input, metal_text
 from .reserved import reserved_words
 from .reviewer import Remark, review
 from .syntax_tree import refusals
-from .translate import translate
+from .unit import Unit, kernel_unit
 
 SOURCE = "kernel.cl"  # the file that clang reads
 MOST_BUFFERS = 31
@@ -76,7 +75,7 @@ def lint(
         given = Input.all_of(inputs, scalars, small)
         results = list(outputs.items())
         metal = metal_text(name, given, results, source, header, template, atomic_outputs)
-        _lint_text(name, metal)
+        lint_unit(name, kernel_unit(metal))
 
     with ThreadPoolExecutor() as pool:  # which wait for a process each
         list(pool.map(check, _each({*flexible}, *({key} for key in flexible), set())))
@@ -131,30 +130,53 @@ def lint_kernel(
     return launch
 
 
-def _lint_text(name: str, metal: MetalText) -> None:
-    buffers = sum(not parameter.attribute for parameter in metal.parameters)
-    if buffers > MOST_BUFFERS:
-        raise LintError(f"{name}: {buffers} buffers, Metal allows {MOST_BUFFERS}")
-    text = translate(metal).text
-    for version in VERSIONS if "__METAL_VERSION__" in text else VERSIONS[:1]:
-        problems = _problems(text, version)
+def lint_unit(name: str, unit: Unit) -> None:
+    if unit.buffers > MOST_BUFFERS:
+        raise LintError(f"{name}: {unit.buffers} buffers, Metal allows {MOST_BUFFERS}")
+    versions = VERSIONS if "__METAL_VERSION__" in unit.text else VERSIONS[:1]
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(partial(_problems, unit.text), versions))
+    for problems in found:
         if problems:
-            raise LintError("\n".join(f"{name}: {_placed(line, metal)}" for line in problems))
+            raise LintError("\n".join(f"{name}: {_placed(line, unit)}" for line in problems))
 
 
 @cache
 def _problems(text: str, version: int) -> list[str]:
     """As `kernel.cl:LINE: message`."""
-    if reserved := list(reserved_words(text, SOURCE)):
+    define = f"-D__METAL_VERSION__={version}"
+    if reserved := _read_by_metal(list(reserved_words(text, SOURCE)), text, define):
         return reserved
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / SOURCE
         source.write_text(text)
         try:
-            tree = clang(source, (*STRICT, f"-D__METAL_VERSION__={version}"), *_TREE)
+            tree = clang(source, (*STRICT, define), *_TREE)
         except CompileError as error:
             return _errors(str(error))
         return list(refusals(tree, source))
+
+
+def _read_by_metal(problems: list[str], text: str, define: str) -> list[str]:
+    """Without those in branches of `#if` that are for others: an `#error` there is not reached."""
+    if not problems:
+        return []
+    lines = text.split("\n")
+    numbers = [int(problem.split(":")[1]) for problem in problems]
+    for number in numbers:
+        start = number
+        while start > 1 and lines[start - 2].endswith("\\"):  # a macro of several lines
+            start -= 1
+        lines[start - 1] = f"#error line {number}\n{lines[start - 1]}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / SOURCE
+        source.write_text("\n".join(lines))
+        try:
+            clang(source, (*STRICT, define), "-E", "-ferror-limit=0")
+        except CompileError as error:
+            reached = {int(number) for number in re.findall(r"error: line (\d+)", str(error))}
+            return [x for x, number in zip(problems, numbers, strict=True) if number in reached]
+    return []
 
 
 def _errors(messages: str) -> list[str]:
@@ -167,9 +189,9 @@ def _errors(messages: str) -> list[str]:
     return [where[0] + what[0]] if where and what else [messages]
 
 
-def _placed(problem: str, metal: MetalText) -> str:
+def _placed(problem: str, unit: Unit) -> str:
     """The line as its author knows it."""
-    return re.sub(r"kernel\.cl:(\d+)", lambda found: place(int(found[1]), metal), problem)
+    return re.sub(r"kernel\.cl:(\d+)", lambda found: unit.place(int(found[1])), problem)
 
 
 def _each(*sets: set[str]) -> Iterator[set[str]]:

@@ -62,21 +62,22 @@ def without_debug(line: str) -> str:
 
 
 @cache
-def modules(text: str, kernel: str) -> tuple[Module, Module]:
-    """A translated text as clang reads it, and after -O2; `kernel` stays a function of its own."""
+def modules(text: str, kernels: tuple[str, ...]) -> tuple[Module, Module]:
+    """A translated text as clang reads it, and after -O2; each kernel stays a function."""
     with tempfile.TemporaryDirectory() as folder:
         source, written, optimized = (Path(folder) / f"kernel.{s}" for s in ("cl", "ll", "o2.ll"))
         source.write_text(text)
         clang(source, _AS_WRITTEN, "-S", "-emit-llvm", "-o", str(written))
-        before = _apart(written.read_text(), kernel)
+        before = _apart(written.read_text(), kernels)
         written.write_text(before)
         run("clang", *_OPTIMIZE, str(written), "-o", str(optimized))
         return _module(before), _module(optimized.read_text())
 
 
-def _apart(text: str, kernel: str) -> str:
-    """The text with its kernel never inlined into what calls it."""
-    definition = re.compile(rf"^(define .*@_Z\w*{kernel}\w*\(.*\)) (#\d+)", re.MULTILINE)
+def _apart(text: str, kernels: tuple[str, ...]) -> str:
+    """The text with its kernels never inlined into what calls them."""
+    names = "|".join(f"{len(kernel)}{kernel}" for kernel in kernels)  # as C++ mangles them
+    definition = re.compile(rf"^(define .*@_Z(?:{names})\w*\(.*\)) (#\d+)", re.MULTILINE)
     return definition.sub(r"\1 noinline \2", text)
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from .msl import Input, MetalText, metal_text
+from .msl import Input, metal_text
 from .optimized import VALUE, Function, Module, modules, without_debug
 from .registers import registers
-from .report import place
-from .translate import translate
+from .unit import Unit, kernel_unit
 
 BUFFERS = 24  # of Metal's 31: leaves room for those that its validation layer may add
 # 32-bit registers of a threadgroup and of a thread on M1 and M2, assumed: 104 for 512 threads.
@@ -71,24 +70,26 @@ def review(
     given = Input.all_of(inputs, scalars, small)
     results = list(outputs.items())
     metal = metal_text(name, given, results, source, header, template, atomic_outputs)
-    return list(dict.fromkeys(_remarks(name, metal, threads)))
+    return review_unit(name, kernel_unit(metal), threads)
 
 
-def _remarks(name: str, metal: MetalText, threads: int | None) -> Iterator[Remark]:
-    buffers = sum(not parameter.attribute for parameter in metal.parameters)
-    if buffers > BUFFERS:
+def review_unit(name: str, unit: Unit, threads: int | None) -> list[Remark]:
+    return list(dict.fromkeys(_remarks(name, unit, threads)))
+
+
+def _remarks(name: str, unit: Unit, threads: int | None) -> Iterator[Remark]:
+    if unit.buffers > BUFFERS:
         why = f"Metal has 31, and its validation layer may add some: {BUFFERS} leave room"
-        yield Remark(name, "signature", f"{buffers} buffers", why)
-    text = translate(metal).text
-    written, optimized = modules(text, metal.function)
-    noted = [*_aliases(text), *_helpers(written, optimized, metal)]
+        yield Remark(name, "signature", f"{unit.buffers} buffers", why)
+    written, optimized = modules(unit.text, unit.kernels)
+    noted = [*_aliases(unit.text), *_helpers(written, optimized, unit)]
     for function in optimized.functions.values():
         if function.symbol != _ENTRY:
-            noted += [*_arrays(function, optimized, metal), *_components(function, optimized)]
+            noted += [*_arrays(function, optimized, unit), *_components(function, optimized)]
     for line, what, why in noted:
-        yield Remark(name, place(line, metal), what, why)
+        yield Remark(name, unit.place(line), what, why)
     if threads:
-        yield from _registers(name, metal, optimized, threads)
+        yield from _registers(name, unit, optimized, threads)
 
 
 Noted = tuple[int, str, str]  # line of the text, what, why
@@ -104,9 +105,9 @@ def _aliases(text: str) -> Iterator[Noted]:
                 yield number, "address space on an alias", why
 
 
-def _helpers(written: Module, optimized: Module, metal: MetalText) -> Iterator[Noted]:
+def _helpers(written: Module, optimized: Module, unit: Unit) -> Iterator[Noted]:
     for symbol, function in written.functions.items():
-        if symbol == _ENTRY or _is_kernel(function, metal) or function.forced:
+        if symbol == _ENTRY or _is_kernel(function, unit) or function.forced:
             continue
         why = "a compiler may leave it a call"
         if symbol in optimized.functions:
@@ -116,11 +117,11 @@ def _helpers(written: Module, optimized: Module, metal: MetalText) -> Iterator[N
         yield function.line, f"'{function.plain_name}' is not forced inline (METAL_FUNC)", why
 
 
-def _arrays(function: Function, module: Module, metal: MetalText) -> Iterator[Noted]:
+def _arrays(function: Function, module: Module, unit: Unit) -> Iterator[Noted]:
     for found in filter(None, map(_ALLOCA.match, function.body)):
         pointer, kind = found.groups()
         name, line = _variable(pointer, function, module)
-        causes = dict.fromkeys(_causes(pointer, function, module, metal))
+        causes = dict.fromkeys(_causes(pointer, function, module, unit))
         why = "; ".join(causes) or "clang does not take it apart"
         yield line, f"'{name}', {kind}, stays in memory", why
 
@@ -140,7 +141,7 @@ def _variable(pointer: str, function: Function, module: Module) -> tuple[str, in
     return name, at
 
 
-def _causes(pointer: str, function: Function, module: Module, metal: MetalText) -> Iterator[str]:
+def _causes(pointer: str, function: Function, module: Module, unit: Unit) -> Iterator[str]:
     """What keeps an array in memory: variable indices, choices between elements, calls."""
     inside = {pointer}
     for line in function.body:
@@ -149,7 +150,7 @@ def _causes(pointer: str, function: Function, module: Module, metal: MetalText) 
         if not inside & set(VALUE.findall(operation or text)) or "#dbg" in text:
             continue
         number = _line(line, module)
-        at = place(number, metal) if number else "what clang adds"
+        at = unit.place(number) if number else "what clang adds"
         if operation.startswith("getelementptr"):
             inside.add(defined)
             if len(VALUE.findall(operation)) > 1:
@@ -170,17 +171,18 @@ def _components(function: Function, module: Module) -> Iterator[Noted]:
             yield _line(line, module), "a component of a vector", why
 
 
-def _registers(name: str, metal: MetalText, optimized: Module, threads: int) -> Iterator[Remark]:
+def _registers(name: str, unit: Unit, optimized: Module, threads: int) -> Iterator[Remark]:
     most = min(REGISTERS // threads, MOST_REGISTERS)
     for function in optimized.functions.values():
-        if _is_kernel(function, metal) and (needed := registers(function.body)) > most:
+        if _is_kernel(function, unit) and (needed := registers(function.body)) > most:
             what = f"about {needed} registers a thread, an estimate"
             why = f"a threadgroup of {threads} threads leaves {most} on an M1 or M2"
-            yield Remark(name, "whole kernel", what, why)
+            where = "whole kernel" if len(unit.kernels) == 1 else f"whole {function.name}"
+            yield Remark(name, where, what, why)
 
 
-def _is_kernel(function: Function, metal: MetalText) -> bool:
-    return function.plain_name == metal.function
+def _is_kernel(function: Function, unit: Unit) -> bool:
+    return function.plain_name in unit.kernels
 
 
 def _line(text: str, module: Module) -> int:

@@ -9,6 +9,8 @@ from pathlib import Path
 _NODE = re.compile(r"^(?P<indent>[ |`-]*)(?P<kind>\w+) 0x[0-9a-f]+ (?P<rest>.*)$")
 _PLACE = re.compile(r"(?P<file>[^\s<>,:]+):(?P<line>\d+):\d+")
 _TYPE = re.compile(r"'([^']*)'(?::'([^']*)')?")
+# `device T*& p`, as MLX's kernels have it: only what it points at must have a space.
+_POINTER_REFERENCE = re.compile(r"\*\s*__generic\s*&")
 _VARIABLES = {"ParmVarDecl", "VarDecl", "FieldDecl"}
 _CASTS = {
     "CStyleCastExpr",
@@ -58,6 +60,7 @@ def _message(kind: str, rest: str, following: str) -> str | None:
     name = type_[1] if type_ else ""
     meant = type_[2] or name if type_ else ""
     declared = name.split("(")[0] if kind in _FUNCTIONS else name
+    declared = _POINTER_REFERENCE.sub("&", declared)
     if kind in _VARIABLES | _CASTS | _FUNCTIONS and "__generic" in declared:
         return f"error: '{declared.strip()}' must name an address space before Metal 4.1"
     if kind.endswith("Decl") and re.search(r"\bbfloat\b", rest.split("'")[0]):

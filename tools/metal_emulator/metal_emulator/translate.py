@@ -12,12 +12,24 @@ from .msl import ATTRIBUTES, MetalText
 
 # `threadgroup T x[N][M], y;` declares storage; with a * or an initialiser it is something else.
 _STORAGE = re.compile(
-    r"\bthreadgroup\s+(?!auto\b)(?P<type>[A-Za-z_][\w:]*(?:<[^;{}()]*?>)?)\s+"
+    r"\bthreadgroup\s+(?!auto\b)(?P<type>(?:typename\s+)?[A-Za-z_][\w:]*(?:<[^;{}()]*?>)?)\s+"
     r"(?P<names>\w+\s*(?:\[[^;\]]*\]\s*)*(?:,\s*\w+\s*(?:\[[^;\]]*\]\s*)*)*);"
 )
 _DECLARATOR = re.compile(r"(\w+)\s*((?:\[[^\]]*\]\s*)*)")
-_VECTOR = re.compile(r"\bvec(<[^<>;(){}]*>\s*\()")
+_VECTOR = re.compile(r"(?<!\boperator )(?:\bmetal::)?\bvec(<[^<>;(){}]*>\s*\()")
+_CAST = re.compile(r"\bstatic_cast<\s*(\w+)\s*>(?=\s*\()")  # clang refuses bfloat of a half
 _INSTANCE = re.compile(r"^template \[\[host_name.*$", re.MULTILINE)
+# Given a value when the GPU's code is made: until then an unknown one.
+_FUNCTION_CONSTANT = re.compile(r"\bconstant(?=\s+[\w:]+\s+\w+\s*\[\[\s*function_constant\b)")
+_KERNEL = re.compile(r"\bkernel(?=\s+void\s+\w)")  # in place of [[kernel]]
+# Constant memory is `const`, whether or not the text says so.
+_CONSTANT = re.compile(r"(?<!\bconst )\bconstant(?=\s+(?!const\b)[\w:]+(?:<[^<>;(){}]*>)?\s*[*&])")
+# A temporary is a thread's; clang makes it in no address space, which no such reference takes.
+_NUMBER = re.compile(
+    r"\b(?:thread\s+const|const\s+thread)\s+(?P<type>bool|u?(?:char|short|int|long)|half|bfloat|float)"
+    r"\s*&(?=\s*\w+\s*[,)])"
+)
+_STRUCTURE = re.compile(r"\b(?:struct|class)\s+(\w+)")
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 
 
@@ -31,11 +43,23 @@ class Translation:
 
 def translate(metal: MetalText) -> Translation:
     arrays: list[str] = []
-    text = without_comments(metal.text)
-    text = _INSTANCE.sub("", text)
-    text = _VECTOR.sub(r"metal::make_vec\1", text)
-    text = _STORAGE.sub(lambda found: _storage(found, arrays), text)
+    text = translate_text(metal.text, arrays)
     return Translation(text + _entry(metal), tuple(arrays))
+
+
+def translate_text(text: str, arrays: list[str] | None = None) -> str:
+    """`arrays` gets the names of threadgroup arrays."""
+    names = [] if arrays is None else arrays
+    text = without_comments(text)
+    text = _INSTANCE.sub("", text)
+    text = _KERNEL.sub("", text)
+    text = _FUNCTION_CONSTANT.sub("extern constant", text)
+    text = _CONSTANT.sub("const constant", text)
+    text = _NUMBER.sub(r"const \g<type>", text)
+    text = _CAST.sub(r"metal::emu_cast<\1>", text)
+    text = _constructors(text)
+    text = _VECTOR.sub(r"metal::make_vec\1", text)
+    return _STORAGE.sub(lambda found: _storage(found, names), text)
 
 
 def without_comments(text: str) -> str:
@@ -44,6 +68,13 @@ def without_comments(text: str) -> str:
 
 def _blank(comment: re.Match[str]) -> str:
     return " " + "\n" * comment[0].count("\n")
+
+
+def _constructors(text: str) -> str:
+    """Without `thread`: clang makes what a function returns in no address space."""
+    names = "|".join(set(_STRUCTURE.findall(text)))
+    made = rf"(\b(?:{names})\s*\([^;{{}}]*?\)\s*)thread\b(?=\s*[:{{])"
+    return re.sub(made, r"\1", text) if names else text
 
 
 def _storage(found: re.Match[str], arrays: list[str]) -> str:

@@ -1,5 +1,6 @@
 """The lint refuses what Metal refuses, at its line, and takes what Metal takes."""
 
+import re
 from typing import Any
 
 import mlx.core as mx
@@ -65,6 +66,8 @@ BAD_HEADERS = {
     "no space of a reference": "float g(const float& p) { return p; }",
     "no space of a result": "struct S { float v; float& at() { return v; } };",
     "generic this": "struct S { float v; thread float& at() { return v; } };",
+    "no space of a pointer's reference": "float g(float*& p) { return *p; }",
+    "write to constant memory": "void g(constant int& x) { x = 1; }",
     "variable at file scope": "int counter = 0;",
     "space of an input": "float f(const device float* p) { return *p; }",
 }
@@ -103,6 +106,17 @@ def test_reserved_words_are_refused_in_every_position(word: str, position: str) 
         check(body, header)
 
 
+def test_reserved_words_in_branches_for_other_compilers_are_nobodys() -> None:
+    branch = "#if{} __METAL__\n#define MANY \\\n  kernel\nint vertex;\n#endif\n"
+    check("float x = 0;", branch.format("ndef"))
+    with pytest.raises(LintError) as raised:
+        check("float x = 0;", branch.format("def"))
+    assert re.findall(r"line (\d): .*'(\w+)'", str(raised.value)) == [
+        ("3", "kernel"),
+        ("4", "vertex"),
+    ]
+
+
 def test_reserved_words_within_others_and_in_comments_are_nobodys() -> None:
     check("float fragments = 0, my_quad = 1; float x = fragments + my_quad; // a fragment")
 
@@ -122,12 +136,32 @@ GOOD = {
 HEADER = """
 constant constexpr int Four = 4;
 template <typename P> float first(P p) { return float(p[0]); }
+struct Named { typedef float type; };
 struct Pair {
   float v[2];
   float sum() const thread { return v[0] + v[1]; }
   float product() { return v[0] * v[1]; }
   thread float& at(int i) thread { return v[i]; }
 };
+// What Metal takes and clang, as it is, does not.
+constant bool masked [[function_constant(3)]];
+struct Wide {
+  float v;
+  Wide(float x) thread : v(x) {}
+  operator vec<float, 2>() const thread { return vec<float, 2>(v, v); }
+};
+METAL_FUNC Wide widened(float x) { return {masked ? x : 0.0f}; }
+METAL_FUNC float next(const device float*& p) { return *p++; }
+METAL_FUNC int once(constant int& x, const thread short& y) { return x + y; }
+METAL_FUNC int passed(const constant int& x) { return once(x, 1); }
+template <typename T> METAL_FUNC T cast(half x) { return static_cast<T>(x); }
+METAL_FUNC bfloat narrow(half x) { return cast<bfloat>(x); }
+constant metal::os_log logger("a", "b");
+METAL_FUNC void told(int x) { logger.log_debug("%d", x); }
+kernel void other(device float* out) {
+  threadgroup typename Named::type s[2];
+  out[0] = widened(s[0]).v;
+}
 inline float twice(thread const Pair& p) { Pair q = p; return q.at(0) + first(q.v) + Four; }
 """
 

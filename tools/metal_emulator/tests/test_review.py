@@ -3,18 +3,14 @@
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec, module_from_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import mlx
 import mlx.core as mx
 import mlx_lm.models.gated_delta as gated_delta
 import pytest
 from metal_emulator import LintError, Remark, lint, lint_kernel, review
 from metal_emulator.registers import registers
-from metal_emulator.reserved import reserved_words
-from metal_emulator.translate import without_comments
 from test_mlx_lm import Delta
 
 FLOATS = {"a": mx.float32}
@@ -262,11 +258,3 @@ def test_kernels_of_strangers_would_compile(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     STRANGERS[name](fresh(f"mlx_lm.{name}"))
     assert [each.what for each in found] == SLOW.get(name, []), found
-
-
-def test_kernels_of_mlx_use_no_reserved_word() -> None:
-    [folder] = mlx.__path__
-    files = sorted(Path(folder).glob("include/mlx/backend/metal/kernels/**/*.h"))
-    assert len(files) > 50
-    for file in files:
-        assert not list(reserved_words(without_comments(file.read_text()), file.name))

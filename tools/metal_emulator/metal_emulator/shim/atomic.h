@@ -48,6 +48,21 @@ typedef atomic<bool> atomic_bool;
   SHIM T atomic_load_explicit(const volatile SPACE atomic<T>* p, memory_order, SITE) { \
     emu_atomic(ulong(p), sizeof(T), 0, site);                                    \
     return atomic_load_at((volatile SPACE T*)p);                                 \
+  }                                                                              \
+  template <typename T>                                                          \
+  EMU_UNCHECKED T atomic_replace_at(volatile SPACE T* p, T expected, T x) {      \
+    T old = *p;                                                                  \
+    if (old == expected) *p = x;                                                 \
+    return old;                                                                  \
+  }                                                                              \
+  template <typename T>                                                          \
+  SHIM bool atomic_compare_exchange_weak_explicit(volatile SPACE atomic<T>* p,   \
+      thread T* expected, T x, memory_order, memory_order, SITE) {               \
+    emu_atomic(ulong(p), sizeof(T), 1, site);                                    \
+    T old = atomic_replace_at((volatile SPACE T*)p, *expected, x);               \
+    bool same = old == *expected;                                                \
+    *expected = old;                                                             \
+    return same;                                                                 \
   }
 EMU_ATOMICS(device)
 EMU_ATOMICS(threadgroup)

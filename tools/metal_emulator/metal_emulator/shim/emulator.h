@@ -1,6 +1,7 @@
 // Included before the text of a kernel: Metal's library, and what the translation of it calls.
 #pragma once
 #include "atomic.h"
+#include "containers.h"
 #include "math.h"
 #include "matrix.h"
 

@@ -21,6 +21,9 @@ float coshf(float);
 float asinf(float);
 float acosf(float);
 float atanf(float);
+float asinhf(float);
+float acoshf(float);
+float atanhf(float);
 float erff(float);
 float powf(float, float);
 float fmodf(float, float);
@@ -59,6 +62,9 @@ SHIM float emu_sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x == 0 ? x 
   EMU_UNARY(asin, asinf)     \
   EMU_UNARY(acos, acosf)     \
   EMU_UNARY(atan, atanf)     \
+  EMU_UNARY(asinh, asinhf)   \
+  EMU_UNARY(acosh, acoshf)   \
+  EMU_UNARY(atanh, atanhf)   \
   EMU_UNARY(sqrt, __builtin_sqrtf) \
   EMU_UNARY(rsqrt, emu_rsqrt) \
   EMU_UNARY(floor, __builtin_floorf) \
@@ -122,6 +128,9 @@ SHIM vec<T, N> abs(vec<T, N> x) {
   return x;
 }
 
+SHIM float ldexp(float x, int e) { return __builtin_ldexpf(x, e); }
+SHIM half ldexp(half x, int e) { return half(__builtin_ldexpf(float(x), e)); }
+SHIM bfloat ldexp(bfloat x, int e) { return bfloat(__builtin_ldexpf(float(x), e)); }
 SHIM float fma(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
 SHIM half fma(half x, half y, half z) { return half(__builtin_fmaf16(x, y, z)); }
 SHIM bfloat fma(bfloat x, bfloat y, bfloat z) {

@@ -15,7 +15,7 @@ EMU_TOGETHER ulong emu_matrix_multiply(float a0, float a1, float b0, float b1, f
 }
 
 namespace metal {
-template <typename T, int Columns, int Rows>
+template <typename T, int Columns, int Rows = Columns>
 struct simdgroup_matrix {
   static_assert(Columns == 8 && Rows == 8, "Metal has simdgroup matrices of 8 by 8 only");
   typedef vec<T, 2> storage_type;
@@ -33,7 +33,7 @@ typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
 typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
 
-template <typename T, int C, int R>
+template <typename T, int C, int R = C>
 SHIM simdgroup_matrix<T, C, R> make_filled_simdgroup_matrix(T value) {
   simdgroup_matrix<T, C, R> made;
   made.elements = vec<T, 2>(value);

@@ -111,6 +111,29 @@ EMU_SHUFFLE(quad_shuffle, (emu_lane() & ~3u) | by)
 EMU_SHUFFLE(quad_broadcast, (emu_lane() & ~3u) | by)
 EMU_SHUFFLE(quad_shuffle_xor, emu_lane() ^ by)
 #undef EMU_SHUFFLE
+// Of four lanes, each with the sum of two neighbours before the sum of both sums.
+#define EMU_QUAD(NAME, ...)                                       \
+  template <typename T> SHIM T NAME(T x, SITE) {                  \
+    T y = quad_shuffle_xor(x, 1, site);                           \
+    x = T(__VA_ARGS__);                                           \
+    y = quad_shuffle_xor(x, 2, site);                             \
+    return T(__VA_ARGS__);                                        \
+  }
+EMU_QUAD(quad_sum, x + y)
+EMU_QUAD(quad_product, x * y)
+EMU_QUAD(quad_min, y < x ? y : x)
+EMU_QUAD(quad_max, x < y ? y : x)
+#undef EMU_QUAD
+// Lanes beyond the end take `filling` of the lanes at the other end.
+#define EMU_FILL(NAME, SHUFFLE, ROTATE, BEYOND)                                          \
+  template <typename T> SHIM T NAME(T x, T filling, ushort by, SITE) {                   \
+    T own = SHUFFLE(x, by, site), other = ROTATE(filling, by, site);                     \
+    return BEYOND ? other : own;                                                         \
+  }
+EMU_FILL(simd_shuffle_and_fill_up, simd_shuffle_up, simd_shuffle_rotate_up, emu_lane() < by)
+EMU_FILL(simd_shuffle_and_fill_down, simd_shuffle_down, simd_shuffle_rotate_down,
+         emu_lane() + by >= emu_lanes())
+#undef EMU_FILL
 template <typename T> SHIM T simd_broadcast_first(T x, SITE) { return shuffle(x, 0, site); }
 SHIM bool simd_is_first() { return emu_lane() == 0; }
 

@@ -5,7 +5,9 @@
 namespace metal {
 template <typename T, T V>
 struct integral_constant {
+  typedef T value_type;
   static constexpr constant T value = V;
+  SHIM constexpr operator T() const { return V; }
 };
 template <bool V>
 using bool_constant = integral_constant<bool, V>;
@@ -16,11 +18,31 @@ template <typename A, typename B> struct is_same : false_type {};
 template <typename A> struct is_same<A, A> : true_type {};
 template <typename A, typename B>
 constexpr constant bool is_same_v = __is_same(A, B);
+template <typename T> struct is_integral : bool_constant<__is_integral(T)> {};
 template <typename T>
 constexpr constant bool is_floating_point_v =
     is_same_v<T, float> || is_same_v<T, half> || is_same_v<T, bfloat>;
 template <typename T>
 constexpr constant bool is_integral_v = __is_integral(T);
+template <typename T>
+constexpr constant bool is_signed_v = is_floating_point_v<T> || __is_signed(T);
+template <typename T>
+constexpr constant bool is_unsigned_v = __is_unsigned(T);
+template <typename From, typename To>
+constexpr constant bool is_convertible_v = __is_convertible(From, To);
+
+template <typename T> using remove_cv_t = __remove_cv(T);
+template <typename T> using remove_const_t = __remove_const(T);
+template <typename T> using remove_reference_t = __remove_reference_t(T);
+template <typename T> struct remove_addrspace { typedef T type; };
+template <typename T> struct remove_addrspace<thread T> { typedef T type; };
+template <typename T> struct remove_addrspace<threadgroup T> { typedef T type; };
+template <typename T> struct remove_addrspace<device T> { typedef T type; };
+template <typename T> struct remove_addrspace<constant T> { typedef T type; };
+template <typename T> using remove_addrspace_t = typename remove_addrspace<T>::type;
+template <typename... Ts> using disjunction = bool_constant<(false || ... || Ts::value)>;
+template <typename... Ts> using _disjunction = disjunction<Ts...>;  // as Apple's headers name it
+template <typename... Ts> using conjunction = bool_constant<(true && ... && Ts::value)>;
 
 template <bool C, typename T = void> struct enable_if {};
 template <typename T> struct enable_if<true, T> { typedef T type; };
@@ -28,6 +50,15 @@ template <bool C, typename T = void> using enable_if_t = typename enable_if<C, T
 template <bool C, typename A, typename B> struct conditional { typedef A type; };
 template <typename A, typename B> struct conditional<false, A, B> { typedef B type; };
 template <bool C, typename A, typename B> using conditional_t = typename conditional<C, A, B>::type;
+
+// What `static_cast` of the text becomes: clang has none from half to bfloat.
+template <typename To, typename From>
+SHIM constexpr To emu_cast(From x) {
+  if constexpr (is_same_v<To, bfloat> && is_same_v<From, half>)
+    return static_cast<bfloat>(static_cast<float>(x));
+  else
+    return static_cast<To>(x);
+}
 
 template <typename T> struct numeric_limits;
 #define EMU_LIMITS(T, LOW, HIGH)                                \
@@ -37,6 +68,7 @@ template <typename T> struct numeric_limits;
     static SHIM constexpr T max() { return HIGH; }              \
   };
 EMU_LIMITS(char, -128, 127)
+EMU_LIMITS(int8_t, -128, 127)
 EMU_LIMITS(uchar, 0, 255)
 EMU_LIMITS(short, -32768, 32767)
 EMU_LIMITS(ushort, 0, 65535)
