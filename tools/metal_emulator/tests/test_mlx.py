@@ -148,7 +148,7 @@ def test_a_library_has_the_places_of_its_files(tmp_path: Path) -> None:
         lint_library("mine", USE, **how, strict=True)
     with pytest.raises(LintError, match="^mine: 32 buffers"):
         lint_library("mine", USE.replace("(30)", "(31)"), **how)
-    with pytest.raises(LintError, match="^mine: line 7:.*error: use of undeclared identifier 'z'"):
+    with pytest.raises(LintError, match="^mine: line 9:.*error: use of undeclared identifier 'z'"):
         lint_library("mine", USE.replace("y[rows]", "z"), **how)
     helper.write_text(BAD)
     with pytest.raises(LintError, match="^mine: helper.h line 3: error: .* address space"):
