@@ -154,7 +154,7 @@ def _problems(text: str, version: int) -> list[str]:
             tree = clang(source, (*STRICT, define), *_TREE)
         except CompileError as error:
             return _errors(str(error))
-        return list(refusals(tree, source))
+        return list(refusals(tree, source, version))
 
 
 def _read_by_metal(problems: list[str], text: str, define: str) -> list[str]:

@@ -19,15 +19,16 @@ _CASTS = {
     "CXXConstCastExpr",
     "CXXFunctionalCastExpr",
 }
-_ABSENT = {"LambdaExpr": "lambda expressions", "GotoStmt": "goto"}
+_ABSENT = {"LambdaExpr": "lambda expressions before Metal 4", "GotoStmt": "goto"}
+LAMBDAS = 400  # MLX's kernels for Metal 4 have them
 _FUNCTIONS = {"FunctionDecl", "CXXMethodDecl"}
 
 
-def refusals(tree: str, source: Path) -> Iterator[str]:
-    """`NAME:LINE: message` for each node of the source that Metal would refuse."""
+def refusals(tree: str, source: Path, version: int) -> Iterator[str]:
+    """`NAME:LINE: message` for each node of the source that this version of Metal would refuse."""
     nodes = list(_nodes(tree))
     for (file, line, kind, rest), following in zip(nodes, [*nodes[1:], None], strict=True):
-        if file != str(source):
+        if file != str(source) or (kind == "LambdaExpr" and version >= LAMBDAS):
             continue
         message = _message(kind, rest, following[3] if following else "")
         if message:
@@ -45,7 +46,7 @@ def _nodes(tree: str) -> Iterator[tuple[str, int, str, str]]:
         if not found:
             continue
         rest = found["rest"]
-        for at in _PLACE.finditer(rest.split("'")[0]):
+        for at in _PLACE.finditer(rest.split("'", 1)[0]):
             file, line = (file if at["file"] == "line" else at["file"]), int(at["line"])
         depth = len(found["indent"])
         if hidden_below >= 0 and depth > hidden_below:
@@ -63,7 +64,7 @@ def _message(kind: str, rest: str, following: str) -> str | None:
     declared = _POINTER_REFERENCE.sub("&", declared)
     if kind in _VARIABLES | _CASTS | _FUNCTIONS and "__generic" in declared:
         return f"error: '{declared.strip()}' must name an address space before Metal 4.1"
-    if kind.endswith("Decl") and re.search(r"\bbfloat\b", rest.split("'")[0]):
+    if kind.endswith("Decl") and re.search(r"\bbfloat\b", rest.split("'", 1)[0]):
         return "error: 'bfloat' is a reserved word of Metal"
     if kind in _ABSENT:
         return f"error: Metal has no {_ABSENT[kind]}"

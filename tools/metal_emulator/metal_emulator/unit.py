@@ -40,11 +40,17 @@ def kernel_unit(metal: MetalText) -> Unit:
 
 
 def library_unit(source: str, kernels: Sequence[str], folders: Sequence[Path]) -> Unit:
-    """`kernels`: functions as a call names them, `softmax<float, 4>` for one of a template."""
+    """`kernels`: functions as a call names them, `softmax<float, 4>` for one of a template.
+
+    Of buffers the highest number counts, as it does in Metal.
+    """
     lines = list(_included("", source, folders, set()))
     instances = "".join(f"template decltype({k}) {k};\n" for k in kernels if "<" in k)
     text = "\n".join(line for line, _ in lines) + "\n" + translate_text(instances)
     names = tuple(kernel.split("<")[0].split("::")[-1].strip() for kernel in kernels)
+    missing = [name for name in names if not re.search(rf"\b{name}\s*\(", text)]
+    if missing or not names:
+        raise ValueError(f"[library] kernels must be functions of the source but got {kernels}")
     places = [where for _, where in lines] + list(kernels)
     buffers = 1 + max((int(n) for n in _BUFFER.findall(text)), default=-1)
     return Unit(text, names, buffers, lambda line: places[min(line, len(places)) - 1])

@@ -107,14 +107,15 @@ def test_reserved_words_are_refused_in_every_position(word: str, position: str) 
 
 
 def test_reserved_words_in_branches_for_other_compilers_are_nobodys() -> None:
-    branch = "#if{} __METAL__\n#define MANY \\\n  kernel\nint vertex;\n#endif\n"
-    check("float x = 0;", branch.format("ndef"))
-    with pytest.raises(LintError) as raised:
-        check("float x = 0;", branch.format("def"))
-    assert re.findall(r"line (\d): .*'(\w+)'", str(raised.value)) == [
-        ("3", "kernel"),
-        ("4", "vertex"),
-    ]
+    branch = "#if{} __METAL__\n#define MANY \\\n  kernel\nint vertex;\n#else\nint quad;\n#endif\n"
+    for condition, expected in (
+        ("def", [("3", "kernel"), ("4", "vertex")]),
+        ("ndef", [("6", "quad")]),
+    ):
+        with pytest.raises(LintError) as raised:
+            check("float x = 0;", branch.format(condition))
+        assert re.findall(r"line (\d): .*'(\w+)'", str(raised.value)) == expected
+    check("float x = 0;", "#ifdef __CUDACC__\nint register kernel;\n#endif\n")
 
 
 def test_reserved_words_within_others_and_in_comments_are_nobodys() -> None:
@@ -131,6 +132,8 @@ GOOD = {
     "narrow types converted": "bfloat y = bfloat(1.5f); half z = half(float(y)); float x = z + n;",
     "half from float": "half y = 1.0f; float x = y;",
     "constants": "constexpr int C = 2 * N; float y[C]; y[0] = 0.1; float x = y[0];",
+    "lambdas of Metal 4": "#if __METAL_VERSION__ >= 400\nauto same = [](float y) { return y; };\n"
+    "float x = same(1);\n#else\nfloat x = 0;\n#endif",
     "versions": "#if __METAL_VERSION__ >= 400\nfloat x = 1;\n#else\nfloat x = 0;\n#endif",
 }
 HEADER = """
