@@ -1,95 +1,252 @@
-"""The texts for Apple's compiler: all of them, as launched, and one that it refuses."""
+"""The texts for Apple's compiler: all that are launched, as MLX has them compiled; its refusals."""
 
 import os
+import re
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from click.testing import CliRunner
-from metal_emulator import lint_kernel
+from click.testing import CliRunner, Result
+from metal_emulator import LintError, lint_library
 
+from mlx_kimi.bundled import pocket_folder
+from mlx_kimi.checkpoint.fields import read_json
+from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.evaluation.kernel_report import SAMPLE
-from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
-from mlx_kimi.metal_kernels.source import without_comments
+from mlx_kimi.loading import load
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.mla import EXPANDED
 from tools import metal_texts
+from tools.metal_texts import DTYPES, HEADERS, PREAMBLE, STANDARDS, launches, unfilled_model
 
 FOLDER = Path(metal_texts.__file__).parents[1] / "metal_kernels"
 NAMES = {file.stem for file in FOLDER.glob("*.metal")}
+POCKET = read_json(pocket_folder() / "config.json")
+FEW = {"a": "// a\n", "b": "// b\n"}  # texts, by name
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("texts") / "out"
-    result = CliRunner(env={"PATH": ""}).invoke(metal_texts.main, [str(out)])
-    assert result.exit_code == 0 and "no xcrun here" in result.output
-    return out
+def texts() -> dict[str, str]:
+    return metal_texts.texts()
 
 
-def test_every_kernel_is_there_in_every_dtype_and_number_of_bits(written: Path) -> None:
-    files = {file.name: file.read_text() for file in written.glob("*.metal")}
-    assert {name.split(".")[0] for name in files} == NAMES and len(NAMES) == 16
-    assert len(set(files.values())) == len(files)
-    for dtype in ("float16", "bfloat16", "float32"):
-        for bits in (4, 8, 16):
-            for kernel in ("kda_decode", "mla_query", "mla_output", "expert_gate_up"):
-                assert f"{kernel}.48b.{dtype}.{bits}bit.metal" in files
-    attend = [text for name, text in files.items() if name.startswith("mla_attend.48b.bfloat16")]
-    assert sorted("Packed True" in text.splitlines()[0] for text in attend) == [False, True]
-    for name, text in files.items():
-        assert text.startswith(f"// {name.split('.')[0]}: ")
-        assert metal_texts.PREAMBLE in text and "[[host_name(" in text
+def values(text: str) -> dict[str, str]:
+    """The template's, from a file's first line."""
+    _, _, pairs = text.splitlines()[0].partition(": ")
+    return dict(pair.split(" ") for pair in pairs.split(", "))
 
 
-def test_the_commands_are_what_a_mac_runs(written: Path) -> None:
-    lines = (written / "compile.sh").read_text().splitlines()
-    assert lines[:2] == ['cd "$(dirname "$0")"', "set -e"]
-    assert lines[2] == (
-        "xcrun -sdk macosx metal -std=metal3.1 -fno-fast-math -c add_norm.48b.bfloat16.4bit.metal"
-        " -o /dev/null"
+def test_every_kernel_is_there_in_every_dtype_and_as_every_matrix_is_stored(
+    texts: dict[str, str],
+) -> None:
+    assert {name.split(".")[0] for name in texts} == NAMES and len(NAMES) == 16
+    assert len({text.partition("\n")[2] for text in texts.values()}) == len(texts)
+    for name, text in texts.items():
+        assert text.startswith(f"// {name.split('.')[0]}: ") and "[[host_name(" in text
+        assert text.splitlines()[1] == f'#include "{PREAMBLE}"'
+    for dtype in DTYPES:
+        for kernel in NAMES - {"expert_select"}:  # whose arrays are float32 always
+            assert any(name.startswith(f"{kernel}.48b.{dtype}.") for name in texts), (kernel, dtype)
+        for kernel in ("kda_decode", "mla_query", "mla_output", "expert_gate_up", "expert_down"):
+            stored = [
+                values(text) for name, text in texts.items() if f"{kernel}.48b.{dtype}." in name
+            ]
+            found = {(x["Bits"], x["Group"]) for x in stored}
+            assert {(bits, group) for bits in "48" for group in ("32", "64", "128")} < found
+            assert "0" in {bits for bits, _ in found}
+            if kernel.startswith("expert"):
+                assert {("4", "8"), ("4", "4"), ("8", "8"), ("0", "0")} == {
+                    (x["Bits"], x["SharedBits"]) for x in stored
+                }
+
+
+def test_names_say_what_two_texts_of_a_model_differ_in(texts: dict[str, str]) -> None:
+    beside = {".".join(name.split(".")[4:]) for name in texts if ".48b.bfloat16." in name}
+    assert beside == {
+        "",
+        "StoredT-uint32.Packed-True.Heads-8",
+        "outputs-float32",
+        "lengths-device",
+    }
+
+
+def converse(model: KimiLinear, B: int, latent_bits: int | None) -> None:
+    """Prompts that `mla_prefill` takes in parts, turns, more answers than a tail holds; padding."""
+    cache = model.make_cache(latent_bits)
+    for T in (EXPANDED // (B * model.config.num_attention_heads), 171, 31, 2, 1, 256, 1):
+        model(mx.zeros((B, T), mx.int32), cache)
+    cache = model.make_cache(latent_bits)
+    model(mx.zeros((B, 5), mx.int32), cache, [3] + [5] * (B - 1))
+    model(mx.zeros((B, 1), mx.int32), cache)
+
+
+@pytest.mark.parametrize("config", [SAMPLE, POCKET], ids=["48b", "pocket"])
+def test_no_conversation_of_any_batch_launches_another_text(config: metal_texts.Config) -> None:
+    model = unfilled_model(config, mx.bfloat16, scheme(bits=4))
+    recorded = launches(model)
+    conversed = launches(
+        model, lambda: [converse(model, B, bits) for B in (1, 2, 7, 8, 9) for bits in (None, 8)]
     )
-    assert len(lines) - 2 == 3 * len(list(written.glob("*.metal")))
+    assert len(conversed) > 10
+    assert {x.text for x in conversed} <= {x.text for x in recorded}
 
 
-def test_what_is_launched_passes_the_lint() -> None:
-    """Without comments, as MLX gets it: the other tests read the texts as they stand."""
-    names: set[str] = set()
-
-    def stripped(kernel: Kernel) -> Launch:
-        names.add(kernel.name)
-        texts = map(without_comments, (kernel.source, kernel.header))
-        return lint_kernel(kernel.name, kernel.inputs, kernel.outputs, *texts, large=kernel.inputs)
-
-    model = metal_texts.unfilled_model(SAMPLE, mx.bfloat16, 4)
-    with pytest.MonkeyPatch.context() as patch, use_backend(stripped):
-        for name in ("eval", "async_eval"):
-            patch.setattr(mx, name, lambda *_: None)
-        metal_texts.warm_up(model)
-    assert names == NAMES
+def test_an_unfilled_model_launches_what_the_loaded_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pocket model as a GPU holds it, in bfloat16: 4 bits, embeddings in 6."""
+    monkeypatch.setattr(load, "compute_dtype", lambda _: mx.bfloat16)
+    loaded = load.load_model(pocket_folder())
+    stored = scheme(bits=4, recipe="embeddings-6bit")
+    assert set(launches(unfilled_model(POCKET, mx.bfloat16, stored))) == set(launches(loaded))
 
 
 @pytest.mark.slow
-def test_a_text_that_the_compiler_refuses_is_one_line(tmp_path: Path) -> None:
-    """A compiler that takes all but one text for one standard."""
-    xcrun = tmp_path / "bin" / "xcrun"
-    xcrun.parent.mkdir()
-    xcrun.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in *metal3.2*mla_prefill.48b.float16*)\n'
-        '  echo "mla_prefill.metal:3:1: note: x" >&2; echo "a.metal:7:2: error: no" >&2; exit 1;;\n'
-        '*) test -f "$7";; esac\n'
+def test_every_kernel_passes_the_lint_behind_what_mlx_puts_before_it(texts: dict[str, str]) -> None:
+    """The files as they are: MLX's names and ours together, without comments."""
+    stored = (".bfloat16.4bit", "float16.16bit")  # the latest of these that has the kernel
+    chosen = {name.split(".")[0]: name for name in texts if name.endswith(stored) and "48b" in name}
+    beside = [name for name in texts if ".48b.bfloat16.16bit." in name]
+    assert chosen.keys() == NAMES and len(beside) == 3
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: lint(name, texts[name]), [*chosen.values(), *beside]))
+    name = chosen["expert_combine"]
+    taken = texts[name].replace(f'"{PREAMBLE}"\n', f'"{PREAMBLE}"\nstruct Limits {{}};\n')
+    with pytest.raises(LintError, match="redefinition of 'Limits'"):  # a name of MLX's
+        lint(name, taken)
+
+
+def lint(name: str, text: str) -> None:
+    instance = re.search(r"\[\[kernel]] decltype\((.*)\) ", text)
+    assert instance is not None
+    lint_library(name, text, [instance[1]], folders=[HEADERS])
+
+
+# ------------------------------------------------------------------------------- the command line
+@pytest.fixture
+def bin_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of programs before all others; texts are FEW."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(metal_texts, "texts", lambda: FEW)
+    yield folder
+
+
+def xcrun(folder: Path, case: str) -> None:
+    """A compiler: `case` says what it refuses; it must find the files and MLX's headers."""
+    program = folder / "xcrun"
+    program.write_text(
+        f'#!/bin/sh\ncase "$*" in\n{case}\nesac\n'
+        f'while [ "$1" != -c ]; do shift; done\ntest -e "$2" && test -f "include/{PREAMBLE}"\n'
     )
-    xcrun.chmod(0o755)
-    env = {"PATH": f"{xcrun.parent}:{os.environ['PATH']}"}
+    program.chmod(0o755)
+
+
+def run(out: Path, *options: str) -> Result:
+    return CliRunner().invoke(metal_texts.main, [str(out), *options])
+
+
+REFUSES_B = (
+    '*metal3.2*" b.metal "*) echo "b:3:1: note: x" >&2; echo "b:7:2: error: no" >&2; exit 1;;'
+)
+KNOWS_NO_4 = "*metal4.0*) echo \"error: invalid value 'metal4.0' in '-std=metal4.0'\" >&2; exit 1;;"
+
+
+def test_without_xcode_texts_headers_and_commands_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metal_texts, "texts", lambda: FEW)
+    monkeypatch.setenv("PATH", "")
     out = tmp_path / "out"
-    result = CliRunner(env=env).invoke(metal_texts.main, [str(out)])
-    assert result.exit_code == 1
-    refused = "mla_prefill.48b.float16.4bit.metal, metal3.2: a.metal:7:2: error: no"
-    assert result.output.splitlines()[1] == refused
-    count = 3 * len(list(out.glob("*.metal")))
-    assert f"1 of {count} compilations failed" in result.output
-    again = CliRunner(env=env).invoke(metal_texts.main, [str(out)])
-    assert again.exit_code == 1 and "must be new or empty" in again.output
-    few = CliRunner(env=env).invoke(
-        metal_texts.main, [str(tmp_path / "few"), "--standard", "metal3.1"]
+    result = run(out)
+    assert result.exit_code == 0
+    assert (
+        result.output
+        == f"2 texts in {out}\nnot compiled: on a Mac, `sh {out}/compile.sh` does it\n"
     )
-    assert few.exit_code == 0 and "compilations, for metal3.1: no error" in few.output
+    assert {file.name for file in out.iterdir()} == {"a.metal", "b.metal", "compile.sh", "include"}
+    assert (out / "a.metal").read_text() == FEW["a"]
+    assert (out / "include" / PREAMBLE).read_text() == (HEADERS / PREAMBLE).read_text()
+    lines = (out / "compile.sh").read_text().splitlines()
+    assert lines[:2] == [
+        'cd "$(dirname "$0")"',
+        "xcrun -sdk macosx metal -std=metal3.1 -mmacosx-version-min=14.0 -fno-fast-math -I include"
+        " -c a.metal -o /dev/null || failed=1",
+    ]
+    assert [line.split()[4:6] for line in lines[1:4]] == [
+        ["-std=metal3.1", "-mmacosx-version-min=14.0"],
+        ["-std=metal3.2", "-mmacosx-version-min=15.0"],
+        ["-std=metal4.0", "-mmacosx-version-min=26.0"],
+    ]
+    assert len(lines) == 2 + 2 * len(STANDARDS) and lines[-1] == "exit ${failed:-0}"
+
+
+def test_without_xcode_a_run_that_must_compile_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    result = run(tmp_path / "out", "--compile")
+    assert result.exit_code == 1
+    assert result.output == "Error: --compile needs xcrun, of Xcode, which is not on PATH\n"
+
+
+def test_with_xcode_all_are_compiled(bin_: Path, tmp_path: Path) -> None:
+    xcrun(bin_, "")
+    result = run(tmp_path / "out", "--compile")
+    assert result.exit_code == 0
+    last = result.output.splitlines()[-1]
+    assert last == "6 compilations, for metal3.1, metal3.2, metal4.0: no error"
+    few = run(tmp_path / "few", "--standard", "metal3.1")
+    assert few.exit_code == 0 and "2 compilations, for metal3.1: no error" in few.output
+    xcrun(bin_, REFUSES_B)
+    assert run(tmp_path / "none", "--no-compile").exit_code == 0
+
+
+def test_a_text_that_the_compiler_refuses_is_one_line(bin_: Path, tmp_path: Path) -> None:
+    xcrun(bin_, REFUSES_B)
+    result = run(tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[1:] == [
+        "b.metal, metal3.2: b:7:2: error: no",
+        "Error: 1 of 6 compilations failed",
+    ]
+    script = ["/bin/sh", str(tmp_path / "out" / "compile.sh")]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "b:7:2: error: no"
+
+
+def test_a_standard_that_the_compiler_does_not_know_is_one_line_and_a_failure(
+    bin_: Path, tmp_path: Path
+) -> None:
+    xcrun(bin_, f"{REFUSES_B}\n{KNOWS_NO_4}")
+    result = run(tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[1:] == [
+        "b.metal, metal3.2: b:7:2: error: no",
+        "metal4.0: the compiler takes no file at all: "
+        "error: invalid value 'metal4.0' in '-std=metal4.0'",
+        "Error: 3 of 6 compilations failed",
+    ]
+
+
+def test_a_folder_that_holds_files_is_left_as_it_is(bin_: Path, tmp_path: Path) -> None:
+    xcrun(bin_, "")
+    stale = tmp_path / "stale.metal"
+    stale.write_text("// of another version\n")
+    result = run(tmp_path)
+    assert result.exit_code == 1
+    assert result.output == f"Error: {tmp_path} must be new or empty but holds files\n"
+    assert {file.name for file in tmp_path.iterdir()} == {"bin", "stale.metal"}
+
+
+def test_without_mlxs_headers_the_missing_one_is_named(
+    bin_: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metal_texts, "HEADERS", tmp_path)
+    result = run(tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: {PREAMBLE} must be in {tmp_path}")
