@@ -11,6 +11,7 @@ from mlx_kimi.loading.load import load_model
 from mlx_kimi.loading.warm_up import warm_up
 from mlx_kimi.metal_kernels import kernel as kernels
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
+from mlx_kimi.model import mla
 from mlx_kimi.model.cache import TAIL
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.mla import EXPAND_FROM
@@ -57,6 +58,7 @@ def converse(model: KimiLinear, bits: int | None) -> None:
     cache = model.make_cache(bits)
     for T in (EXPAND_FROM + 5, 7, 1, TAIL, 1, 1):
         mx.eval(model(mx.zeros((1, T), mx.int32), cache))
+    mx.eval(model(mx.zeros((8, 3), mx.int32), model.make_cache(bits)))
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +69,13 @@ def pocket() -> KimiLinear:
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("name", ["pocket", "tiny", "odd"])
 def test_no_kernel_is_compiled_in_the_middle_of_an_answer(
-    name: str, bits: int | None, pocket: KimiLinear, model: Callable[[str], KimiLinear]
+    name: str,
+    bits: int | None,
+    pocket: KimiLinear,
+    model: Callable[[str], KimiLinear],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(mla, "EXPANDED", 400)  # positions times heads: few, as of a long text
     network = pocket if name == "pocket" else model(name)
     before, during = Recorder(), Recorder()
     with use_backend(before):

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import mlx.core as mx
 
 from mlx_kimi.metal_kernels.experts import LARGEST_BATCH, expert_combine
 from mlx_kimi.metal_kernels.kda import CHUNKED_FROM
 from mlx_kimi.metal_kernels.kernel import refusal, trying
+from mlx_kimi.model import mla
 from mlx_kimi.model.cache import TAIL, KDACache, LatentCache
 from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kda import KimiDeltaAttention
 from mlx_kimi.model.kimi_linear import DecoderLayer, KimiLinear
-from mlx_kimi.model.mla import EXPAND_FROM
 from mlx_kimi.model.moe import MixtureOfExperts
 
 # Tokens of one call after another: many, few, and one take different ways. (Two tokens of a tiny
 # model are inputs of under 8 elements, in another address space: to Metal another kernel.)
-STEPS = (EXPAND_FROM, CHUNKED_FROM - 1, 2, 1)
+STEPS = (mla.EXPAND_FROM, CHUNKED_FROM - 1, 2, 1)
+LARGE_BATCH = 8  # texts, whose lengths are 8 elements
 _log = logging.getLogger(__name__)
 
 
@@ -43,24 +45,38 @@ def warm_up(model: KimiLinear) -> dict[str, str]:
     return dict(refused)
 
 
-def _zeros(model: KimiLinear, T: int) -> tuple[mx.array, mx.array]:
-    """x and residual of T tokens."""
-    x = mx.zeros((1, T, model.config.hidden_size), model.norm.weight.dtype)
+def _zeros(model: KimiLinear, T: int, B: int = 1) -> tuple[mx.array, mx.array]:
+    """x and residual of B texts of T tokens."""
+    x = mx.zeros((B, T, model.config.hidden_size), model.norm.weight.dtype)
     return x, x
 
 
 def _attend(model: KimiLinear, layer: DecoderLayer) -> None:
-    if isinstance(layer.self_attn, KimiDeltaAttention):
-        caches: list[KDACache | LatentCache] = [KDACache()]
-    else:
-        caches = [LatentCache(), LatentCache(bits=8)]
-    for cache in caches:
-        # Packed latents are met once a tail is full.
-        steps = (TAIL, *STEPS) if isinstance(cache, LatentCache) and cache.bits else STEPS
-        for T in steps:
-            normed, _ = layer.input_layernorm.add_norm(*_zeros(model, T))
-            mx.eval(layer.attend(normed, cache, ForwardBatch()), cache.arrays())
-            cache.lengths = (sum(cache.lengths) + T,)
+    attention = layer.self_attn
+    if isinstance(attention, KimiDeltaAttention):
+        _read(model, layer, KDACache(), STEPS)
+        _read(model, layer, KDACache(), (2,), LARGE_BATCH)
+        return
+    _read(model, layer, LatentCache(), STEPS)
+    _read(model, layer, LatentCache(bits=8), (TAIL, 1))  # packed once a tail is full
+    # More than is expanded at a time: the outputs of each block are merged, and stay float32.
+    long = LatentCache(lengths=(mla.EXPANDED // attention.embed_q.weight.shape[0],))
+    long.append(mx.zeros((1, long.lengths[0], attention.width), model.norm.weight.dtype), None)
+    _read(model, layer, long, (mla.EXPAND_FROM,))
+
+
+def _read(
+    model: KimiLinear,
+    layer: DecoderLayer,
+    cache: KDACache | LatentCache,
+    steps: Sequence[int],
+    B: int = 1,
+) -> None:
+    """Calls of so many tokens of B texts, one after another."""
+    for T in steps:
+        normed, _ = layer.input_layernorm.add_norm(*_zeros(model, T, B))
+        mx.eval(layer.attend(normed, cache, ForwardBatch()), cache.arrays())
+        cache.lengths = tuple(n + T for n in cache.lengths or (0,) * B)
 
 
 def _feed_forward(model: KimiLinear, layer: DecoderLayer) -> None:
