@@ -28,8 +28,8 @@ if (first < Routed) {
   const int row = experts[token * TopK + first / N] * N + first % N;
   add_products<Rows>(
       input,
-      rows_from<Bits, Group>(gate, gate_scales, gate_biases, row, K),
-      rows_from<Bits, Group>(up, up_scales, up_biases, row, K),
+      rows_from<GateBits, GateGroup>(gate, gate_scales, gate_biases, row, K),
+      rows_from<UpBits, UpGroup>(up, up_scales, up_biases, row, K),
       lane,
       gates,
       ups);
@@ -37,8 +37,10 @@ if (first < Routed) {
   const int row = first - Routed;
   add_products<Rows>(
       input,
-      rows_from<SharedBits, SharedGroup>(shared_gate, shared_gate_scales, shared_gate_biases, row, K),
-      rows_from<SharedBits, SharedGroup>(shared_up, shared_up_scales, shared_up_biases, row, K),
+      rows_from<SharedGateBits, SharedGateGroup>(
+          shared_gate, shared_gate_scales, shared_gate_biases, row, K),
+      rows_from<SharedUpBits, SharedUpGroup>(
+          shared_up, shared_up_scales, shared_up_biases, row, K),
       lane,
       gates,
       ups);

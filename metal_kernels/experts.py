@@ -22,7 +22,6 @@ from mlx_kimi.metal_kernels.matmul import gather_times_transposed
 from mlx_kimi.metal_kernels.matrix import Matrix, with_scales
 
 LARGEST_BATCH = 8  # tokens; beyond it sorting by expert reads less
-BITS = (0, 4, 8)  # 0: plain
 SCORED = 4  # experts of a threadgroup of add_norm_scores: 64 threadgroups for 256
 WIDEST = 7168  # elements of a token, which add_norm_scores keeps in 28 of a threadgroup's 32 KB
 FEWEST_SCALES = 8  # MLX passes a smaller array in Metal's constant address space
@@ -68,7 +67,7 @@ def add_norm_scores(
         inputs=[x, part, weight, eps, *gate.buffers()],
         template=[
             *(("OutT", x.dtype), ("E", E), ("W", W), ("Experts", SCORED)),
-            *(("Bits", gate.bits), ("Group", gate.group_size)),
+            *gate.storage(),
         ],
         grid=(32 * SCORED, -(-E // SCORED), B),
         threadgroup=(32 * SCORED, 1, 1),
@@ -201,12 +200,16 @@ def naive_expert_down(
 
 def _times_each(x: mx.array, stack: Matrix, experts: mx.array) -> mx.array:
     """x [B, k, in] times the matrix of each of a token's experts [B, k] -> [B, k, out]."""
-    w, scales, biases, group, bits = stack
+    w, scales, biases, group, bits, mode = stack
     if not bits:
         y = gather_times_transposed(x[:, :, None], w, experts, sorted_indices=False)
     else:
         y = mx.gather_qmm(
-            x[:, :, None], w, scales, biases, None, experts, True, group_size=group, bits=bits
+            x[:, :, None],
+            *(w, scales, biases, None, experts, True),
+            group_size=group,
+            bits=bits,
+            mode=mode,
         )
     return y[:, :, 0]
 
@@ -240,7 +243,9 @@ def expert_gate_up(
         inputs=[x, experts, *(array for matrix in matrices for array in matrix.buffers())],
         template=[
             *(("OutT", x.dtype), ("TopK", top_k), ("N", N), ("SharedN", shared_N)),
-            *(("K", K), *_storage(routed.gate, beside.gate)),
+            ("K", K),
+            *(*routed.gate.storage("Gate"), *routed.up.storage("Up")),
+            *(*beside.gate.storage("SharedGate"), *beside.up.storage("SharedUp")),
         ],
         grid=(32, rows // 4, B),
         threadgroup=(32, _simdgroups(rows // 4), 1),
@@ -266,7 +271,7 @@ def expert_down(
         template=[
             *(("OutT", h.dtype), ("TopK", top_k), ("N", N)),
             *(("SharedN", shared.down.columns if shared else 0), ("M", K)),
-            *_storage(routed.down, beside.down),
+            *(*routed.down.storage(), *beside.down.storage("Shared")),
         ],
         grid=(32, slots, B * K // 4),
         threadgroup=(32, slots, 1),
@@ -274,15 +279,6 @@ def expert_down(
         output_dtypes=[h.dtype],
     )
     return y
-
-
-def _storage(routed: Matrix, shared: Matrix) -> list[tuple[str, int]]:
-    return [
-        ("Bits", routed.bits),
-        ("Group", routed.group_size),
-        ("SharedBits", shared.bits),
-        ("SharedGroup", shared.group_size),
-    ]
 
 
 def _simdgroups(work: int) -> int:
@@ -303,14 +299,10 @@ def unsupported_reason(
         return f"a token of {router.columns} elements is wider than {WIDEST}"
     matrices = [("router", router)]
     for mlp in (routed, shared) if shared else (routed,):
-        if mlp.gate[3:] != mlp.up[3:]:
-            return "gate and up are stored differently"
         matrices += [("gate", mlp.gate), ("up", mlp.up), ("down", mlp.down)]
     for name, matrix in matrices:
-        if matrix.bits not in BITS:
-            return f"{name} has {matrix.bits} bits, not 4, 8 or 16"
-        if not matrix.is_affine:
-            return f"{name} is quantized in another mode than affine"
+        if why := matrix.unsupported_reason(name):
+            return why
         if matrix.bits and matrix.scales.size < FEWEST_SCALES:
             return f"{name} has only {matrix.scales.size} scales"
         if matrix.columns % 8 or (matrix.rows % 4 and matrix is not router):

@@ -72,8 +72,8 @@ float4 fading = filled<4>(0), opening = filled<4>(0);
 for (int i = 0; i < Rank / 4 / Lanes; ++i) {
   const int group = Lanes * i + part;
   const int at = (head * D + row) * Rank + 4 * group;
-  fading += fg[group] * weights_at<Bits, Group>(f_b, f_scales, f_biases, at);
-  opening += fg[Rank / 4 + group] * weights_at<Bits, Group>(g_b, g_scales, g_biases, at);
+  fading += fg[group] * weights_at<FBits, FGroup>(f_b, f_scales, f_biases, at);
+  opening += fg[Rank / 4 + group] * weights_at<GBits, GGroup>(g_b, g_scales, g_biases, at);
 }
 const float f = sum_over_four_lanes(fading) + float(dt_bias[head * D + row]);
 const float gate = sigmoid(sum_over_four_lanes(opening));

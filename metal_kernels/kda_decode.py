@@ -90,7 +90,7 @@ def kda_decode(
         ],
         template=[
             *(("H", H), ("D", D), ("Rank", f_b.columns), ("Taps", weights.taps.shape[0])),
-            *(("Bits", f_b.bits), ("Group", f_b.group_size)),
+            *(*f_b.storage("F"), *g_b.storage("G")),
         ],
         grid=(LANES * D, H, B),
         threadgroup=(LANES * D, 1, 1),
@@ -108,12 +108,11 @@ def unsupported_reason(weights: DecodeWeights, D: int) -> str | None:
     f_b, g_b = weights.f_b, weights.g_b
     if D not in SIZES:
         return f"D = {D} is not among {SIZES}"
-    if (f_b.columns, *f_b[3:]) != (g_b.columns, *g_b[3:]):
-        return "f_b and g_b differ in rank or in quantization"
-    if f_b.bits not in (0, 4, 8):
-        return f"f_b and g_b have {f_b.bits} bits, not 4, 8 or 16"
-    if not (f_b.is_affine and g_b.is_affine):
-        return "f_b and g_b are quantized in another mode than affine"
+    if f_b.columns != g_b.columns:
+        return "f_b and g_b differ in rank"
+    for name, matrix in (("f_b", f_b), ("g_b", g_b)):
+        if why := matrix.unsupported_reason(name):
+            return why
     if f_b.columns % 16:
         return f"the rank {f_b.columns} of f_b and g_b is not a multiple of 16"
     if weights.taps.shape[0] < 2:

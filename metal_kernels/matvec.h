@@ -7,29 +7,23 @@ constexpr constant int Columns = 8;          // of a lane, in one step
 constexpr constant int Step = 32 * Columns;  // of a simdgroup
 
 // The sum of part[i] times code i over 8 columns of a row, from `column` on.
-template <int Bits>
+template <int Bits, bool Affine>
 struct Stored {
-  static METAL_FUNC float dot(const device uint32_t* row, int column, const thread float* part) {
+  static METAL_FUNC float dot(const device uint8_t* row, int column, const thread float* part) {
     uint words[2] = {0, 0};
-    if (Bits == 8) {
-      const uint2 both = fetch<2>(row + column / 4);
-      words[0] = both.x;
-      words[1] = both.y;
-    } else {
-      words[0] = row[column / 8];
-    }
+    load_codes<Bits>(row + column / Columns * Bits, words);
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < Columns; ++i) {
-      sum += part[i] * code_of<Bits>(words, i);
+      sum += part[i] * code_of<Bits, Affine>(words, i);
     }
     return sum;
   }
 };
 
 // The same of a plain matrix: its elements instead of codes.
-template <>
-struct Stored<0> {
+template <bool Affine>
+struct Stored<0, Affine> {
   template <typename W>
   static METAL_FUNC float dot(const device W* row, int column, const thread float* part) {
     float sum = 0;
@@ -45,7 +39,8 @@ struct Stored<0> {
   }
 };
 
-// Rows of a matrix [..., K]. Bits is 0 where it is plain: then scales and biases are not read.
+// Rows of a matrix [..., K]. Where it is plain Bits is 0, and scales and biases are not read; nor are biases of
+// small floats. W is the type of a plain element, or a byte.
 template <int Bits, int Group, typename W, typename S>
 struct MatrixRows {
   const device W* weight;
@@ -54,27 +49,30 @@ struct MatrixRows {
   int K;
 
   METAL_FUNC int row_size() const {
-    return Bits == 0 ? K : K * Bits / 32;
+    return Bits == 0 ? K : K * Bits / 8;
   }
 };
-
 // Those from `row` on. A stack of matrices may have more than 2^31 elements: where its rows start is 64 bits
 // wide.
-template <int Bits, int Group, typename W, typename S>
+template <int Bits, int Group, typename W, typename S, typename B>
 METAL_FUNC MatrixRows<Bits, Group, W, S> rows_from(
-    const device W* weight, const device S* scales, const device S* biases, int row, int K) {
-  MatrixRows<Bits, Group, W, S> rows = {weight, scales, biases, K};
-  rows.weight += size_t(row) * rows.row_size();
-  if (Bits != 0) {
-    rows.scales += size_t(row) * (K / Group);
-    rows.biases += size_t(row) * (K / Group);
-  }
-  return rows;
+    const device W* weight, const device S* scales, const device B*, int row, int K) {
+  return {weight + size_t(row) * K, scales, scales, K};
+}
+template <int Bits, int Group, typename S, typename B>
+METAL_FUNC MatrixRows<Bits, Group, uint8_t, S> rows_from(
+    const device uint32_t* weight, const device S* scales, const device B* biases, int row, int K) {
+  const size_t groups = size_t(row) * (K / Group);
+  return {
+      (const device uint8_t*)weight + size_t(row) * (K * Bits / 8),
+      scales + groups,
+      (const device S*)biases + groups,
+      K};
 }
 
 // Loads 8 columns of x, from `column` on, each times the unit of the code that it will be multiplied by, and
 // returns their sum without units. x may lie anywhere: X is a pointer.
-template <int Bits, typename X>
+template <int Bits, bool Affine, typename X>
 METAL_FUNC float load_columns(X x, int column, thread float* part) {
   float total = 0;
 #pragma unroll
@@ -82,7 +80,7 @@ METAL_FUNC float load_columns(X x, int column, thread float* part) {
     const float4 four = load<4>(x + column + i);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      part[i + j] = four[j] * unit_of<Bits>(i + j);
+      part[i + j] = four[j] * unit_of<Bits, Affine && Bits != 0>(i + j);
       total += four[j];
     }
   }
@@ -98,14 +96,20 @@ METAL_FUNC void add_columns(
     thread const MatrixRows<Bits, Group, W, S>& rows,
     int column,
     thread float* sums) {
+  constexpr bool Affine = IsAffine<S>::value;
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
-    const float products = Stored<Bits>::dot(rows.weight + r * rows.row_size(), column, part);
+    const float products = Stored<Bits, Affine>::dot(rows.weight + r * rows.row_size(), column, part);
     if (Bits == 0) {
       sums[r] += products;
     } else {
       const int group = r * (rows.K / Group) + column / Group;
-      sums[r] += products * float(rows.scales[group]) + total * float(rows.biases[group]);
+      const float scale = scale_of<Bits, Group>(rows.scales[group]);
+      if (Affine) {
+        sums[r] += products * scale + total * float(rows.biases[group]);
+      } else {
+        sums[r] += products * scale;
+      }
     }
   }
 }
@@ -115,11 +119,11 @@ template <int Rows, int Bits, int Group, typename X, typename W, typename S>
 METAL_FUNC void add_step(
     X x, thread const MatrixRows<Bits, Group, W, S>& rows, int column, thread float* sums) {
   float part[Columns];
-  const float total = load_columns<Bits>(x, column, part);
+  const float total = load_columns<Bits, IsAffine<S>::value>(x, column, part);
   add_columns<Rows>(part, total, rows, column, sums);
 }
 
-// The same for rows of two matrices, for which x is loaded once.
+// The same for rows of two matrices. x is loaded once where both are stored alike.
 template <int Rows, int Bits, int Group, typename X, typename W, typename S>
 METAL_FUNC void add_step(
     X x,
@@ -129,9 +133,20 @@ METAL_FUNC void add_step(
     thread float* first_sums,
     thread float* second_sums) {
   float part[Columns];
-  const float total = load_columns<Bits>(x, column, part);
+  const float total = load_columns<Bits, IsAffine<S>::value>(x, column, part);
   add_columns<Rows>(part, total, first, column, first_sums);
   add_columns<Rows>(part, total, second, column, second_sums);
+}
+template <int Rows, typename X, typename First, typename Second>
+METAL_FUNC void add_step(
+    X x,
+    thread const First& first,
+    thread const Second& second,
+    int column,
+    thread float* first_sums,
+    thread float* second_sums) {
+  add_step<Rows>(x, first, column, first_sums);
+  add_step<Rows>(x, second, column, second_sums);
 }
 
 // All columns of a lane. The steps that every lane takes are unrolled, so that the loads of one do not wait for
@@ -148,11 +163,11 @@ METAL_FUNC void add_products(
     add_step<Rows>(x, rows, column, sums);
   }
 }
-template <int Rows, int Bits, int Group, typename X, typename W, typename S>
+template <int Rows, typename X, typename First, typename Second>
 METAL_FUNC void add_products(
     X x,
-    MatrixRows<Bits, Group, W, S> first,
-    MatrixRows<Bits, Group, W, S> second,
+    First first,
+    Second second,
     int lane,
     thread float* first_sums,
     thread float* second_sums) {

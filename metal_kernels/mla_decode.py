@@ -146,7 +146,7 @@ def mla_query(
         template=[
             *(("H", H), ("Nope", weights.nope), ("Lora", lora), ("Shared", shared)),
             *(("Room", room), ("Segments", SEGMENTS)),
-            *(("Bits", weights.embed_q.bits), ("Group", weights.embed_q.group_size)),
+            *weights.embed_q.storage(),
         ],
         grid=(32, multiple_of(4, H * (lora // 4 + 1) + room), B),
         threadgroup=(32, 4, 1),
@@ -318,7 +318,7 @@ def mla_output(
         template=[
             *(("OutT", dtype), ("H", H), ("Lora", lora), ("V", matrix.rows)),
             *(("Threads", OUTPUT_THREADS), ("MostSplits", MOST_SPLITS)),
-            *(("Bits", matrix.bits), ("Group", matrix.group_size)),
+            *matrix.storage(),
         ],
         grid=(OUTPUT_THREADS, H, B),
         threadgroup=(OUTPUT_THREADS, 1, 1),
@@ -343,8 +343,6 @@ def unsupported_reason(weights: LatentWeights, width: int) -> str | None:
         return f"v_head_dim = {weights.unembed_out.rows} is not a multiple of 4"
     for name in ("embed_q", "unembed_out"):
         matrix = getattr(weights, name)
-        if matrix.bits not in (0, 4, 8):
-            return f"{name} has {matrix.bits} bits, not 4, 8 or 16"
-        if not matrix.is_affine:
-            return f"{name} is quantized in another mode than affine"
+        if why := matrix.unsupported_reason(name):
+            return why
     return None

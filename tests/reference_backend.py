@@ -51,7 +51,9 @@ def _add_norm(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
 
 
 def _kda_decode(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
-    f_b, g_b = (_matrix(x, f"{c}_b", n["Bits"], n["Group"], c) for c in "fg")
+    f_b, g_b = (
+        _matrix(x, f"{c}_b", n[f"{c.upper()}Bits"], n[f"{c.upper()}Group"], c) for c in "fg"
+    )
     gate = (x["A_log"], x["dt_bias"], x["norm"], x["eps"].item())
     return naive_kda_decode(
         x["x"], DecodeWeights(x["taps"], f_b, g_b, *gate), x["tail"], x["state"]
@@ -95,26 +97,32 @@ def _expert_select(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
     return chosen
 
 
-def _swiglu(x: Inputs, n: Sizes, *names: str) -> tuple[experts.SwiGLUWeights, Any]:
-    """The routed and the shared experts, of which a kernel has the matrices `names`."""
+def _swiglu(
+    x: Inputs, n: Sizes, **names: str
+) -> tuple[experts.SwiGLUWeights, experts.SwiGLUWeights | None]:
+    """The routed and the shared experts, of which a kernel has the matrices `names`.
 
-    def weights(prefix: str, bits: int, group: int) -> experts.SwiGLUWeights:
-        found = {name: _matrix(x, f"{prefix}{name}", bits, group) for name in names}
-        any_of_them = found[names[0]]
+    `names`: of each matrix, what its template values begin with.
+    """
+
+    def weights(prefix: str, shared: str) -> experts.SwiGLUWeights:
+        found = {
+            name: _matrix(x, f"{prefix}{name}", n[f"{shared}{key}Bits"], n[f"{shared}{key}Group"])
+            for name, key in names.items()
+        }
+        any_of_them = next(iter(found.values()))
         return experts.SwiGLUWeights(*(found.get(m, any_of_them) for m in ("gate", "up", "down")))
 
-    routed = weights("", n["Bits"], n["Group"])
-    shared = weights("shared_", n["SharedBits"], n["SharedGroup"]) if n["SharedN"] else None
-    return routed, shared
+    return weights("", ""), weights("shared_", "Shared") if n["SharedN"] else None
 
 
 def _expert_gate_up(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
-    routed, shared = _swiglu(x, n, "gate", "up")
+    routed, shared = _swiglu(x, n, gate="Gate", up="Up")
     return (experts.naive_expert_gate_up(x["x"], x["experts"], routed, shared),)
 
 
 def _expert_down(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
-    routed, shared = _swiglu(x, n, "down")
+    routed, shared = _swiglu(x, n, down="")
     return (experts.naive_expert_down(x["h"], x["experts"], x["weights"], routed, shared),)
 
 

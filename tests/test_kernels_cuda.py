@@ -7,6 +7,7 @@ import pytest
 from mlx_kimi.metal_kernels import cuda
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
 from mlx_kimi.metal_kernels.experts import (
+    SwiGLUWeights,
     add_norm_scores,
     expert_combine,
     expert_mlp,
@@ -19,6 +20,7 @@ from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
 from mlx_kimi.metal_kernels.tuning import BASE, NVIDIA, AttendShape, PrefillShape
 from tests.kda_cases import case
+from tests.kernel_cases import FORMATS, matrix
 from tests.nvrtc import NvrtcError, compile_cuda, nvrtc
 from tests.test_kernels_experts import gated
 from tests.test_kernels_kda_decode import case as decode_case
@@ -73,6 +75,20 @@ def test_the_experts_compile(dtype: mx.Dtype, bits: int) -> None:
         expert_combine(mx.ones((6, 64), dtype), experts, weights, x)
         expert_mlp(x, experts, weights, routed, shared)
         expert_mlp(x, experts, weights, routed, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, bits, group", FORMATS)
+def test_every_stored_format_compiles(mode: str, bits: int, group: int) -> None:
+    stack, one = (
+        matrix(mx.ones((*lead, 128, 128)), bits, group, mx.bfloat16, mode) for lead in ((2,), ())
+    )
+    x, chosen = mx.ones((1, 128), mx.bfloat16), mx.zeros((1, 2), mx.int32)
+    routed, shared = SwiGLUWeights(*[stack] * 3), SwiGLUWeights(*[one] * 3)
+    with use_backend(nvrtc):
+        expert_mlp(x, chosen, mx.ones((1, 2)), routed, shared)
+        given = decode_case(rank=128, bits=bits, group_size=group, mode=mode, dtype=mx.bfloat16)
+        kda_decode(*given)
 
 
 @of_dtype

@@ -10,7 +10,15 @@ from mlx_kimi.metal_kernels import kda_decode as module
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, Matrix, kda_decode, naive_kda_decode
 from mlx_kimi.metal_kernels.kernel import use_backend
 from tests.assertions import assert_close, assert_same_bits, numbers
-from tests.kernel_cases import assert_all_close, exact, linter, matrix, on_the_emulator, sigmoid
+from tests.kernel_cases import (
+    FORMATS,
+    assert_all_close,
+    exact,
+    linter,
+    matrix,
+    on_the_emulator,
+    sigmoid,
+)
 
 pytestmark = on_the_emulator
 RMS, LARGEST = 5e-6, 2e-5
@@ -37,6 +45,7 @@ def case(
     group_size: int = 32,
     dtype: mx.Dtype = mx.float32,
     rate: float = 0.0,
+    mode: str = "affine",
 ) -> Case:
     """A layer at random; its decays are stronger as `rate` rises."""
     rank = rank or D
@@ -48,8 +57,8 @@ def case(
     channels = 3 * H * D
     weights = DecodeWeights(
         mx.array(normal(K, channels)).astype(dtype),
-        matrix(normal(H * D, rank) * rank**-0.5, bits, group_size, dtype),
-        matrix(normal(H * D, rank) * rank**-0.5, bits, group_size, dtype),
+        matrix(normal(H * D, rank) * rank**-0.5, bits, group_size, dtype, mode),
+        matrix(normal(H * D, rank) * rank**-0.5, bits, group_size, dtype, mode),
         mx.array(normal(H) + rate),
         mx.array(normal(H, D) - 2),
         mx.array(1 + normal(D) / 4),
@@ -105,10 +114,16 @@ def test_equals_the_equations_at_decays_of_every_strength(form: str, rate: float
 
 
 @of_form
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_takes_quantized_matrices(form: str, bits: int, group_size: int) -> None:
-    assert_is_oracle(form, case(H=1, rank=128, bits=bits, group_size=group_size))
+@pytest.mark.parametrize("mode, bits, group_size", FORMATS)
+def test_takes_quantized_matrices(form: str, mode: str, bits: int, group_size: int) -> None:
+    given = case(H=1, rank=128, bits=bits, group_size=group_size, mode=mode)
+    assert_is_oracle(form, given)
+
+
+def test_takes_gates_that_are_stored_unlike_each_other() -> None:
+    given = case(H=1, rank=128, bits=3)
+    g_b = case(H=1, rank=128, bits=8, mode="mxfp8").weights.g_b
+    assert_is_oracle("kernel", given._replace(weights=given.weights._replace(g_b=g_b)))
 
 
 def test_takes_the_heads_of_the_48b() -> None:
@@ -147,5 +162,5 @@ def test_says_what_it_does_not_take() -> None:
     weights = case(bits=4).weights
     assert module.unsupported_reason(weights, 64) is None
     assert "D = 96" in str(module.unsupported_reason(weights, 96))
-    other = weights._replace(g_b=case(bits=8).weights.g_b)
-    assert "differ" in str(module.unsupported_reason(other, 64))
+    other = weights._replace(g_b=case(rank=128).weights.g_b)
+    assert "differ in rank" in str(module.unsupported_reason(other, 64))

@@ -9,6 +9,7 @@ from metal_emulator import LintError
 from mlx_kimi.metal_kernels import source
 from mlx_kimi.metal_kernels.add_norm import add_norm_kernel
 from mlx_kimi.metal_kernels.experts import (
+    SwiGLUWeights,
     add_norm_scores,
     expert_combine,
     expert_mlp,
@@ -33,9 +34,15 @@ from tests.kernel_cases import linter
 DTYPE = mx.bfloat16
 
 
-def experts(bits: int) -> None:
+def experts(bits: int, group: int = 64, mode: str = "affine") -> None:
     routed, shared = (
-        test_kernels_experts.gated(lead, 1024, 2304, bits, 64, DTYPE) for lead in ((2,), ())
+        SwiGLUWeights(
+            *(
+                test_kernels_experts.random_matrix((*lead, *shape), bits, group, DTYPE, mode)
+                for shape in ((1024, 2304), (1024, 2304), (2304, 1024))
+            )
+        )
+        for lead in ((2,), ())
     )
     chosen = mx.zeros((1, 8), mx.int32)
     expert_mlp(mx.ones((1, 2304), DTYPE), chosen, mx.ones((1, 8)), routed, shared)
@@ -88,6 +95,10 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "experts of 4 bits": lambda: experts(4),
     "experts of 8 bits": lambda: experts(8),
     "experts of 16 bits": lambda: experts(0),
+    "experts of 3 bits": lambda: experts(3),
+    "experts of 5 bits": lambda: experts(5),
+    "experts of nvfp4": lambda: experts(4, 16, "nvfp4"),
+    "experts of mxfp8": lambda: experts(8, 32, "mxfp8"),
     "expert_combine": combination,
     "kda_sequential": lambda: delta_rule(kda_sequential_kernel),
     "kda_chunk": lambda: delta_rule(kda_chunk_kernel),

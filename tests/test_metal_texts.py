@@ -54,13 +54,14 @@ def test_every_kernel_is_there_in_every_dtype_and_as_every_matrix_is_stored(
             stored = [
                 values(text) for name, text in texts.items() if f"{kernel}.48b.{dtype}." in name
             ]
-            found = {(x["Bits"], x["Group"]) for x in stored}
+            first = {"kda_decode": "F", "expert_gate_up": "Gate"}.get(kernel, "")
+            found = {(x[f"{first}Bits"], x[f"{first}Group"]) for x in stored}
             assert {(bits, group) for bits in "48" for group in ("32", "64", "128")} < found
-            assert "0" in {bits for bits, _ in found}
-            if kernel.startswith("expert"):
-                assert {("4", "8"), ("4", "4"), ("8", "8"), ("0", "0")} == {
-                    (x["Bits"], x["SharedBits"]) for x in stored
-                }
+            assert {bits for bits, _ in found} == set("0234568")
+            assert (("4", "16") in found) == (dtype == "bfloat16")  # nvfp4
+            if kernel == "expert_down":
+                shared = {(x["Bits"], x["SharedBits"]) for x in stored}
+                assert {("4", "8"), ("4", "4"), ("8", "8"), ("0", "0")} < shared
 
 
 def test_names_say_what_two_texts_of_a_model_differ_in(texts: dict[str, str]) -> None:

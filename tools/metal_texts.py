@@ -26,7 +26,7 @@ import mlx.core as mx
 from metal_emulator.msl import Input, metal_text
 
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.checkpoint.config import ModelConfig, Quantization
+from mlx_kimi.checkpoint.config import QUANTIZATION_MODES, ModelConfig, Quantization
 from mlx_kimi.checkpoint.fields import read_json
 from mlx_kimi.checkpoint.tensors import Tensor, tensors
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
@@ -46,11 +46,13 @@ STANDARDS = {"metal3.1": "14.0", "metal3.2": "15.0", "metal4.0": "26.0"}
 PREAMBLE = "mlx/backend/metal/kernels/utils.h"
 HEADERS = Path(mx.__file__).with_name("include")
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-# As `convert` stores models: not quantized, in groups of each size, and by each recipe. Kernels
-# take 4 and 8 bits; the recipes mix them where all that they leave open has 8.
+# As `convert` stores models: not quantized, in each number of bits and each mode, in groups of each
+# size, and by each recipe, of which some mix bits.
+AFFINE_BITS = QUANTIZATION_MODES["affine"][1]
 STORED: dict[str, Scheme | None] = {
     "16bit": None,
-    **{f"{bits}bit": scheme(bits=bits) for bits in (4, 8)},
+    **{f"{bits}bit": scheme(bits=bits) for bits in AFFINE_BITS},
+    **{mode: scheme(mode) for mode in QUANTIZATION_MODES if mode != "affine"},
     **{
         f"{bits}bit-groups-of-{size}": scheme(bits=bits, group_size=size)
         for bits in (4, 8)
@@ -173,12 +175,14 @@ class Launched:
         values = ", ".join(f"{key} {_shown(value)}" for key, value in template)
         return f'// {name}: {values}\n#include "{PREAMBLE}"\n{metal.text}'
 
-    def differing(self, other: Launched) -> str:
-        """What tells it from another launch of the kernel: values of the template, or types."""
+    def differing(self, other: Launched) -> Iterator[str]:
+        """What tells it from another launch of the kernel: values of the template; types, too."""
+        found: list[str] = []
         for mine, theirs in zip(self._described(), other._described(), strict=True):
-            if found := [f"{name}-{mine[name]}" for name in mine if mine[name] != theirs[name]]:
-                return ".".join(found)
-        raise ValueError(f"two launches of {self.kernel.name} must differ but are the same")
+            new = [f"{name}-{mine[name]}" for name in mine if mine[name] != theirs[name]]
+            found += new
+            if new:
+                yield ".".join(found)
 
     def _described(self) -> Iterator[dict[str, str]]:
         yield {name: _shown(value) for name, value in self.template}
@@ -203,6 +207,8 @@ def texts() -> dict[str, str]:
     for (shape, config), dtype, stored in product(
         (("48b", SAMPLE), ("pocket", pocket)), DTYPES, STORED
     ):
+        if stored in QUANTIZATION_MODES and dtype != "bfloat16":
+            continue  # MLX multiplies small floats in bfloat16
         model = unfilled_model(config, DTYPES[dtype], STORED[stored])
         for launched in launches(model):
             if launched in seen or (text := launched.text) in names:
@@ -210,8 +216,8 @@ def texts() -> dict[str, str]:
             seen.add(launched)
             name = f"{launched.kernel.name}.{shape}.{dtype}.{stored}"
             if (other := first.setdefault(name, launched)) is not launched:
-                name += f".{launched.differing(other)}"
-            assert name not in names.values(), f"{name} names two texts"
+                longer = (f"{name}.{what}" for what in launched.differing(other))
+                name = next(each for each in longer if each not in names.values())
             names[text] = name
     return {name: text for text, name in names.items()}
 
@@ -271,8 +277,9 @@ def _zeros(tensor: Tensor, dtype: mx.Dtype, how: Quantization | None) -> dict[st
     kind = mx.float32 if tensor.module.endswith(ALWAYS_FLOAT32) else dtype
     if how is None:
         return {tensor.name: mx.zeros(tensor.shape, kind)}
+    parts = {"weight": mx.uint32, "scales": kind if how.mode == "affine" else mx.uint8}
     return {
-        f"{tensor.module}.{part}": mx.zeros(shape, mx.uint32 if part == "weight" else kind)
+        f"{tensor.module}.{part}": mx.zeros(shape, parts.get(part, kind))
         for part, shape in how.packed(tensor.shape).items()
     }
 

@@ -44,7 +44,8 @@ class Linear(nn.Module):
         q = self.quantization
         if q is None:
             return Matrix(self.weight)
-        return Matrix(self.weight, self.scales, self.get("biases"), q.group_size, q.bits)
+        how = (q.group_size, q.bits, q.mode)
+        return Matrix(self.weight, self.scales, self.get("biases"), *how)
 
     def _format(self) -> dict[str, Any]:
         assert self.quantization is not None
