@@ -145,7 +145,9 @@ inline half2 operator-(half2 x, half2 y) {
 template <typename To, typename From>
 inline To as_type(From x) {
   static_assert(sizeof(To) == sizeof(From), "the same bits as another type");
-  return (const To&)x;
+  To y;  // (through a reference, the compiler may read it before x is there)
+  memcpy(&y, &x, sizeof(To));
+  return y;
 }
 
 namespace metal {
