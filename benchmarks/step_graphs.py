@@ -13,8 +13,8 @@ import mlx.core as mx
 from benchmarks.command_buffers import Array, Graph, Node
 from benchmarks.full_size import CONFIG
 from mlx_kimi.checkpoint.config import ModelConfig
-from mlx_kimi.checkpoint.tensors import Tensor, tensors
-from mlx_kimi.loading.load import ALWAYS_FLOAT32
+from mlx_kimi.checkpoint.tensors import tensors
+from mlx_kimi.evaluation.random_model import Arrays, stored_quantization, zero_tensor
 from mlx_kimi.metal_kernels.attention import SubmitLimit
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
@@ -35,7 +35,9 @@ def step_graph(T: int) -> Graph:
 
     What a function of `mx.compile` does in one launch counts as its parts, which are more.
     """
-    weights = {k: v for tensor in tensors(CONFIG_48B) for k, v in _stored(tensor).items()}
+    weights: Arrays = {}
+    for tensor in tensors(CONFIG_48B):
+        weights |= zero_tensor(tensor, DTYPE, stored_quantization(tensor, CONFIG_48B))
     counts: list[int] = []
 
     def step(ids: mx.array, *given: mx.array, **weights: mx.array) -> list[mx.array]:
@@ -54,19 +56,6 @@ def step_graph(T: int) -> Graph:
     events: list[dict[str, Any]] = []
     mx.export_function(events.append, step, given, weights)
     return _graph(events, len(given), counts)
-
-
-def _stored(tensor: Tensor) -> dict[str, mx.array]:
-    """One tensor's arrays as a model keeps them, of the right shapes and dtypes."""
-    how = CONFIG_48B.quantization_of(tensor.module)
-    if tensor.module.endswith(ALWAYS_FLOAT32):
-        return {tensor.name: mx.zeros(tensor.shape)}
-    if how is None or not tensor.matrix:
-        return {tensor.name: mx.zeros(tensor.shape, DTYPE)}
-    return {
-        f"{tensor.module}.{part}": mx.zeros(shape, mx.uint32 if part == "weight" else DTYPE)
-        for part, shape in how.packed(tensor.shape).items()
-    }
 
 
 def _cached() -> Iterator[mx.array]:

@@ -18,9 +18,9 @@ from mlx_kimi.model.mla import EXPAND_FROM
 from mlx_kimi.model.moe import MixtureOfExperts
 from tests.assertions import assert_close
 from tests.reference_backend import reference_backend
+from tools.metal_texts import launches
 
 SAME = 1e-4  # float32, added in another order
-Text = tuple[Any, ...]  # what MLX makes another text of: a pipeline of its own
 
 
 @pytest.fixture(autouse=True)
@@ -29,28 +29,20 @@ def nothing_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Recorder:
-    """A backend that answers zeros, or refuses; `texts` are those of all launches."""
+    """A backend that answers zeros, or refuses; `names` are those of all launches."""
 
-    def __init__(self, refused: dict[str, Exception] | None = None) -> None:
-        self.texts: set[Text] = set()
-        self.refused = refused or {}
+    def __init__(self, refused: dict[str, Exception]) -> None:
+        self.names: set[str] = set()
+        self.refused = refused
 
     def __call__(self, kernel: Kernel) -> Launch:
-        def launch(
-            *, inputs: Any, template: Any, output_shapes: Any, output_dtypes: Any, **_: Any
-        ) -> list[mx.array]:
+        def launch(*, output_shapes: Any, output_dtypes: Any, **_: Any) -> list[mx.array]:
             if kernel.name in self.refused:
                 raise self.refused[kernel.name]
-            arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
-            types = tuple((x.dtype, min(x.ndim, 1), x.size < 8) for x in arrays)
-            self.texts.add((kernel.name, tuple(template), types, tuple(output_dtypes)))
+            self.names.add(kernel.name)
             return [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
 
         return launch
-
-    @property
-    def names(self) -> set[str]:
-        return {text[0] for text in self.texts}
 
 
 def converse(model: KimiLinear, bits: int | None) -> None:
@@ -77,13 +69,15 @@ def test_no_kernel_is_compiled_in_the_middle_of_an_answer(
 ) -> None:
     monkeypatch.setattr(mla, "EXPANDED", 400)  # positions times heads: few, as of a long text
     network = pocket if name == "pocket" else model(name)
-    before, during = Recorder(), Recorder()
-    with use_backend(before):
+
+    def warm() -> None:
         assert warm_up(network) == {}
-    with use_backend(during):
-        converse(network, bits)
-    assert during.texts <= before.texts
-    assert name != "pocket" or len(during.names) == 15  # all but kda_prepare
+
+    before = {launched.text for launched in launches(network, warm)}
+    during = launches(network, lambda: converse(network, bits))
+    assert {launched.text for launched in during} <= before
+    names = {launched.kernel.name for launched in during}
+    assert name != "pocket" or len(names) == 15  # all but kda_prepare
 
 
 def test_a_kernel_that_cannot_run_is_named_and_its_operator_does_without(
@@ -106,7 +100,7 @@ def test_a_kernel_that_cannot_run_is_named_and_its_operator_does_without(
         assert sorted(caplog.messages) == sorted(
             f"{reason}; MLX operations take its place, slower" for reason in reasons
         )
-        refusing.texts.clear()
+        refusing.names.clear()
         converse(pocket, None)
         told = str(
             [

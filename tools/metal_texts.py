@@ -28,15 +28,14 @@ from metal_emulator.msl import Input, metal_text
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import QUANTIZATION_MODES, ModelConfig, Quantization
 from mlx_kimi.checkpoint.fields import read_json
-from mlx_kimi.checkpoint.tensors import Tensor, tensors
+from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
 from mlx_kimi.evaluation.kernel_report import SAMPLE
-from mlx_kimi.loading.load import ALWAYS_FLOAT32
+from mlx_kimi.evaluation.random_model import zero_tensor
 from mlx_kimi.loading.warm_up import warm_up
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.metal_kernels.source import without_comments
 from mlx_kimi.model.kimi_linear import KimiLinear
-from mlx_kimi.model.mla import EXPAND_FROM, EXPANDED
 from mlx_kimi.model.weights import Weights
 
 # Of the Metal language, each with the first macOS on which MLX compiles in it.
@@ -60,7 +59,6 @@ STORED: dict[str, Scheme | None] = {
     },
     **{recipe: scheme(bits=8, recipe=recipe) for recipe in RECIPES if recipe != "default"},
 }
-BATCH = 8  # rows from which an array of one number a row is in Metal's device address space
 Config = Mapping[str, Any]
 
 
@@ -225,7 +223,7 @@ def texts() -> dict[str, str]:
 def launches(model: KimiLinear, use: Callable[[], object] | None = None) -> list[Launched]:
     """Every kernel that this model launches, once in each text. Nothing is computed.
 
-    `use`: what the model is used for; None: for all that makes another text.
+    `use`: what the model is used for; None: what loading runs, which is every text.
     """
     found: dict[Launched, None] = {}
 
@@ -243,18 +241,8 @@ def launches(model: KimiLinear, use: Callable[[], object] | None = None) -> list
 
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731
     with use_backend(record), patch.multiple(mx, eval=nothing, async_eval=nothing):
-        (use or partial(_use, model))()
+        (use or partial(warm_up, model))()
     return list(found)
-
-
-def _use(model: KimiLinear) -> None:
-    """Run what a GPU runs before the first prompt, then prompts that launch other texts still.
-
-    They are BATCH, and longer than `mla_prefill` takes at a time: its outputs are then float32.
-    """
-    warm_up(model)
-    block = EXPANDED // (BATCH * model.config.num_attention_heads)
-    model.hidden(mx.zeros((BATCH, max(block + 1, EXPAND_FROM)), mx.int32))
 
 
 def unfilled_model(config: Config, dtype: mx.Dtype, how: Scheme | None) -> KimiLinear:
@@ -267,21 +255,9 @@ def unfilled_model(config: Config, dtype: mx.Dtype, how: Scheme | None) -> KimiL
         stored = how and how.asked_for(tensor, parsed)
         if stored and not tensor.shape[-1] % stored.group_size:
             quantized[tensor.module] = stored
-        arrays |= _zeros(tensor, dtype, quantized.get(tensor.module))
+        arrays |= zero_tensor(tensor, dtype, quantized.get(tensor.module))
     parsed = replace(parsed, overrides=quantized)
     return KimiLinear(parsed, Weights(arrays, parsed))
-
-
-def _zeros(tensor: Tensor, dtype: mx.Dtype, how: Quantization | None) -> dict[str, mx.array]:
-    """One tensor as it is in memory."""
-    kind = mx.float32 if tensor.module.endswith(ALWAYS_FLOAT32) else dtype
-    if how is None:
-        return {tensor.name: mx.zeros(tensor.shape, kind)}
-    parts = {"weight": mx.uint32, "scales": kind if how.mode == "affine" else mx.uint8}
-    return {
-        f"{tensor.module}.{part}": mx.zeros(shape, parts.get(part, kind))
-        for part, shape in how.packed(tensor.shape).items()
-    }
 
 
 if __name__ == "__main__":

@@ -31,10 +31,29 @@ def random_arrays(config: ModelConfig, dtype: mx.Dtype = mx.bfloat16) -> Arrays:
     return arrays
 
 
+def stored_quantization(tensor: Tensor, config: ModelConfig) -> Quantization | None:
+    """A tensor's in a folder of this config: matrices are quantized, but for the router's."""
+    if not tensor.matrix or tensor.module.endswith("mlp.gate"):
+        return None
+    return config.quantization_of(tensor.module)
+
+
+def zero_tensor(tensor: Tensor, dtype: mx.Dtype, how: Quantization | None) -> Arrays:
+    """One tensor as a model of `dtype` keeps it, in zeros that nothing has computed."""
+    kind = mx.float32 if tensor.module.endswith(ALWAYS_FLOAT32) else dtype
+    if how is None:
+        return {tensor.name: mx.zeros(tensor.shape, kind)}
+    parts = {"weight": mx.uint32, "scales": kind if how.mode == "affine" else mx.uint8}
+    return {
+        f"{tensor.module}.{part}": mx.zeros(shape, parts.get(part, kind))
+        for part, shape in how.packed(tensor.shape).items()
+    }
+
+
 def random_tensor(tensor: Tensor, config: ModelConfig, dtype: mx.Dtype) -> Arrays:
     """One tensor as it is stored: itself, or its codes, scales and biases."""
-    quantization = config.quantization_of(tensor.module)
-    if tensor.matrix and quantization and not tensor.module.endswith("mlp.gate"):
+    quantization = stored_quantization(tensor, config)
+    if quantization:
         arrays = _codes(tensor, quantization, dtype)
     else:
         arrays = {tensor.name: _plain(tensor).astype(dtype)}
