@@ -114,15 +114,15 @@ def not_running(*kernels: Kernel) -> str | None:
     """Why an operator that needs these kernels uses its ops form; None: all of them run here."""
     if backend() is None:
         return NO_BACKEND
-    return next((refusal(kernel.name) for kernel in kernels if kernel.name in _REFUSED), None)
+    return next((_refusal(kernel.name) for kernel in kernels if kernel.name in _REFUSED), None)
 
 
 def refusals() -> list[str]:
     """Of every kernel that `trying` refused, in one line each."""
-    return [refusal(name) for name in _REFUSED]
+    return [_refusal(name) for name in _REFUSED]
 
 
-def refusal(name: str) -> str:
+def _refusal(name: str) -> str:
     """Why, of a kernel that `trying` refused, in one line: the compiler's first error."""
     message = _REFUSED[name]
     found = re.search(r"\berror: .*", message)

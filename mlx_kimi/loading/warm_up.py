@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_kimi.metal_kernels.experts import LARGEST_BATCH, expert_combine
 from mlx_kimi.metal_kernels.kda import CHUNKED_FROM
-from mlx_kimi.metal_kernels.kernel import refusal, trying
+from mlx_kimi.metal_kernels.kernel import refusals, trying
 from mlx_kimi.model import mla
 from mlx_kimi.model.cache import TAIL, KDACache, LatentCache
 from mlx_kimi.model.forward_batch import ForwardBatch
@@ -40,8 +40,8 @@ def warm_up(model: KimiLinear) -> dict[str, str]:
             _attend(model, layer)
             _feed_forward(model, layer)
         mx.eval(model.norm.add_norm(*_zeros(model, 1)))
-    for name in refused:
-        _log.warning("%s; MLX operations take its place, slower", refusal(name))
+    for reason in refusals():
+        _log.warning("%s; MLX operations take its place, slower", reason)
     return dict(refused)
 
 
