@@ -230,8 +230,8 @@ def mla_attend(
 
     `shape` None: that of this GPU.
     """
-    here = tuning().attend_packed if segments and is_packed(segments[0]) else tuning().attend
-    shape = (shape or here).fitted(queries.shape[1], lora)
+    here = tuning().attend_packed if _are_packed(segments) else tuning().attend
+    shape = _fitted(shape or here, queries.shape[1], lora)
     found = [
         _attend(
             queries,
@@ -262,12 +262,11 @@ def _attend(
     B, H, width = queries.shape
     heads, channels, positions = shape
     threads = 32 * lora // channels
-    packed = bool(segments) and is_packed(segments[0])
     absent = segments[0] if segments else tail
     acc, m_and_l = ATTEND(
         inputs=[queries, tail, *segments, *[absent] * (SEGMENTS - len(segments)), plan],
         template=[
-            *(("TailT", tail.dtype), ("StoredT", absent.dtype), ("Packed", packed)),
+            *(("TailT", tail.dtype), ("StoredT", absent.dtype), ("Packed", _are_packed(segments))),
             *(("H", H), ("Heads", heads), ("Lora", lora), ("Shared", width - lora)),
             *(("Channels", channels), ("Block", positions)),
             *(("Room", tail.shape[1]), ("Segments", SEGMENTS)),
@@ -278,6 +277,16 @@ def _attend(
         output_dtypes=[mx.float32, mx.float32],
     )
     return acc, m_and_l
+
+
+def _are_packed(segments: Sequence[mx.array]) -> bool:
+    return bool(segments) and is_packed(segments[0])
+
+
+def _fitted(shape: AttendShape, H: int, lora: int) -> AttendShape:
+    """The shape for a layer of these sizes."""
+    channels = 32 if lora % shape.channels else shape.channels
+    return AttendShape(min(shape.heads, multiple_of(8, H)), channels, shape.positions)
 
 
 # ------------------------------------------------------------------- back from the space of latents

@@ -19,11 +19,6 @@ class AttendShape(NamedTuple):
     channels: int  # of a simdgroup, 32 or 64: with 512 latent channels, 512 or 256 threads
     positions: int  # of a block, a multiple of 8: after each, all simdgroups wait for one another
 
-    def fitted(self, H: int, lora: int) -> AttendShape:
-        """The same for a layer of these sizes."""
-        channels = 32 if lora % self.channels else self.channels
-        return AttendShape(min(self.heads, -(-H // 8) * 8), channels, self.positions)
-
 
 class PrefillShape(NamedTuple):
     """Of mla_prefill."""
