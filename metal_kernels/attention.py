@@ -89,10 +89,19 @@ class SubmitLimit:
     Left to itself MLX holds what all pieces need at the same time: gigabytes.
     """
 
-    def __init__(self, pieces: int = 1) -> None:
-        """`pieces` may be unfinished when the next is submitted."""
+    def __init__(self, pieces: int = 1, parts: int = 1) -> None:
+        """`pieces` may be unfinished when the next is submitted; `parts` gathered make one."""
         self._pieces = pieces
+        self._parts = parts
+        self._gathered: list[tuple[mx.array, ...]] = []
         self._unfinished: deque[tuple[mx.array, ...]] = deque()
+
+    def gather(self, *results: mx.array) -> None:
+        """Submit these with those of the parts before, once there are enough."""
+        self._gathered.append(results)
+        if len(self._gathered) == self._parts:
+            self.submit(*(array for part in self._gathered for array in part))
+            self._gathered.clear()
 
     def submit(self, *results: mx.array) -> None:
         """Wait for all but the latest pieces, and let the device begin `results`."""

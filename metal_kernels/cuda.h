@@ -211,6 +211,16 @@ MSL_REDUCTION(simd_min, min(x, y))
 MSL_REDUCTION(simd_max, max(x, y))
 #undef MSL_REDUCTION
 
+template <typename T>
+T simd_prefix_exclusive_sum(T x) {
+  T sum = x;
+  for (int width = 1; width < 32; width *= 2) {
+    const T before = __shfl_up_sync(0xffffffffu, sum, width);
+    sum = lane() < width ? sum : sum + before;
+  }
+  return sum - x;
+}
+
 template <typename T, int Columns, int Rows>
 struct simdgroup_matrix {
   static_assert(Columns == 8 && Rows == 8, "Metal has simdgroup matrices of 8 by 8 only");
@@ -287,6 +297,27 @@ inline void add_products(vec<L, 2> a0, vec<L, 2> a1, vec<R, 2> b, thread float2&
 MSL_PRODUCTS(half, "f16")
 MSL_PRODUCTS(bfloat, "bf16")
 #undef MSL_PRODUCTS
+// The same with two left and two right factors, of columns and rows 0 to 7 and 8 to 15.
+#define MSL_PRODUCTS(T, TYPE)                                                                       \
+  inline void add_two_products(                                                                     \
+      vec<T, 2> a00, vec<T, 2> a10, vec<T, 2> a01, vec<T, 2> a11, vec<T, 2> b0, vec<T, 2> b1,       \
+      thread float2& c0, thread float2& c1) {                                                       \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, "            \
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                             \
+        : "+f"(c0.x), "+f"(c0.y), "+f"(c1.x), "+f"(c1.y)                                            \
+        : "r"((uint&)a00), "r"((uint&)a10), "r"((uint&)a01), "r"((uint&)a11), "r"((uint&)b0),       \
+          "r"((uint&)b1));                                                                          \
+  }
+MSL_PRODUCTS(half, "f16")
+MSL_PRODUCTS(bfloat, "bf16")
+#undef MSL_PRODUCTS
+template <typename L, typename R>
+inline void add_two_products(
+    vec<L, 2> a00, vec<L, 2> a10, vec<L, 2> a01, vec<L, 2> a11, vec<R, 2> b0, vec<R, 2> b1,
+    thread float2& c0, thread float2& c1) {
+  add_products(a00, a10, b0, c0, c1);
+  add_products(a01, a11, b1, c0, c1);
+}
 
 // c[i] += a[i] b, two tiles at a time.
 template <int N, typename L, typename R>
@@ -298,6 +329,15 @@ inline void multiply_add(const vec<L, 2>* a, vec<R, 2> b, float2* c) {
   if (N % 2) {
     float2 none(0, 0);
     add_products(a[N - 1], vec<L, 2>(L(0.0f)), b, c[N - 1], none);
+  }
+}
+// c[i] += a0[i] b0 + a1[i] b1; N is even.
+template <int N, typename L, typename R>
+inline void multiply_add_two(
+    const vec<L, 2>* a0, const vec<L, 2>* a1, vec<R, 2> b0, vec<R, 2> b1, float2* c) {
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    add_two_products(a0[i], a0[i + 1], a1[i], a1[i + 1], b0, b1, c[i], c[i + 1]);
   }
 }
 #else
@@ -319,6 +359,12 @@ inline void multiply_add(const vec<L, 2>* a, vec<R, 2> b, float2* c) {
       c[i] += simd_shuffle(float(a[i][k % 2]), 4 * g + k / 2) * right;
     }
   }
+}
+template <int N, typename L, typename R>
+inline void multiply_add_two(
+    const vec<L, 2>* a0, const vec<L, 2>* a1, vec<R, 2> b0, vec<R, 2> b1, float2* c) {
+  multiply_add<N, L, R>(a0, b0, c);
+  multiply_add<N, L, R>(a1, b1, c);
 }
 #endif
 

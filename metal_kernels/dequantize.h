@@ -25,14 +25,14 @@ METAL_FUNC half2 halves_of(uint bits) {
   return as_type<half2>(bits | 0x64006400u) - as_type<half2>(origin << 16 | origin);
 }
 
-// Eight codes in one or two words. Of 8 bits, as they are stored. Of fewer, codes 0 to 3 in lower halves and 4 to
-// 7 in the same places of upper halves: four in each up to 4 bits, else two.
+// Eight codes in one or two words: codes 0 to 3 in lower halves and 4 to 7 in the same places of upper halves, four
+// in each up to 4 bits, else two.
 template <int Bits>
 METAL_FUNC void load_codes(const device uint8_t* from, thread uint* words) {
   if (Bits == 8) {
-    const uint2 both = *(const device uint2*)from;
-    words[0] = both.x;
-    words[1] = both.y;
+    const ushort4 pairs = *(const device ushort4*)from;
+    words[0] = as_type<uint>(ushort2(pairs.x, pairs.z));
+    words[1] = as_type<uint>(ushort2(pairs.y, pairs.w));
   } else if (Bits == 4) {
     words[0] = *(const device uint*)from;
   } else if (Bits == 2) {
@@ -48,6 +48,19 @@ METAL_FUNC void load_codes(const device uint8_t* from, thread uint* words) {
   }
 }
 
+// The same of 16 codes of up to 4 bits: a word of each eight.
+template <int Bits>
+METAL_FUNC void load_sixteen(const device uint8_t* from, thread uint* words) {
+  if (Bits == 4) {
+    const uint2 both = *(const device uint2*)from;
+    words[0] = both.x;
+    words[1] = both.y;
+  } else {
+    load_codes<Bits>(from, words);
+    load_codes<Bits>(from + Bits, words + 1);
+  }
+}
+
 // Where code i of 0 to 3 stands in a half of `words`: which word, how far that is shifted, how much higher the code
 // still stands then. 10 bits are read at a time.
 template <int Bits>
@@ -59,30 +72,30 @@ struct Place {
   static METAL_FUNC int height(int i) { return Bits * (i % PerHalf % AtATime); }
 };
 
-// Code i of 8, divided by unit_of(i); a small float, divided by `SmallUnit`.
+// Codes i and i + 4 of 8, i < 4, divided by unit_of(i); small floats, divided by `SmallUnit`.
 template <int Bits, bool Affine>
-METAL_FUNC float code_of(const thread uint* words, int i) {
+METAL_FUNC half2 codes_of(const thread uint* words, int i) {
+  const uint word = words[Place<Bits>::word(i)];
+  if (Affine) {
+    const uint mask = ((1u << Bits) - 1) << Place<Bits>::height(i);
+    return halves_of<0>((word >> Place<Bits>::shift(i)) & (mask << 16 | mask));
+  }
   if (Bits == 8) {
-    const uint word = words[i / 4];
-    if (Affine) {
-      return float(halves_of<0>((word >> (i % 2 * 8)) & 0x00ff00ffu)[i / 2 % 2]);
-    }
     const uint bits = i % 2 == 0 ? (word & 0x007f007fu) << 7 | (word & 0x00800080u) << 8
                                  : (word & 0x7f007f00u) >> 1 | (word & 0x80008000u);
-    return float(as_type<half2>(bits)[i / 2 % 2]);
+    return as_type<half2>(bits);
   }
-  if (Affine) {
-    const int at = i % 4;
-    const uint word = words[Place<Bits>::word(at)] >> Place<Bits>::shift(at);
-    const uint mask = ((1u << Bits) - 1) << Place<Bits>::height(at);
-    return float(halves_of<0>(word & (mask << 16 | mask))[i / 4]);
-  }
-  const uint word = words[0] >> (4 * (i % 4));
-  return float(as_type<half2>((word & 0x00070007u) << 9 | (word & 0x00080008u) << 12)[i / 4]);
+  const uint low = word >> (4 * i);
+  return as_type<half2>((low & 0x00070007u) << 9 | (low & 0x00080008u) << 12);
+}
+// One of them.
+template <int Bits, bool Affine>
+METAL_FUNC float code_of(const thread uint* words, int i) {
+  return float(codes_of<Bits, Affine>(words, i % 4)[i / 4]);
 }
 template <int Bits, bool Affine>
 METAL_FUNC float unit_of(int i) {
-  return Affine && Bits != 8 ? 1.0f / (1 << Place<Bits>::height(i % 4)) : 1.0f;
+  return Affine ? 1.0f / (1 << Place<Bits>::height(i % 4)) : 1.0f;
 }
 
 // A small float as a half has its exponent 14 too small, of 8 bits 8.
@@ -115,7 +128,9 @@ METAL_FUNC float4 weights_at(const device W* w, const device S* scales, const de
   constexpr bool Affine = IsAffine<S>::value;
   uint words[2] = {0, 0};
   if (Bits == 8) {
-    words[0] = ((const device uint*)w)[at / 4];
+    const ushort2 pairs = ((const device ushort2*)w)[at / 4];
+    words[0] = pairs.x;
+    words[1] = pairs.y;
   } else if (Bits == 4) {
     words[0] = ((const device ushort*)w)[at / 4];
   } else {

@@ -172,7 +172,7 @@ def naive_expert_gate_up(
     """
     rows = mx.broadcast_to(x[:, None], (*experts.shape, x.shape[-1]))
     gate, up = (
-        _times_each(rows, matrix, experts).reshape(len(x), -1)
+        times_each(rows, matrix, experts).reshape(len(x), -1)
         for matrix in (routed.gate, routed.up)
     )
     if shared is not None:
@@ -193,12 +193,12 @@ def naive_expert_down(
     h [B, k * N + shared N] as `naive_expert_gate_up` returns it, all else as of `expert_mlp`.
     """
     (B, k), N = experts.shape, routed.down.columns
-    parts = _times_each(h[:, : k * N].reshape(B, k, N), routed.down, experts)
+    parts = times_each(h[:, : k * N].reshape(B, k, N), routed.down, experts)
     y = (parts * weights[..., None]).sum(axis=1)
     return y if shared is None else y + shared.down.times(h[:, k * N :])
 
 
-def _times_each(x: mx.array, stack: Matrix, experts: mx.array) -> mx.array:
+def times_each(x: mx.array, stack: Matrix, experts: mx.array) -> mx.array:
     """x [B, k, in] times the matrix of each of a token's experts [B, k] -> [B, k, out]."""
     w, scales, biases, group, bits, mode = stack
     if not bits:

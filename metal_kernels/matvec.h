@@ -1,4 +1,4 @@
-#include "dequantize.h"
+#include "matrix_rows.h"
 
 // Products with matrices as MLX stores them. A lane takes 8 neighbouring columns of every 256, so
 // that a simdgroup walks a row in steps of 256; rows that are no multiple of 256 long end with idle
@@ -6,68 +6,42 @@
 constexpr constant int Columns = 8;          // of a lane, in one step
 constexpr constant int Step = 32 * Columns;  // of a simdgroup
 
-// The sum of part[i] times code i over 8 columns of a row, from `column` on.
+// 8 columns of a row, from `column` on: codes, each divided by its unit.
 template <int Bits, bool Affine>
 struct Stored {
-  static METAL_FUNC float dot(const device uint8_t* row, int column, const thread float* part) {
+  static METAL_FUNC void load_numbers(const device uint8_t* row, int column, thread float* numbers) {
     uint words[2] = {0, 0};
     load_codes<Bits>(row + column / Columns * Bits, words);
-    float sum = 0;
 #pragma unroll
     for (int i = 0; i < Columns; ++i) {
-      sum += part[i] * code_of<Bits, Affine>(words, i);
+      numbers[i] = code_of<Bits, Affine>(words, i);
     }
-    return sum;
   }
 };
 
-// The same of a plain matrix: its elements instead of codes.
+// The same of a plain matrix: its elements.
 template <bool Affine>
 struct Stored<0, Affine> {
   template <typename W>
-  static METAL_FUNC float dot(const device W* row, int column, const thread float* part) {
-    float sum = 0;
+  static METAL_FUNC void load_numbers(const device W* row, int column, thread float* numbers) {
 #pragma unroll
     for (int i = 0; i < Columns; i += 4) {
       const float4 four = load<4>(row + column + i);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        sum += part[i + j] * four[j];
+        numbers[i + j] = four[j];
       }
     }
-    return sum;
   }
 };
 
-// Rows of a matrix [..., K]. Where it is plain Bits is 0, and scales and biases are not read; nor are biases of
-// small floats. W is the type of a plain element, or a byte.
-template <int Bits, int Group, typename W, typename S>
-struct MatrixRows {
-  const device W* weight;
-  const device S* scales;
-  const device S* biases;
-  int K;
-
-  METAL_FUNC int row_size() const {
-    return Bits == 0 ? K : K * Bits / 8;
+METAL_FUNC float dot_of_columns(const thread float* part, const thread float* numbers) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < Columns; ++i) {
+    sum += part[i] * numbers[i];
   }
-};
-// Those from `row` on. A stack of matrices may have more than 2^31 elements: where its rows start is 64 bits
-// wide.
-template <int Bits, int Group, typename W, typename S, typename B>
-METAL_FUNC MatrixRows<Bits, Group, W, S> rows_from(
-    const device W* weight, const device S* scales, const device B*, int row, int K) {
-  return {weight + size_t(row) * K, scales, scales, K};
-}
-template <int Bits, int Group, typename S, typename B>
-METAL_FUNC MatrixRows<Bits, Group, uint8_t, S> rows_from(
-    const device uint32_t* weight, const device S* scales, const device B* biases, int row, int K) {
-  const size_t groups = size_t(row) * (K / Group);
-  return {
-      (const device uint8_t*)weight + size_t(row) * (K * Bits / 8),
-      scales + groups,
-      (const device S*)biases + groups,
-      K};
+  return sum;
 }
 
 // Loads 8 columns of x, from `column` on, each times the unit of the code that it will be multiplied by, and
@@ -99,7 +73,9 @@ METAL_FUNC void add_columns(
   constexpr bool Affine = IsAffine<S>::value;
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
-    const float products = Stored<Bits, Affine>::dot(rows.weight + r * rows.row_size(), column, part);
+    float numbers[Columns];
+    Stored<Bits, Affine>::load_numbers(rows.weight + r * rows.row_size(), column, numbers);
+    const float products = dot_of_columns(part, numbers);
     if (Bits == 0) {
       sums[r] += products;
     } else {

@@ -74,6 +74,41 @@ METAL_FUNC void multiply_add(const thread vec<L, 2>* a, vec<R, 2> b, thread floa
   }
 }
 
+// c[i] += a0[i] b0 + a1[i] b1 for N tiles: NVIDIA's matrix units take two products at once.
+template <int N, typename L, typename R>
+METAL_FUNC void multiply_add_two(
+    const thread vec<L, 2>* a0,
+    const thread vec<L, 2>* a1,
+    vec<R, 2> b0,
+    vec<R, 2> b1,
+    thread float2* c) {
+  multiply_add<N, L, R>(a0, b0, c);
+  multiply_add<N, L, R>(a1, b1, c);
+}
+
+// Where element e of a lane's fragment of a right factor stands: its row, and its column. A matrix of which rows
+// are the columns of a factor is read so, without a transposition.
+METAL_FUNC int right_row(int lane, int) {
+  return tile_row(lane);
+}
+METAL_FUNC int right_column(int lane, int e) {
+  return tile_column(lane) + e;
+}
+// 4 elements of each of two such rows, of right_column(lane, 0) and right_column(lane, 1). Where those are the same
+// (cuda_tiles.h) the second 4 follow the first.
+template <typename T>
+METAL_FUNC void fetch_right(
+    thread vec<T, 4>& first, thread vec<T, 4>& second, const device T* first_row, const device T* second_row) {
+  first = *(const device vec<T, 4>*)first_row;
+  second = *(const device vec<T, 4>*)second_row;
+}
+
+// The type that a number made of a code takes as a left factor, beside a right factor of type T: not rounded.
+template <typename T>
+struct Decoded {
+  typedef float type;
+};
+
 // The maximum and the sum over the 8 lanes that hold the same column of a tile.
 METAL_FUNC float max_over_rows(float x) {
   x = max(x, simd_shuffle_xor(x, 2));

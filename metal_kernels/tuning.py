@@ -7,7 +7,7 @@ yet: they follow from counts of work and of registers (`python -m benchmarks.app
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
@@ -27,6 +27,14 @@ class PrefillShape(NamedTuple):
     positions: int  # that it takes at a time
 
 
+class ExpertForm(NamedTuple):
+    """Of the experts of many tokens: which kernels multiply them."""
+
+    pairs_from: float  # pairs (token, expert) of an average expert: of the 48B T / 32
+    kernels: Literal["vectors", "tiles", "MLX"]
+    tiles: int = 0  # of 8 tokens, that are multiplied at a time: 1, 2, 4
+
+
 class Tuning(NamedTuple):
     """What one GPU is given."""
 
@@ -34,15 +42,38 @@ class Tuning(NamedTuple):
     attend_packed: AttendShape  # where latents are packed, which takes more registers
     prefill: PrefillShape
     splits: int  # into which one token's attention to a long text is cut
+    experts: tuple[ExpertForm, ...]  # by `pairs_from`; the first is from 0 on
+    skip_tiles: bool  # where no token is: a branch in the innermost loop, which costs, too
 
 
-NVIDIA = Tuning(AttendShape(16, 64, 16), AttendShape(16, 64, 16), PrefillShape(16, 32), splits=160)
+# Of the experts, measured on an H200: up to 192 tokens one tile is up to 1.2 times as fast as two; from
+# 256 tokens on two are faster, from 512 on four, at 1,024 by 1.16. Without branches all are 1.2 to 1.3
+# times as fast.
+NVIDIA = Tuning(
+    AttendShape(16, 64, 16),
+    AttendShape(16, 64, 16),
+    PrefillShape(16, 32),
+    splits=160,
+    experts=(
+        ExpertForm(0, "tiles", 1),
+        ExpertForm(6, "tiles", 2),
+        ExpertForm(16, "tiles", 4),
+    ),
+    skip_tiles=False,
+)
 
 # A thread of an Apple GPU has up to 128 registers, as far as is known. Each of 512, which could
 # read a latent once for all heads, has 104 before M3, and MLX refuses a launch that needs more. By
 # the estimate of tools/metal_emulator these shapes need 127, 113 and 116. A split of the 48B is two
 # threadgroups (four of packed latents), and the splits are 2 to 5 threadgroups a core.
-BASE = Tuning(AttendShape(16, 64, 8), AttendShape(8, 64, 8), PrefillShape(8, 16), splits=24)
+BASE = Tuning(
+    AttendShape(16, 64, 8),
+    AttendShape(8, 64, 8),
+    PrefillShape(8, 16),
+    splits=24,
+    experts=(ExpertForm(0, "tiles", 1), ExpertForm(4, "tiles", 4)),
+    skip_tiles=True,
+)
 MAX, ULTRA = BASE._replace(splits=60), BASE._replace(splits=120)  # of 24 to 40, and 48 to 80 cores
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels import experts
+from mlx_kimi.metal_kernels import experts, sorted_experts
 from mlx_kimi.metal_kernels.add_norm import naive_add_norm
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, naive_kda_decode
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch
@@ -131,6 +131,20 @@ def _expert_combine(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
     return (experts.naive_expert_combine(x["y"], x["places"], x["weights"], shared),)
 
 
+def _expert_order(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    return sorted_experts.naive_expert_order(x["experts"], n["E"])
+
+
+def _sorted_gate_up(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    routed, _ = _swiglu(x, n | {"SharedN": 0}, gate="Gate", up="Up")
+    return (sorted_experts.naive_sorted_gate_up(x["x"], x["order"], x["starts"], routed),)
+
+
+def _sorted_down(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    routed, _ = _swiglu(x, n | {"SharedN": 0}, down="")
+    return (sorted_experts.naive_sorted_down(x["h"], x["starts"], routed),)
+
+
 REFERENCES = {
     "add_norm": _add_norm,
     "kda_decode": _kda_decode,
@@ -143,4 +157,9 @@ REFERENCES = {
     "expert_gate_up": _expert_gate_up,
     "expert_down": _expert_down,
     "expert_combine": _expert_combine,
+    "expert_order": _expert_order,
+    "expert_tiles_gate_up": _sorted_gate_up,
+    "expert_tiles_down": _sorted_down,
+    "expert_vectors_gate_up": _sorted_gate_up,
+    "expert_vectors_down": _sorted_down,
 }

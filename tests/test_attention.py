@@ -248,6 +248,15 @@ def test_work_is_submitted_when_all_but_the_latest_pieces_are_done(
     assert events == order
 
 
+def test_parts_are_submitted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted: list[list[int]] = []
+    monkeypatch.setattr(mx, "async_eval", lambda *x: submitted.append([y.item() for y in x]))
+    ahead = SubmitLimit(parts=3)
+    for i in range(7):
+        ahead.gather(mx.array(i), mx.array(-i))
+    assert submitted == [[0, 0, 1, -1, 2, -2], [3, -3, 4, -4, 5, -5]]
+
+
 def test_later_tokens_do_not_change_earlier_outputs(model: Callable[[str], KimiLinear]) -> None:
     ids = token_ids(TINY, 200)
     other = np.where(np.arange(200) < 120, ids, (ids + 1) % 256)

@@ -15,8 +15,9 @@ from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, is_traced, use_backend
 from mlx_kimi.model import cache as caches
+from mlx_kimi.model import kimi_linear
 from mlx_kimi.model.cache import TAIL, CacheEntry
-from mlx_kimi.model.kimi_linear import SUBMITTED_FROM, KimiLinear
+from mlx_kimi.model.kimi_linear import KimiLinear
 from tests.assertions import assert_close
 from tests.processes import live_memory
 from tests.reference_backend import reference_backend
@@ -86,9 +87,12 @@ def test_is_the_ops_form_across_the_freezing_of_a_tail(
 
 
 @pytest.mark.slow
-def test_takes_a_large_batch(pocket: KimiLinear, launched: list[str]) -> None:
+def test_takes_a_large_batch(
+    pocket: KimiLinear, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So many tokens make a prefill step submit layers one by one, which a graph cannot."""
-    B, token = SUBMITTED_FROM, ids(SUBMITTED_FROM, 1)
+    B, token = 32, ids(32, 1)
+    monkeypatch.setattr(kimi_linear, "PIECE_TOKENS", B)
     cache, plain = prompted(pocket, B, 2), prompted(pocket, B, 2)
     assert pocket.compiled.takes(cache)
     ours = pocket(token, cache)

@@ -18,7 +18,8 @@ from mlx_kimi.metal_kernels.kda_decode import kda_decode
 from mlx_kimi.metal_kernels.kda_prepare import kda_finish_kernel, kda_prepare_kernel
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import backend, use_backend
-from mlx_kimi.metal_kernels.tuning import BASE, NVIDIA, AttendShape, PrefillShape
+from mlx_kimi.metal_kernels.sorted_experts import sorted_experts
+from mlx_kimi.metal_kernels.tuning import BASE, NVIDIA, AttendShape, ExpertForm, PrefillShape
 from tests.kda_cases import case
 from tests.kernel_cases import FORMATS, matrix
 from tests.nvrtc import NvrtcError, compile_cuda, nvrtc
@@ -78,6 +79,16 @@ def test_the_experts_compile(dtype: mx.Dtype, bits: int) -> None:
 
 
 @pytest.mark.slow
+@of_dtype
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("form", NVIDIA.experts, ids=str)
+def test_the_experts_of_many_tokens_compile(dtype: mx.Dtype, bits: int, form: ExpertForm) -> None:
+    routed = gated((5,), 64, 64, bits, 32, dtype)
+    with use_backend(nvrtc):
+        sorted_experts(mx.ones((9, 64), dtype), mx.zeros((9, 3), mx.int32), routed, form)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, bits, group", FORMATS)
 def test_every_stored_format_compiles(mode: str, bits: int, group: int) -> None:
     stack, one = (
@@ -87,6 +98,7 @@ def test_every_stored_format_compiles(mode: str, bits: int, group: int) -> None:
     routed, shared = SwiGLUWeights(*[stack] * 3), SwiGLUWeights(*[one] * 3)
     with use_backend(nvrtc):
         expert_mlp(x, chosen, mx.ones((1, 2)), routed, shared)
+        sorted_experts(x, chosen, routed, NVIDIA.experts[0])
         given = decode_case(rank=128, bits=bits, group_size=group, mode=mode, dtype=mx.bfloat16)
         kda_decode(*given)
 

@@ -20,6 +20,8 @@ from mlx_kimi.metal_kernels.kda_decode import kda_decode
 from mlx_kimi.metal_kernels.kda_prepare import kda_finish_kernel, kda_prepare_kernel
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import use_backend
+from mlx_kimi.metal_kernels.sorted_experts import sorted_experts
+from mlx_kimi.metal_kernels.tuning import ExpertForm
 from tests import (
     kda_cases,
     test_kernels_add_norm,
@@ -46,6 +48,17 @@ def experts(bits: int, group: int = 64, mode: str = "affine") -> None:
     )
     chosen = mx.zeros((1, 8), mx.int32)
     expert_mlp(mx.ones((1, 2304), DTYPE), chosen, mx.ones((1, 8)), routed, shared)
+
+
+def many_experts(bits: int, group: int = 64, mode: str = "affine", tiles: int = 4) -> None:
+    form = ExpertForm(0, "tiles" if tiles else "vectors", tiles)
+    routed = SwiGLUWeights(
+        *(
+            test_kernels_experts.random_matrix((2, *shape), bits, group, DTYPE, mode)
+            for shape in ((1024, 2304), (1024, 2304), (2304, 1024))
+        )
+    )
+    sorted_experts(mx.ones((16, 2304), DTYPE), mx.zeros((16, 8), mx.int32), routed, form)
 
 
 def combination() -> None:
@@ -99,6 +112,18 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "experts of 5 bits": lambda: experts(5),
     "experts of nvfp4": lambda: experts(4, 16, "nvfp4"),
     "experts of mxfp8": lambda: experts(8, 32, "mxfp8"),
+    "many tokens' experts of 4 bits": lambda: many_experts(4),
+    "many tokens' experts of 4 bits, one tile": lambda: many_experts(4, tiles=1),
+    "many tokens' experts of 4 bits, vectors": lambda: many_experts(4, tiles=0),
+    "many tokens' experts of 8 bits, vectors": lambda: many_experts(8, tiles=0),
+    "many tokens' experts of 16 bits, vectors": lambda: many_experts(0, tiles=0),
+    "many tokens' experts of 5 bits, vectors": lambda: many_experts(5, tiles=0),
+    "many tokens' experts of 8 bits": lambda: many_experts(8),
+    "many tokens' experts of 16 bits": lambda: many_experts(0),
+    "many tokens' experts of 3 bits": lambda: many_experts(3),
+    "many tokens' experts of 5 bits": lambda: many_experts(5),
+    "many tokens' experts of nvfp4": lambda: many_experts(4, 16, "nvfp4"),
+    "many tokens' experts of mxfp8": lambda: many_experts(8, 32, "mxfp8"),
     "expert_combine": combination,
     "kda_sequential": lambda: delta_rule(kda_sequential_kernel),
     "kda_chunk": lambda: delta_rule(kda_chunk_kernel),

@@ -42,7 +42,7 @@ def values(text: str) -> dict[str, str]:
 def test_every_kernel_is_there_in_every_dtype_and_as_every_matrix_is_stored(
     texts: dict[str, str],
 ) -> None:
-    assert {name.split(".")[0] for name in texts} == NAMES and len(NAMES) == 16
+    assert {name.split(".")[0] for name in texts} == NAMES and len(NAMES) == 19
     assert len({text.partition("\n")[2] for text in texts.values()}) == len(texts)
     for name, text in texts.items():
         assert text.startswith(f"// {name.split('.')[0]}: ") and "[[host_name(" in text

@@ -108,9 +108,9 @@ def non_expert_bytes(
 
 
 def _work(config: ModelConfig, number: int) -> int:
-    """Two halves of a layer at a time, as `model.SUBMITTED_FROM` says, and two blocks of columns.
+    """Two halves of a layer at a time, as `model.PIECE_TOKENS` says, and two blocks of columns.
 
-    A step of fewer tokens than that takes less in all layers together (tests/test_command_buffers).
+    Steps of fewer tokens take less, in more layers at a time (tests/test_command_buffers).
     A block has scores, or its keys, values and some outputs in float32: which, the kernels decide.
     """
     delta_rule = config.kda_width * (9 * number + 16)  # q, k, v thrice; decays, outputs in float32

@@ -93,3 +93,9 @@ def _feed_forward(model: KimiLinear, layer: DecoderLayer) -> None:
         y, places = mx.zeros((tokens * k, x.shape[-1]), x.dtype), mx.zeros((tokens, k), mx.int32)
         shared = None if mlp.shared_experts is None else x[0]
         mx.eval(expert_combine(y, places, mx.ones((tokens, k)), shared))
+    if isinstance(mlp, MixtureOfExperts) and not mlp.expert_cache:
+        many, k = mlp.switch_mlp.many, mlp.router.top_k
+        for tokens in many.first_tokens(k):
+            if many.unsupported_reason(tokens, k) is None:
+                x, _ = _zeros(model, tokens)
+                mx.eval(many(x[0], mx.zeros((tokens, k), mx.int32)))

@@ -31,6 +31,6 @@ class ForwardBatch:
         return ForwardBatch(mx.arange(T) < counts[:, None], counts)
 
     def submit(self, *results: mx.array) -> None:
-        """Let the device begin these, where there is a `submit_limit`."""
+        """Let the device begin these, alone or with later ones, if `submit_limit` says so."""
         if self.submit_limit is not None:
-            self.submit_limit.submit(*results)
+            self.submit_limit.gather(*results)

@@ -24,11 +24,11 @@ from mlx_kimi.model.weights import Weights
 if TYPE_CHECKING:
     from mlx_kimi.offload.offload import ExpertOffload
 
-# Tokens of a step from which each half of a layer is queued as soon as it is built: the device
-# works while the host builds the next. Two halves are queued at a time, each with the memory it
-# works in; from ONE_BY_ONE_FROM tokens of context on, where latents take more, one. A shorter step
-# may hold what all its layers work in.
-SUBMITTED_FROM = 32
+# Halves of layers are queued in pieces, each as soon as it is built: the device works while the host
+# builds the next. A piece is one half of this many tokens, two of half as many, and so on: queueing
+# takes the host a quarter of a millisecond. Two pieces are queued at a time, each with the memory it
+# works in; from ONE_BY_ONE_FROM tokens of context on, where latents take more, one.
+PIECE_TOKENS = 512
 ONE_BY_ONE_FROM = 16_384
 
 
@@ -204,8 +204,8 @@ class KimiLinear(nn.Module):
 
         Where no output is wanted, after that layer's attention: its experts would be for nothing.
         """
-        if ids.shape[1] > 1 and ids.size >= SUBMITTED_FROM:  # (one token may be in a graph)
-            batch = replace(batch, submit_limit=_submit_limit(cache, ids.shape[1]))
+        if ids.shape[1] > 1:  # (one token may be in a graph)
+            batch = replace(batch, submit_limit=_submit_limit(cache, *ids.shape))
         x, residual = self.embed_tokens.rows(ids), None
         for layer, entry in zip(self.layers, cache, strict=True):
             if layer is self.layers[-1] and not output_wanted:
@@ -259,10 +259,10 @@ def _is_finite(x: mx.array) -> bool:
     return bool(mx.isfinite(x).all().item())
 
 
-def _submit_limit(cache: Sequence[CacheEntry], T: int) -> SubmitLimit:
-    """Of a step of T tokens after those in `cache`."""
+def _submit_limit(cache: Sequence[CacheEntry], B: int, T: int) -> SubmitLimit:
+    """Of a step of T tokens in each of B rows after those in `cache`."""
     length = max(cache[0].lengths, default=0) + T
-    return SubmitLimit(1 if length < ONE_BY_ONE_FROM else 0)
+    return SubmitLimit(1 if length < ONE_BY_ONE_FROM else 0, -(-PIECE_TOKENS // (B * T)))
 
 
 def _advance_lengths(cache: Sequence[CacheEntry], tokens: Sequence[int]) -> None:

@@ -149,8 +149,9 @@ class MultiHeadLatentAttention(nn.Module):
         for latents in _joined_blocks(cache, self.width, x.dtype, size):
             dtype = x.dtype if latents.shape[1] == cache.positions else mx.float32
             sums = self._attend_to_block(sums, x, latents, past - start, dtype)
-            submit_limit.submit(*sums)
             start += latents.shape[1]
+            if latents.shape[1] < cache.positions:  # (else it is a part of this half of the layer)
+                submit_limit.submit(*sums)
         assert sums is not None, "the queries' own positions are always in the cache"
         return sums[1].astype(x.dtype)
 

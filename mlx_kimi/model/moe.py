@@ -13,6 +13,7 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.metal_kernels.experts import (
     KERNELS,
     LARGEST_BATCH,
+    SELECT,
     SwiGLUWeights,
     add_norm_scores,
     expert_combine,
@@ -22,6 +23,7 @@ from mlx_kimi.metal_kernels.experts import (
     unsupported_reason,
 )
 from mlx_kimi.metal_kernels.kernel import not_running
+from mlx_kimi.metal_kernels.sorted_experts import ManyTokens
 from mlx_kimi.model.layers import MLP, RMSNorm, swiglu
 from mlx_kimi.offload.expert_cache import ExpertCache
 from mlx_kimi.offload.optimistic import Residency
@@ -52,7 +54,12 @@ class Router(nn.Module):
 
         The bias decides who is chosen; the weights are the scores without it.
         """
-        return naive_expert_select(self.gate(x.astype(mx.float32)), *self._rule())
+        logits = self.gate(x.astype(mx.float32))
+        if not_running(SELECT):
+            return naive_expert_select(logits, *self._rule())
+        lead = logits.shape[:-1]
+        experts, weights = expert_select(logits.reshape(-1, logits.shape[-1]), *self._rule())
+        return experts.reshape(*lead, -1), weights.reshape(*lead, -1)
 
     def norm_and_route(
         self, norm: RMSNorm, x: mx.array, residual: mx.array
@@ -79,6 +86,8 @@ class Experts(nn.Module):
         self.gate_proj = weights.linear("gate_proj")
         self.up_proj = weights.linear("up_proj")
         self.down_proj = weights.linear("down_proj")
+        stacks = (self.gate_proj, self.up_proj, self.down_proj)
+        self.many = ManyTokens(SwiGLUWeights(*(linear.matrix for linear in stacks)))
 
     @property
     def count(self) -> int:
@@ -93,6 +102,9 @@ class Experts(nn.Module):
         x, shared [N, hidden]; experts [N, k] as places in the stacks, weights [N, k] float32 ->
         [N, hidden] in x's dtype.
         """
+        if self.many.unsupported_reason(*experts.shape) is None:
+            y, places = self.many(x, experts)
+            return expert_combine(y, places, weights, shared)
         k, flat = experts.shape[-1], experts.reshape(-1)
         if experts.size < SORT_FROM:
             y = self._mlp(x[:, None, None], experts, False).reshape(flat.size, -1)
@@ -164,20 +176,14 @@ class MixtureOfExperts(nn.Module):
 
     def implementations(self) -> list[tuple[str, str, str]]:
         """Which implementation runs for how many tokens, and why: for `info --kernels`."""
-        few, many = f"1 to {LARGEST_BATCH} tokens", "sorted by expert"
-        if self.expert_cache:
-            few, many = "1 token", "one expert after another, from the files"
+        few = "1 token" if self.expert_cache else f"1 to {LARGEST_BATCH} tokens"
+        decode = "add_norm_scores, expert_select, expert_gate_up, expert_down"
         reason = self.kernels.unsupported_reason(1)
-        return [
-            (few, "ops form", reason)
-            if reason
-            else (
-                few,
-                "add_norm_scores, expert_select, expert_gate_up, expert_down",
-                "supported shapes",
-            ),
-            ("more tokens", "ops form", f"{many}, then expert_combine"),
-        ]
+        rows = [(few, "ops form", reason) if reason else (few, decode, "supported shapes")]
+        if self.expert_cache:
+            how = "one expert after another, from the files, then expert_combine"
+            return [*rows, ("more tokens", "ops form", how)]
+        return rows + self.switch_mlp.many.implementations(self.router.top_k)
 
     @property
     def _is_part(self) -> bool:

@@ -1,0 +1,236 @@
+"""The routed experts of many tokens in three launches.
+
+Pairs (token, slot) are sorted by expert, and each expert multiplies its own tokens, several at
+a time: a weight is read and decoded once for those.
+
+    h = silu(gate_e x) * (up_e x)      y = down_e h         for each expert e of each token
+
+A matrix is decoded in registers, and no row of x is copied. A token gets the same bits whatever
+other tokens are beside it, as long as they are so many that the same form is chosen.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_kimi.metal_kernels.experts import LARGEST_BATCH, SwiGLUWeights, times_each
+from mlx_kimi.metal_kernels.kernel import Kernel, not_running
+from mlx_kimi.metal_kernels.matrix import with_scales
+from mlx_kimi.metal_kernels.tuning import ExpertForm, tuning
+
+ORDER_THREADS = 512  # of a threadgroup: 16 simdgroups
+TILES_THREADS = 128  # 4 simdgroups, of which each has 16 rows of gate and up, or 32 of down
+VECTORS_SIMDGROUPS = 4  # of which each has 4 rows of gate and up, or 8 of down
+VECTORS_TOKENS = 4  # of one expert
+MULTIPLE = 64  # of rows and columns: a simdgroup's step
+
+
+# --------------------------------------------------------------------------------------- the order
+def naive_expert_order(experts: mx.array, E: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Sort pairs by expert, those of one expert in the order they come.
+
+    Args:
+        experts: [T, k] int32, below E.
+
+    Returns:
+        order [T * k] int32, the pair t * k + slot at each place; places [T, k] int32, the place of
+        each pair; and starts [E + 1] int32, the place of each expert's first pair, then T * k.
+    """
+    flat = experts.reshape(-1)
+    order = mx.argsort(flat)
+    starts = (flat[None] < mx.arange(E + 1)[:, None]).sum(axis=1)
+    places = mx.argsort(order).reshape(experts.shape)
+    return order.astype(mx.int32), places.astype(mx.int32), starts.astype(mx.int32)
+
+
+ORDER = Kernel("expert_order", ("experts", "pairs"), ("order", "places", "starts"))
+
+
+def expert_order(experts: mx.array, E: int) -> tuple[mx.array, mx.array, mx.array]:
+    """`naive_expert_order` in one launch."""
+    order, places, starts = ORDER(
+        inputs=[experts.astype(mx.int32), experts.size],
+        template=[("E", E)],
+        grid=(ORDER_THREADS, E, 1),
+        threadgroup=(ORDER_THREADS, 1, 1),
+        output_shapes=[(experts.size,), experts.shape, (E + 1,)],
+        output_dtypes=[mx.int32] * 3,
+    )
+    return order, places, starts
+
+
+# ------------------------------------------------------------------------------------- the products
+def naive_sorted_gate_up(
+    x: mx.array, order: mx.array, starts: mx.array, routed: SwiGLUWeights
+) -> mx.array:
+    """`silu(gate x) * (up x)` of each pair.
+
+    Args:
+        x: [T, K]. order, starts: of T * k pairs, as `naive_expert_order` returns them.
+
+    Returns:
+        [T * k, N], sorted as `order` is.
+    """
+    rows, experts = x[order // (order.size // len(x))], _sorted_ids(starts, order.size)
+    gate, up = (times_each(rows[:, None], m, experts)[:, 0] for m in (routed.gate, routed.up))
+    return gate * mx.sigmoid(gate) * up
+
+
+def naive_sorted_down(h: mx.array, starts: mx.array, routed: SwiGLUWeights) -> mx.array:
+    """`down h` of each pair: h [T * k, N] -> [T * k, K], both sorted by expert."""
+    return times_each(h[:, None], routed.down, _sorted_ids(starts, len(h)))[:, 0]
+
+
+def _sorted_ids(starts: mx.array, pairs: int) -> mx.array:
+    """The expert of each place: [pairs, 1]."""
+    return (starts[1:] <= mx.arange(pairs)[:, None]).sum(axis=1, keepdims=True)
+
+
+_FIRST, _SECOND = with_scales("gate", "up"), with_scales("down")
+_GIVEN: dict[str, Any] = {"inputs": ("x", "order", "starts", *_FIRST), "outputs": ("h",)}
+_THEN: dict[str, Any] = {"inputs": ("h", "starts", *_SECOND), "outputs": ("y",)}
+TILES_GATE_UP = Kernel("expert_tiles_gate_up", **_GIVEN, wide=(*_FIRST, "h"))
+TILES_DOWN = Kernel("expert_tiles_down", **_THEN, wide=("h", *_SECOND, "y"))
+VECTORS_GATE_UP = Kernel("expert_vectors_gate_up", **_GIVEN, wide=(*_FIRST, "h"))
+VECTORS_DOWN = Kernel("expert_vectors_down", **_THEN, wide=("h", *_SECOND, "y"))
+
+
+def sorted_experts(
+    x: mx.array, experts: mx.array, routed: SwiGLUWeights, form: ExpertForm
+) -> tuple[mx.array, mx.array]:
+    """What each chosen expert says of its token.
+
+    Args:
+        x: [T, K]. experts: [T, k] int32.
+        routed: stacks [E, ...] that `unsupported_reason` allows.
+        form: which kernels multiply.
+
+    Returns:
+        y [T * k, K] in x's dtype, sorted by expert; and places [T, k] int32, where each stands.
+    """
+    order, places, starts = expert_order(experts, routed.gate.weight.shape[0])
+    h = sorted_gate_up(x, order, starts, routed, form)
+    return sorted_down(h, starts, routed, form), places
+
+
+def sorted_gate_up(
+    x: mx.array, order: mx.array, starts: mx.array, routed: SwiGLUWeights, form: ExpertForm
+) -> mx.array:
+    """`naive_sorted_gate_up` in one launch; order and starts as of `expert_order`."""
+    (T, K), N, pairs = x.shape, routed.gate.rows, order.size
+    in_tiles = form.kernels == "tiles"
+    turns = _turns(starts, pairs, form)
+    (h,) = (TILES_GATE_UP if in_tiles else VECTORS_GATE_UP)(
+        inputs=[x, order, starts, *routed.gate.buffers(), *routed.up.buffers()],
+        template=[
+            *(("XT", x.dtype), *_tiles(form), ("E", starts.size - 1), ("TopK", pairs // T)),
+            *(("K", K), ("N", N), *routed.gate.storage("Gate"), *routed.up.storage("Up")),
+        ],
+        grid=(TILES_THREADS, -(-N // 64), turns) if in_tiles else (32, N // 4, turns),
+        threadgroup=(TILES_THREADS, 1, 1) if in_tiles else (32, VECTORS_SIMDGROUPS, 1),
+        output_shapes=[(pairs, N)],
+        output_dtypes=[x.dtype],
+    )
+    return h
+
+
+def sorted_down(
+    h: mx.array, starts: mx.array, routed: SwiGLUWeights, form: ExpertForm
+) -> mx.array:
+    """`naive_sorted_down` in one launch; starts as of `expert_order`."""
+    (pairs, N), M = h.shape, routed.down.rows
+    in_tiles = form.kernels == "tiles"
+    turns = _turns(starts, pairs, form)
+    (y,) = (TILES_DOWN if in_tiles else VECTORS_DOWN)(
+        inputs=[h, starts, *routed.down.buffers()],
+        template=[
+            *(("XT", h.dtype), *_tiles(form), ("E", starts.size - 1), ("M", M), ("N", N)),
+            *routed.down.storage(),
+        ],
+        grid=(TILES_THREADS, -(-M // 128), turns) if in_tiles else (32, M // 8, turns),
+        threadgroup=(TILES_THREADS, 1, 1) if in_tiles else (32, VECTORS_SIMDGROUPS, 1),
+        output_shapes=[(pairs, M)],
+        output_dtypes=[h.dtype],
+    )
+    return y
+
+
+def _tiles(form: ExpertForm) -> list[tuple[str, Any]]:
+    """Template values of the tiles; vectors have none."""
+    if form.kernels == "vectors":
+        return []
+    return [("Skip", tuning().skip_tiles), ("TokenTiles", form.tiles)]
+
+
+def _turns(starts: mx.array, pairs: int, form: ExpertForm) -> int:
+    """At most so often an expert multiplies some of its pairs, however they are spread."""
+    at_a_time = 8 * form.tiles if form.kernels == "tiles" else VECTORS_TOKENS
+    return min(pairs, -(-pairs // at_a_time) + starts.size - 2)
+
+
+KERNELS = {
+    "tiles": (ORDER, TILES_GATE_UP, TILES_DOWN),
+    "vectors": (ORDER, VECTORS_GATE_UP, VECTORS_DOWN),
+}
+
+
+class ManyTokens:
+    """The routed experts of more than LARGEST_BATCH tokens, in the form that suits this GPU."""
+
+    def __init__(self, routed: SwiGLUWeights) -> None:
+        self.routed = routed
+        self.E = routed.gate.weight.shape[0]
+        self._unsupported_reason = unsupported_reason(routed)
+
+    def form(self, tokens: int, top_k: int) -> ExpertForm:
+        """By how many tokens an average expert has, never by how many one has."""
+        pairs = tokens * top_k / self.E
+        return next(form for form in reversed(tuning().experts) if form.pairs_from <= pairs)
+
+    def first_tokens(self, top_k: int) -> list[int]:
+        """The fewest tokens of each form that this GPU's have."""
+        fewest = (ceil(form.pairs_from * self.E / top_k) for form in tuning().experts)
+        return [max(LARGEST_BATCH + 1, tokens) for tokens in fewest]
+
+    def implementations(self, top_k: int) -> list[tuple[str, str, str]]:
+        """Which implementation runs for how many tokens, and why: for `info --kernels`."""
+        first, rows = self.first_tokens(top_k), []
+        for tokens, following in zip(first, [*first[1:], 0], strict=True):
+            of = f"{tokens} to {following - 1} tokens" if following else f"{tokens} tokens or more"
+            form, reason = self.form(tokens, top_k), self.unsupported_reason(tokens, top_k)
+            kernels = f"expert_select, expert_order, expert_{form.kernels}"
+            at_a_time = 8 * form.tiles or VECTORS_TOKENS
+            how = f"{at_a_time} tokens of an expert at a time"
+            rows.append((of, "ops form", reason) if reason else (of, kernels, how))
+        return rows
+
+    def unsupported_reason(self, tokens: int, top_k: int) -> str | None:
+        """Why MLX operations run instead; None: they do not."""
+        form = self.form(tokens, top_k)
+        if why := not_running(*KERNELS.get(form.kernels, ())):
+            return why
+        if tokens <= LARGEST_BATCH:
+            return f"{tokens} tokens are not more than {LARGEST_BATCH}"
+        if form.kernels == "MLX":
+            return "MLX's product is faster on this GPU"
+        return self._unsupported_reason
+
+    def __call__(self, x: mx.array, experts: mx.array) -> tuple[mx.array, mx.array]:
+        """`sorted_experts` in the form for so many tokens."""
+        return sorted_experts(x, experts, self.routed, self.form(*experts.shape))
+
+
+def unsupported_reason(routed: SwiGLUWeights) -> str | None:
+    """Why the kernels do not take these matrices; None: they do."""
+    for name, matrix in (("gate", routed.gate), ("up", routed.up), ("down", routed.down)):
+        if why := matrix.unsupported_reason(name):
+            return why
+        if matrix.rows % MULTIPLE or matrix.columns % MULTIPLE:
+            return (
+                f"{name} has {matrix.rows} rows and {matrix.columns} columns, which are not both "
+                f"multiples of {MULTIPLE}"
+            )
+    return None
