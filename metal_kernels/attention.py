@@ -69,11 +69,13 @@ def attend(
     scaled = queries.astype(mx.float32) * scale
     rows = [_Rows(scaled[:, :, start : start + size], first + start) for start in range(0, T, size)]
     ahead = ahead or SubmitLimit()
+    before: tuple[mx.array, mx.array] | None = None  # (what comes last is the caller's to submit)
     for group in _groups(blocks, ONE_TOKEN_POSITIONS if T == 1 else 0):
         for part in rows:
+            if T > 1 and before is not None:
+                ahead.submit(*before)
             part.meet(group)
-            if T > 1 and part.sums is not None:
-                ahead.submit(*part.sums)
+            before = part.sums
     output = [part.result() for part in rows]
     return (output[0] if len(output) == 1 else mx.concatenate(output, axis=2)).astype(queries.dtype)
 

@@ -172,8 +172,7 @@ def naive_expert_gate_up(
     """
     rows = mx.broadcast_to(x[:, None], (*experts.shape, x.shape[-1]))
     gate, up = (
-        times_each(rows, matrix, experts).reshape(len(x), -1)
-        for matrix in (routed.gate, routed.up)
+        times_each(rows, matrix, experts).reshape(len(x), -1) for matrix in (routed.gate, routed.up)
     )
     if shared is not None:
         gate = mx.concatenate([gate, shared.gate.times(x)], axis=-1)

@@ -16,7 +16,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.experts import LARGEST_BATCH, SwiGLUWeights, times_each
+from mlx_kimi.metal_kernels.experts import (
+    LARGEST_BATCH,
+    SwiGLUWeights,
+    expert_combine,
+    times_each,
+)
 from mlx_kimi.metal_kernels.kernel import Kernel, not_running
 from mlx_kimi.metal_kernels.matrix import with_scales
 from mlx_kimi.metal_kernels.tuning import ExpertForm, tuning
@@ -64,24 +69,35 @@ def expert_order(experts: mx.array, E: int) -> tuple[mx.array, mx.array, mx.arra
 
 # ------------------------------------------------------------------------------------- the products
 def naive_sorted_gate_up(
-    x: mx.array, order: mx.array, starts: mx.array, routed: SwiGLUWeights
+    x: mx.array,
+    order: mx.array,
+    starts: mx.array,
+    routed: SwiGLUWeights,
+    shared: SwiGLUWeights | None,
 ) -> mx.array:
-    """`silu(gate x) * (up x)` of each pair.
+    """`silu(gate x) * (up x)` of each pair, then of the shared expert and each token.
 
     Args:
         x: [T, K]. order, starts: of T * k pairs, as `naive_expert_order` returns them.
 
     Returns:
-        [T * k, N], sorted as `order` is.
+        [T * k, N], sorted as `order` is; with a shared expert [T * k + T, N].
     """
     rows, experts = x[order // (order.size // len(x))], _sorted_ids(starts, order.size)
     gate, up = (times_each(rows[:, None], m, experts)[:, 0] for m in (routed.gate, routed.up))
+    if shared is not None:
+        gate = mx.concatenate([gate, shared.gate.times(x)])
+        up = mx.concatenate([up, shared.up.times(x)])
     return gate * mx.sigmoid(gate) * up
 
 
-def naive_sorted_down(h: mx.array, starts: mx.array, routed: SwiGLUWeights) -> mx.array:
-    """`down h` of each pair: h [T * k, N] -> [T * k, K], both sorted by expert."""
-    return times_each(h[:, None], routed.down, _sorted_ids(starts, len(h)))[:, 0]
+def naive_sorted_down(
+    h: mx.array, starts: mx.array, T: int, routed: SwiGLUWeights, shared: SwiGLUWeights | None
+) -> mx.array:
+    """`down h` of each row of h, as `naive_sorted_gate_up` returns them for T tokens."""
+    pairs = len(h) - (T if shared else 0)
+    y = times_each(h[:pairs, None], routed.down, _sorted_ids(starts, pairs))[:, 0]
+    return y if shared is None else mx.concatenate([y, shared.down.times(h[pairs:])])
 
 
 def _sorted_ids(starts: mx.array, pairs: int) -> mx.array:
@@ -89,9 +105,10 @@ def _sorted_ids(starts: mx.array, pairs: int) -> mx.array:
     return (starts[1:] <= mx.arange(pairs)[:, None]).sum(axis=1, keepdims=True)
 
 
-_FIRST, _SECOND = with_scales("gate", "up"), with_scales("down")
-_GIVEN: dict[str, Any] = {"inputs": ("x", "order", "starts", *_FIRST), "outputs": ("h",)}
-_THEN: dict[str, Any] = {"inputs": ("h", "starts", *_SECOND), "outputs": ("y",)}
+_FIRST = with_scales("gate", "up", "shared_gate", "shared_up")
+_SECOND = with_scales("down", "shared_down")
+_GIVEN: dict[str, Any] = {"inputs": ("x", "order", "starts", "T", *_FIRST), "outputs": ("h",)}
+_THEN: dict[str, Any] = {"inputs": ("h", "starts", "T", *_SECOND), "outputs": ("y",)}
 TILES_GATE_UP = Kernel("expert_tiles_gate_up", **_GIVEN, wide=(*_FIRST, "h"))
 TILES_DOWN = Kernel("expert_tiles_down", **_THEN, wide=("h", *_SECOND, "y"))
 VECTORS_GATE_UP = Kernel("expert_vectors_gate_up", **_GIVEN, wide=(*_FIRST, "h"))
@@ -99,60 +116,79 @@ VECTORS_DOWN = Kernel("expert_vectors_down", **_THEN, wide=("h", *_SECOND, "y"))
 
 
 def sorted_experts(
-    x: mx.array, experts: mx.array, routed: SwiGLUWeights, form: ExpertForm
+    x: mx.array,
+    experts: mx.array,
+    routed: SwiGLUWeights,
+    shared: SwiGLUWeights | None,
+    form: ExpertForm,
 ) -> tuple[mx.array, mx.array]:
-    """What each chosen expert says of its token.
+    """What each chosen expert says of its token, and the shared one.
 
     Args:
         x: [T, K]. experts: [T, k] int32.
         routed: stacks [E, ...] that `unsupported_reason` allows.
+        shared: single matrices, `stored_alike`.
         form: which kernels multiply.
 
     Returns:
-        y [T * k, K] in x's dtype, sorted by expert; and places [T, k] int32, where each stands.
+        y [T * k, K] in x's dtype, sorted by expert, behind which the shared expert's [T, K] stand;
+        and places [T, k] int32, where those of each pair stand.
     """
     order, places, starts = expert_order(experts, routed.gate.weight.shape[0])
-    h = sorted_gate_up(x, order, starts, routed, form)
-    return sorted_down(h, starts, routed, form), places
+    h = sorted_gate_up(x, order, starts, routed, shared, form)
+    return sorted_down(h, starts, len(x), routed, shared, form), places
 
 
 def sorted_gate_up(
-    x: mx.array, order: mx.array, starts: mx.array, routed: SwiGLUWeights, form: ExpertForm
+    x: mx.array,
+    order: mx.array,
+    starts: mx.array,
+    routed: SwiGLUWeights,
+    shared: SwiGLUWeights | None,
+    form: ExpertForm,
 ) -> mx.array:
     """`naive_sorted_gate_up` in one launch; order and starts as of `expert_order`."""
     (T, K), N, pairs = x.shape, routed.gate.rows, order.size
-    in_tiles = form.kernels == "tiles"
-    turns = _turns(starts, pairs, form)
+    in_tiles, beside = form.kernels == "tiles", shared or routed  # named, and never read
+    matrices = (routed.gate, routed.up, beside.gate, beside.up)
+    turns = _turns(starts, pairs, T if shared else 0, form)
     (h,) = (TILES_GATE_UP if in_tiles else VECTORS_GATE_UP)(
-        inputs=[x, order, starts, *routed.gate.buffers(), *routed.up.buffers()],
+        inputs=[x, order, starts, T, *(array for m in matrices for array in m.buffers())],
         template=[
-            *(("XT", x.dtype), *_tiles(form), ("E", starts.size - 1), ("TopK", pairs // T)),
-            *(("K", K), ("N", N), *routed.gate.storage("Gate"), *routed.up.storage("Up")),
+            *(("XT", x.dtype), *_tiles(form), ("Shared", shared is not None)),
+            *(("E", starts.size - 1), ("TopK", pairs // T), ("K", K), ("N", N)),
+            *(*routed.gate.storage("Gate"), *routed.up.storage("Up")),
         ],
         grid=(TILES_THREADS, -(-N // 64), turns) if in_tiles else (32, N // 4, turns),
         threadgroup=(TILES_THREADS, 1, 1) if in_tiles else (32, VECTORS_SIMDGROUPS, 1),
-        output_shapes=[(pairs, N)],
+        output_shapes=[(pairs + (T if shared else 0), N)],
         output_dtypes=[x.dtype],
     )
     return h
 
 
 def sorted_down(
-    h: mx.array, starts: mx.array, routed: SwiGLUWeights, form: ExpertForm
+    h: mx.array,
+    starts: mx.array,
+    T: int,
+    routed: SwiGLUWeights,
+    shared: SwiGLUWeights | None,
+    form: ExpertForm,
 ) -> mx.array:
-    """`naive_sorted_down` in one launch; starts as of `expert_order`."""
-    (pairs, N), M = h.shape, routed.down.rows
-    in_tiles = form.kernels == "tiles"
-    turns = _turns(starts, pairs, form)
+    """`naive_sorted_down` in one launch; starts as of `expert_order`, of T tokens."""
+    (rows, N), M = h.shape, routed.down.rows
+    in_tiles, beside = form.kernels == "tiles", shared or routed
+    shared_rows = T if shared else 0
+    turns = _turns(starts, rows - shared_rows, shared_rows, form)
     (y,) = (TILES_DOWN if in_tiles else VECTORS_DOWN)(
-        inputs=[h, starts, *routed.down.buffers()],
+        inputs=[h, starts, T, *routed.down.buffers(), *beside.down.buffers()],
         template=[
-            *(("XT", h.dtype), *_tiles(form), ("E", starts.size - 1), ("M", M), ("N", N)),
-            *routed.down.storage(),
+            *(("XT", h.dtype), *_tiles(form), ("Shared", shared is not None)),
+            *(("E", starts.size - 1), ("M", M), ("N", N), *routed.down.storage()),
         ],
         grid=(TILES_THREADS, -(-M // 128), turns) if in_tiles else (32, M // 8, turns),
         threadgroup=(TILES_THREADS, 1, 1) if in_tiles else (32, VECTORS_SIMDGROUPS, 1),
-        output_shapes=[(pairs, M)],
+        output_shapes=[(rows, M)],
         output_dtypes=[h.dtype],
     )
     return y
@@ -165,10 +201,14 @@ def _tiles(form: ExpertForm) -> list[tuple[str, Any]]:
     return [("Skip", tuning().skip_tiles), ("TokenTiles", form.tiles)]
 
 
-def _turns(starts: mx.array, pairs: int, form: ExpertForm) -> int:
-    """At most so often an expert multiplies some of its pairs, however they are spread."""
+def _turns(starts: mx.array, pairs: int, shared: int, form: ExpertForm) -> int:
+    """At most so often an expert multiplies some of its pairs, however they are spread.
+
+    `shared`: tokens of the shared expert.
+    """
     at_a_time = 8 * form.tiles if form.kernels == "tiles" else VECTORS_TOKENS
-    return min(pairs, -(-pairs // at_a_time) + starts.size - 2)
+    routed = min(pairs, -(-pairs // at_a_time) + starts.size - 2)
+    return routed + -(-shared // at_a_time)
 
 
 KERNELS = {
@@ -178,12 +218,17 @@ KERNELS = {
 
 
 class ManyTokens:
-    """The routed experts of more than LARGEST_BATCH tokens, in the form that suits this GPU."""
+    """The experts of more than LARGEST_BATCH tokens, in the form that suits this GPU."""
 
-    def __init__(self, routed: SwiGLUWeights) -> None:
+    def __init__(self, routed: SwiGLUWeights, shared: SwiGLUWeights | None) -> None:
         self.routed = routed
+        self.shared = shared if shared and stored_alike(routed, shared) else None
         self.E = routed.gate.weight.shape[0]
         self._unsupported_reason = unsupported_reason(routed)
+
+    def has_shared(self, tokens: int, top_k: int) -> bool:
+        """Whether the shared expert is computed with the routed ones."""
+        return self.shared is not None and self.form(tokens, top_k).shared
 
     def form(self, tokens: int, top_k: int) -> ExpertForm:
         """By how many tokens an average expert has, never by how many one has."""
@@ -218,9 +263,31 @@ class ManyTokens:
             return "MLX's product is faster on this GPU"
         return self._unsupported_reason
 
-    def __call__(self, x: mx.array, experts: mx.array) -> tuple[mx.array, mx.array]:
-        """`sorted_experts` in the form for so many tokens."""
-        return sorted_experts(x, experts, self.routed, self.form(*experts.shape))
+    def __call__(
+        self, x: mx.array, experts: mx.array, weights: mx.array, shared: mx.array | None
+    ) -> mx.array:
+        """The weighted sum of each token's experts, and the shared one.
+
+        x [T, K]; experts, weights [T, k] -> [T, K]. `shared` [T, K]: the shared expert's output,
+        unless `has_shared`; None: there is none.
+        """
+        form = self.form(*experts.shape)
+        together = self.shared if form.shared else None
+        y, places = sorted_experts(x, experts, self.routed, together, form)
+        return expert_combine(y, places, weights, y[experts.size :] if together else shared)
+
+
+def stored_alike(routed: SwiGLUWeights, shared: SwiGLUWeights) -> bool:
+    """Whether a shared expert's matrices have the sizes and the format of each routed one's."""
+    return all(
+        one.weight.shape[1:] == other.weight.shape
+        and (one.weight.dtype, *one[3:]) == (other.weight.dtype, *other[3:])
+        for one, other in (
+            (routed.gate, shared.gate),
+            (routed.up, shared.up),
+            (routed.down, shared.down),
+        )
+    )
 
 
 def unsupported_reason(routed: SwiGLUWeights) -> str | None:

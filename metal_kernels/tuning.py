@@ -33,6 +33,7 @@ class ExpertForm(NamedTuple):
     pairs_from: float  # pairs (token, expert) of an average expert: of the 48B T / 32
     kernels: Literal["vectors", "tiles", "MLX"]
     tiles: int = 0  # of 8 tokens, that are multiplied at a time: 1, 2, 4
+    shared: bool = True  # the shared expert in the same launches, where it is stored alike
 
 
 class Tuning(NamedTuple):
@@ -46,9 +47,9 @@ class Tuning(NamedTuple):
     skip_tiles: bool  # where no token is: a branch in the innermost loop, which costs, too
 
 
-# Of the experts, measured on an H200: up to 192 tokens one tile is up to 1.2 times as fast as two; from
-# 256 tokens on two are faster, from 512 on four, at 1,024 by 1.16. Without branches all are 1.2 to 1.3
-# times as fast.
+# Of the experts, measured on an H200: up to 192 tokens one tile is up to 1.2 times as fast as two;
+# from 256 tokens on two are faster, from 512 on four, at 1,024 by 1.16. Without branches all are
+# 1.2 to 1.3 times as fast.
 NVIDIA = Tuning(
     AttendShape(16, 64, 16),
     AttendShape(16, 64, 16),
@@ -57,7 +58,7 @@ NVIDIA = Tuning(
     experts=(
         ExpertForm(0, "tiles", 1),
         ExpertForm(6, "tiles", 2),
-        ExpertForm(16, "tiles", 4),
+        ExpertForm(16, "tiles", 4, shared=False),
     ),
     skip_tiles=False,
 )

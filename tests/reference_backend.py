@@ -136,13 +136,21 @@ def _expert_order(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
 
 
 def _sorted_gate_up(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
-    routed, _ = _swiglu(x, n | {"SharedN": 0}, gate="Gate", up="Up")
-    return (sorted_experts.naive_sorted_gate_up(x["x"], x["order"], x["starts"], routed),)
+    routed, shared = _swiglu(x, _shared_alike(n), gate="Gate", up="Up")
+    given = (x["x"], x["order"], x["starts"])
+    return (sorted_experts.naive_sorted_gate_up(*given, routed, shared),)
 
 
 def _sorted_down(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
-    routed, _ = _swiglu(x, n | {"SharedN": 0}, down="")
-    return (sorted_experts.naive_sorted_down(x["h"], x["starts"], routed),)
+    routed, shared = _swiglu(x, _shared_alike(n), down="")
+    given = (x["h"], x["starts"], int(x["T"].item()))
+    return (sorted_experts.naive_sorted_down(*given, routed, shared),)
+
+
+def _shared_alike(n: Sizes) -> Sizes:
+    """The template values of the shared expert, who is stored as the routed ones are."""
+    alike = {f"Shared{key}": n[key] for key in n if key.endswith(("Bits", "Group"))}
+    return n | alike | {"SharedN": n["Shared"] and n["N"]}
 
 
 REFERENCES = {

@@ -83,9 +83,10 @@ def test_the_experts_compile(dtype: mx.Dtype, bits: int) -> None:
 @pytest.mark.parametrize("bits", [0, 4])
 @pytest.mark.parametrize("form", NVIDIA.experts, ids=str)
 def test_the_experts_of_many_tokens_compile(dtype: mx.Dtype, bits: int, form: ExpertForm) -> None:
-    routed = gated((5,), 64, 64, bits, 32, dtype)
+    routed, shared = (gated(lead, 64, 64, bits, 32, dtype) for lead in ((5,), ()))
+    x, experts = mx.ones((9, 64), dtype), mx.zeros((9, 3), mx.int32)
     with use_backend(nvrtc):
-        sorted_experts(mx.ones((9, 64), dtype), mx.zeros((9, 3), mx.int32), routed, form)
+        sorted_experts(x, experts, routed, shared, form)
 
 
 @pytest.mark.slow
@@ -98,7 +99,7 @@ def test_every_stored_format_compiles(mode: str, bits: int, group: int) -> None:
     routed, shared = SwiGLUWeights(*[stack] * 3), SwiGLUWeights(*[one] * 3)
     with use_backend(nvrtc):
         expert_mlp(x, chosen, mx.ones((1, 2)), routed, shared)
-        sorted_experts(x, chosen, routed, NVIDIA.experts[0])
+        sorted_experts(x, chosen, routed, shared, NVIDIA.experts[0])
         given = decode_case(rank=128, bits=bits, group_size=group, mode=mode, dtype=mx.bfloat16)
         kda_decode(*given)
 

@@ -36,8 +36,9 @@ from tests.kernel_cases import linter
 DTYPE = mx.bfloat16
 
 
-def experts(bits: int, group: int = 64, mode: str = "affine") -> None:
-    routed, shared = (
+def published_experts(bits: int, group: int, mode: str) -> list[SwiGLUWeights]:
+    """Two routed experts of the 48B's sizes, and the shared one."""
+    return [
         SwiGLUWeights(
             *(
                 test_kernels_experts.random_matrix((*lead, *shape), bits, group, DTYPE, mode)
@@ -45,20 +46,18 @@ def experts(bits: int, group: int = 64, mode: str = "affine") -> None:
             )
         )
         for lead in ((2,), ())
-    )
-    chosen = mx.zeros((1, 8), mx.int32)
-    expert_mlp(mx.ones((1, 2304), DTYPE), chosen, mx.ones((1, 8)), routed, shared)
+    ]
+
+
+def experts(bits: int, group: int = 64, mode: str = "affine") -> None:
+    chosen, x = mx.zeros((1, 8), mx.int32), mx.ones((1, 2304), DTYPE)
+    expert_mlp(x, chosen, mx.ones((1, 8)), *published_experts(bits, group, mode))
 
 
 def many_experts(bits: int, group: int = 64, mode: str = "affine", tiles: int = 4) -> None:
     form = ExpertForm(0, "tiles" if tiles else "vectors", tiles)
-    routed = SwiGLUWeights(
-        *(
-            test_kernels_experts.random_matrix((2, *shape), bits, group, DTYPE, mode)
-            for shape in ((1024, 2304), (1024, 2304), (2304, 1024))
-        )
-    )
-    sorted_experts(mx.ones((16, 2304), DTYPE), mx.zeros((16, 8), mx.int32), routed, form)
+    x, chosen = mx.ones((16, 2304), DTYPE), mx.zeros((16, 8), mx.int32)
+    sorted_experts(x, chosen, *published_experts(bits, group, mode), form)
 
 
 def combination() -> None:

@@ -21,6 +21,7 @@ from mlx_kimi.metal_kernels.sorted_experts import (
     sorted_down,
     sorted_experts,
     sorted_gate_up,
+    stored_alike,
     unsupported_reason,
 )
 from mlx_kimi.metal_kernels.tuning import BASE, NVIDIA, ExpertForm
@@ -29,8 +30,8 @@ from tests.kernel_cases import DTYPES, FORMATS, emulator, exact, linter, on_the_
 from tests.test_kernels_experts import gated, random_matrix
 
 pytestmark = on_the_emulator
-# One rounding to 16 bits: of the largest, half a unit in the last place; as rms less than a third of
-# a unit. Or sums of float32.
+# One rounding to 16 bits: of the largest, half a unit in the last place; as rms less than a third
+# of a unit. Or sums of float32.
 LARGEST = {mx.float32: 2e-5, mx.float16: 2**-11, mx.bfloat16: 2**-8}
 RMS = {mx.float32: 5e-6, mx.float16: 3e-4, mx.bfloat16: 2.4e-3}
 VECTORS = ExpertForm(0, "vectors")
@@ -45,29 +46,34 @@ def pairs(counts: tuple[int, ...], top_k: int) -> mx.array:
     return mx.array(ids.reshape(-1, top_k).astype(np.int32))
 
 
-def oracle_h(x: mx.array, experts: mx.array, order: mx.array, routed: SwiGLUWeights) -> np.ndarray:
-    """silu(gate x) * (up x) in float64, sorted."""
-    gate, up, rows = exact(routed.gate), exact(routed.up), numbers(x)
-    ids, k = np.array(experts).reshape(-1), experts.shape[1]
-    h = []
-    for pair in order.tolist():
-        g, u = (stack[ids[pair]] @ rows[pair // k] for stack in (gate, up))
-        h.append(g / (1 + np.exp(-g)) * u)
-    return np.array(h)
-
-
-def check(x: mx.array, experts: mx.array, routed: SwiGLUWeights, form: ExpertForm) -> None:
+def check(
+    x: mx.array,
+    experts: mx.array,
+    routed: SwiGLUWeights,
+    form: ExpertForm,
+    shared: SwiGLUWeights | None = None,
+) -> None:
     """Both products within one rounding of float64."""
-    E, dtype = routed.gate.weight.shape[0], x.dtype
+    E, k, T, dtype = routed.gate.weight.shape[0], experts.shape[1], len(x), x.dtype
     order, _, starts = expert_order(experts, E)
-    h = sorted_gate_up(x, order, starts, routed, form)
-    assert h.dtype == dtype
-    assert_close("h", h, oracle_h(x, experts, order, routed), LARGEST[dtype], RMS[dtype])
-    y = sorted_down(h, starts, routed, form)
-    ids, down = np.array(experts).reshape(-1)[np.array(order)], exact(routed.down)
-    expected = np.array([down[e] @ row for e, row in zip(ids, numbers(h), strict=True)])
-    assert y.dtype == dtype
-    assert_close("y", y, expected, LARGEST[dtype], RMS[dtype])
+    h = sorted_gate_up(x, order, starts, routed, shared, form)
+    y = sorted_down(h, starts, T, routed, shared, form)
+    assert h.dtype == dtype and y.dtype == dtype
+    gate, up, down = (list(exact(m)) for m in (routed.gate, routed.up, routed.down))
+    ids, rows = np.array(experts).reshape(-1)[np.array(order)], np.array(order) // k
+    if shared is not None:  # as one more expert, whom every token chose
+        for stack, matrix in zip(
+            (gate, up, down), (shared.gate, shared.up, shared.down), strict=True
+        ):
+            stack.append(exact(matrix))
+        ids, rows = np.append(ids, [E] * T), np.append(rows, np.arange(T))
+    expected = []
+    for expert, row in zip(ids, numbers(x)[rows], strict=True):
+        g, u = gate[expert] @ row, up[expert] @ row
+        expected.append(g / (1 + np.exp(-g)) * u)
+    assert_close("h", h, np.array(expected), LARGEST[dtype], RMS[dtype])
+    expected = [down[expert] @ row for expert, row in zip(ids, numbers(h), strict=True)]
+    assert_close("y", y, np.array(expected), LARGEST[dtype], RMS[dtype])
 
 
 @pytest.mark.parametrize("T, k, E", [(9, 1, 1), (1, 3, 5), (31, 8, 33), (65, 8, 256), (170, 3, 7)])
@@ -91,6 +97,26 @@ def test_products_equal_float64(
     routed = gated((len(COUNTS),), 64, 192, 4, 64, dtype)
     x = mx.random.normal((len(experts), 192), key=mx.random.key(form.tiles)).astype(dtype)
     check(x, experts, routed, form)
+
+
+@pytest.mark.parametrize("T", [1, 8, 33, 60])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_shared_expert_stands_behind_the_routed_ones(form: ExpertForm, T: int) -> None:
+    routed, shared = (gated(lead, 64, 128, 4, 64, mx.float32) for lead in ((3,), ()))
+    assert stored_alike(routed, shared)
+    experts = mx.random.randint(0, 3, (T, 2)).astype(mx.int32)
+    check(mx.random.normal((T, 128)), experts, routed, form, shared)
+
+
+def test_a_shared_expert_that_is_stored_otherwise_is_computed_apart() -> None:
+    routed, alike = (gated(lead, 64, 128, 4, 64, mx.float32) for lead in ((3,), ()))
+    assert ManyTokens(routed, alike).has_shared(100, 2)
+    assert not ManyTokens(routed, None).has_shared(100, 2)
+    for N, bits, group in ((128, 4, 64), (64, 8, 64), (64, 4, 32), (64, 0, 64)):
+        shared = gated((), N, 128, bits, group, mx.float32)
+        assert not ManyTokens(routed, shared).has_shared(100, 2)
+    one = SwiGLUWeights(alike.gate, alike.up, gated((), 64, 128, 8, 64, mx.float32).down)
+    assert not ManyTokens(routed, one).has_shared(100, 2)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +161,7 @@ def test_a_token_has_the_same_bits_alone_and_among_others(
     experts = mx.random.randint(0, 3, (60, 2)).astype(mx.int32)
 
     def outputs(rows: list[int], form: ExpertForm) -> mx.array:
-        y, places = sorted_experts(x[mx.array(rows)], experts[mx.array(rows)], routed, form)
+        y, places = sorted_experts(x[mx.array(rows)], experts[mx.array(rows)], routed, None, form)
         return y[places].astype(mx.float32)
 
     everyone = list(range(60))
@@ -151,14 +177,17 @@ def test_a_token_has_the_same_bits_alone_and_among_others(
 @pytest.mark.parametrize("k", [1, 4])
 def test_the_naive_twins_say_the_same(k: int) -> None:
     routed = gated((5,), 64, 64, 4, 32, mx.float32)
+    shared = gated((), 64, 64, 4, 32, mx.float32) if k == 4 else None
     x = mx.random.normal((20, 64))
     experts = mx.random.randint(0, 5, (20, k)).astype(mx.int32)
     order, _, starts = naive_expert_order(experts, 5)
-    h = naive_sorted_gate_up(x, order, starts, routed)
-    y = naive_sorted_down(h, starts, routed)
+    h = naive_sorted_gate_up(x, order, starts, routed, shared)
+    y = naive_sorted_down(h, starts, 20, routed, shared)
     for form in FORMS:
-        assert_close("h", sorted_gate_up(x, order, starts, routed, form), h, 2e-5, 5e-6)
-        assert_close("y", sorted_down(h, starts, routed, form), y, 2e-5, 5e-6)
+        ours = sorted_gate_up(x, order, starts, routed, shared, form)
+        assert_close("h", ours, h, 2e-5, 5e-6)
+        ours = sorted_down(h, starts, 20, routed, shared, form)
+        assert_close("y", ours, y, 2e-5, 5e-6)
 
 
 @pytest.mark.parametrize("counts", [COUNTS, (5, 40, 1, 0, 2)])
@@ -167,8 +196,9 @@ def test_only_tiles_that_have_tokens_are_multiplied(counts: tuple[int, ...]) -> 
     K, N, E = 128, 64, len(counts)
     routed, experts = gated((E,), N, K, 4, 32, mx.float32), pairs(counts, 1)
     order, _, starts = expert_order(experts, E)
-    h = sorted_gate_up(mx.random.normal((len(experts), K)), order, starts, routed, FORMS[3])
-    sorted_down(h, starts, routed, FORMS[3])
+    x = mx.random.normal((len(experts), K))
+    h = sorted_gate_up(x, order, starts, routed, None, FORMS[3])
+    sorted_down(h, starts, len(x), routed, None, FORMS[3])
     found = [emulator(kernel).counts["matrix_products"] for kernel in (TILES_GATE_UP, TILES_DOWN)]
     tokens = sum(8 * ceil(count / 8) for count in counts)
     # (The emulator runs a launch in three schedules and counts one.)
@@ -176,7 +206,7 @@ def test_only_tiles_that_have_tokens_are_multiplied(counts: tuple[int, ...]) -> 
 
 
 def test_the_form_follows_from_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    many = ManyTokens(gated((32,), 64, 64, 4, 32, mx.float32))
+    many = ManyTokens(gated((32,), 64, 64, 4, 32, mx.float32), None)
     for tuning in (BASE, NVIDIA):
         assert tuning.experts[0].pairs_from == 0
         assert sorted(tuning.experts) == list(tuning.experts)
@@ -200,7 +230,7 @@ def test_what_is_outside_the_domain_is_named() -> None:
         "gate has 96 rows and 64 columns, which are not both multiples of 64"
     )
     with use_backend(None):
-        assert ManyTokens(routed).unsupported_reason(9, 2) == "nothing runs kernels here"
+        assert ManyTokens(routed, None).unsupported_reason(9, 2) == "nothing runs kernels here"
 
 
 ALWAYS_LARGE = {*TILES_GATE_UP.inputs, *TILES_DOWN.inputs} - {"starts"}
@@ -210,8 +240,9 @@ ALWAYS_LARGE = {*TILES_GATE_UP.inputs, *TILES_DOWN.inputs} - {"starts"}
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [0, 4, 8])
 def test_metal_would_take_the_text(dtype: mx.Dtype, bits: int) -> None:
-    routed, x = gated((5,), 64, 64, bits, 32, dtype), mx.ones((9, 64), dtype)
+    routed, shared = (gated(lead, 64, 64, bits, 32, dtype) for lead in ((5,), ()))
+    x = mx.ones((9, 64), dtype)
     experts = mx.zeros((9, 2), mx.int32)
     with use_backend(linter(large=ALWAYS_LARGE)):
         for form in FORMS:
-            sorted_experts(x, experts, routed, form)
+            sorted_experts(x, experts, routed, shared, form)

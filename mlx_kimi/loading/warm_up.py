@@ -94,8 +94,8 @@ def _feed_forward(model: KimiLinear, layer: DecoderLayer) -> None:
         shared = None if mlp.shared_experts is None else x[0]
         mx.eval(expert_combine(y, places, mx.ones((tokens, k)), shared))
     if isinstance(mlp, MixtureOfExperts) and not mlp.expert_cache:
-        many, k = mlp.switch_mlp.many, mlp.router.top_k
+        many, k = mlp.many_tokens, mlp.router.top_k
         for tokens in many.first_tokens(k):
             if many.unsupported_reason(tokens, k) is None:
-                x, _ = _zeros(model, tokens)
-                mx.eval(many(x[0], mx.zeros((tokens, k), mx.int32)))
+                x, experts = _zeros(model, tokens)[0][0], mx.zeros((tokens, k), mx.int32)
+                mx.eval(many(x, experts, mx.ones((tokens, k)), None))

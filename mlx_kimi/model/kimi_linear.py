@@ -24,10 +24,10 @@ from mlx_kimi.model.weights import Weights
 if TYPE_CHECKING:
     from mlx_kimi.offload.offload import ExpertOffload
 
-# Halves of layers are queued in pieces, each as soon as it is built: the device works while the host
-# builds the next. A piece is one half of this many tokens, two of half as many, and so on: queueing
-# takes the host a quarter of a millisecond. Two pieces are queued at a time, each with the memory it
-# works in; from ONE_BY_ONE_FROM tokens of context on, where latents take more, one.
+# Halves of layers are queued in pieces, each as soon as it is built: the device works while the
+# host builds the next. A piece is one half of this many tokens, two of half as many, and so on:
+# queueing takes the host a quarter of a millisecond. Two pieces are queued at a time, each with the
+# memory it works in; from ONE_BY_ONE_FROM tokens of context on, where latents take more, one.
 PIECE_TOKENS = 512
 ONE_BY_ONE_FROM = 16_384
 

@@ -150,7 +150,7 @@ class MultiHeadLatentAttention(nn.Module):
             dtype = x.dtype if latents.shape[1] == cache.positions else mx.float32
             sums = self._attend_to_block(sums, x, latents, past - start, dtype)
             start += latents.shape[1]
-            if latents.shape[1] < cache.positions:  # (else it is a part of this half of the layer)
+            if start < cache.positions:  # (what comes last is a part of this half of the layer)
                 submit_limit.submit(*sums)
         assert sums is not None, "the queries' own positions are always in the cache"
         return sums[1].astype(x.dtype)

@@ -86,8 +86,6 @@ class Experts(nn.Module):
         self.gate_proj = weights.linear("gate_proj")
         self.up_proj = weights.linear("up_proj")
         self.down_proj = weights.linear("down_proj")
-        stacks = (self.gate_proj, self.up_proj, self.down_proj)
-        self.many = ManyTokens(SwiGLUWeights(*(linear.matrix for linear in stacks)))
 
     @property
     def count(self) -> int:
@@ -102,9 +100,6 @@ class Experts(nn.Module):
         x, shared [N, hidden]; experts [N, k] as places in the stacks, weights [N, k] float32 ->
         [N, hidden] in x's dtype.
         """
-        if self.many.unsupported_reason(*experts.shape) is None:
-            y, places = self.many(x, experts)
-            return expert_combine(y, places, weights, shared)
         k, flat = experts.shape[-1], experts.reshape(-1)
         if experts.size < SORT_FROM:
             y = self._mlp(x[:, None, None], experts, False).reshape(flat.size, -1)
@@ -173,6 +168,7 @@ class MixtureOfExperts(nn.Module):
             MLP(weights.at("shared_experts")) if config.num_shared_experts else None
         )
         self.kernels = DecodeMoE(self.router, self.switch_mlp, self.shared_experts)
+        self.many_tokens = ManyTokens(self.kernels.routed, self.kernels.shared)
 
     def implementations(self) -> list[tuple[str, str, str]]:
         """Which implementation runs for how many tokens, and why: for `info --kernels`."""
@@ -183,7 +179,7 @@ class MixtureOfExperts(nn.Module):
         if self.expert_cache:
             how = "one expert after another, from the files, then expert_combine"
             return [*rows, ("more tokens", "ops form", how)]
-        return rows + self.switch_mlp.many.implementations(self.router.top_k)
+        return rows + self.many_tokens.implementations(self.router.top_k)
 
     @property
     def _is_part(self) -> bool:
@@ -221,8 +217,14 @@ class MixtureOfExperts(nn.Module):
             weights = mx.where((experts >= 0) & (experts < here), weights, 0)
             experts = mx.clip(experts, 0, here - 1)
         rows = x.reshape(-1, x.shape[-1])
-        shared = None if self.shared_experts is None else self.shared_experts(rows)
         experts, weights = (y.reshape(len(rows), -1) for y in (experts, weights))
+        many = None if self.expert_cache else self.many_tokens
+        if many and many.unsupported_reason(*experts.shape) is None:
+            shared = None
+            if self.shared_experts is not None and not many.has_shared(*experts.shape):
+                shared = self.shared_experts(rows)
+            return many(rows, experts, weights, shared).reshape(x.shape)
+        shared = None if self.shared_experts is None else self.shared_experts(rows)
         if self._waits(residency) and shared is not None:
             mx.async_eval(shared)  # while the host waits for files
         if self.expert_cache and len(rows) > 1:
