@@ -48,16 +48,51 @@ METAL_FUNC void load_codes(const device uint8_t* from, thread uint* words) {
   }
 }
 
-// The same of 16 codes of up to 4 bits: a word of each eight.
+// A run of 16 codes as they are stored, from the lowest bit of the first word on. Of more than 4 bits only one eight of
+// them is there at a time: where it begins in the words says `first_bit`. Runs begin at even bytes, those of 2, 4 and
+// 8 bits at multiples of their size.
 template <int Bits>
-METAL_FUNC void load_sixteen(const device uint8_t* from, thread uint* words) {
+METAL_FUNC void load_run(const device uint8_t* from, int eight, thread uint* stored) {
+  if (Bits == 8) {
+    const uint2 two = *(const device uint2*)(from + 8 * eight);
+    stored[0] = two.x;
+    stored[1] = two.y;
+  } else if (eight == 0 && Bits == 4) {
+    const uint2 two = *(const device uint2*)from;
+    stored[0] = two.x;
+    stored[1] = two.y;
+  } else if (eight == 0 && Bits == 2) {
+    stored[0] = *(const device uint*)from;
+  } else if (Bits > 4 || (eight == 0 && Bits == 3)) {
+    const device ushort* three = (const device ushort*)from + (Bits == 5 ? 2 : 3) * eight;
+    stored[0] = three[0] | uint(three[1]) << 16;
+    stored[1] = three[2];
+  }
+}
+template <int Bits>
+METAL_FUNC int first_bit(int eight) {
+  return Bits < 5 ? 8 * Bits * eight : Bits == 5 ? 8 * eight : 0;
+}
+// The bits of two words from bit `at` on, 32 of them or as many as there are.
+METAL_FUNC uint bits_from(const thread uint* words, int at) {
+  if (at >= 32) {
+    return words[1] >> (at - 32);
+  }
+  return at == 0 ? words[0] : words[0] >> at | words[1] << (32 - at);
+}
+// An eight of a run in the order of `load_codes`. What stands above the codes in each half is of others.
+template <int Bits>
+METAL_FUNC void words_of_run(const thread uint* stored, int eight, thread uint* words) {
+  const int at = first_bit<Bits>(eight);
   if (Bits == 4) {
-    const uint2 both = *(const device uint2*)from;
-    words[0] = both.x;
-    words[1] = both.y;
+    words[0] = stored[eight];
+  } else if (Bits == 2) {
+    words[0] = (stored[0] >> at & 0xffffu) | stored[0] >> at >> 8 << 16;
   } else {
-    load_codes<Bits>(from, words);
-    load_codes<Bits>(from + Bits, words + 1);
+    words[0] = (bits_from(stored, at) & 0xffffu) | bits_from(stored, at + 4 * Bits) << 16;
+  }
+  if (Bits > 4) {
+    words[1] = (bits_from(stored, at + 2 * Bits) & 0xffffu) | bits_from(stored, at + 6 * Bits) << 16;
   }
 }
 

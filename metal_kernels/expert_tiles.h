@@ -11,10 +11,10 @@
 constexpr constant int ColumnStep = 64;
 
 // ----------------------------------------------------------------------------------------- the factors
-// 16 neighbouring elements of one row as they are stored, or 8 of them where those fill two words.
+// A run of 16 neighbouring elements of one row, as they are stored.
 template <int Bits, int Group, typename W, typename S, typename Right>
 struct RowRun {
-  uint words[2];
+  uint stored[2];
   S scale, bias;
 };
 template <int Group, typename W, typename S, typename Right>
@@ -35,12 +35,7 @@ METAL_FUNC void read_eight(
     int row,
     int column,
     int eight) {
-  const auto from = rows.weight + row * rows.row_size() + column / 8 * Bits;
-  if (Bits > 4) {
-    load_codes<Bits>(from + eight * Bits, to.words);
-  } else if (eight == 0) {
-    load_sixteen<Bits>(from, to.words);
-  }
+  load_run<Bits>(rows.weight + row * rows.row_size() + column / 8 * Bits, eight, to.stored);
   if (eight == 0) {
     const int group = row * (rows.K / Group) + column / Group;
     to.scale = rows.scales[group];
@@ -67,7 +62,9 @@ METAL_FUNC vec<typename Decoded<Right>::type, 2> pair_of(
     thread const RowRun<Bits, Group, W, S, Right>& run, int eight, int i) {
   typedef typename Decoded<Right>::type Factor;
   constexpr bool Affine = IsAffine<S>::value;
-  const half2 codes = codes_of<Bits, Affine>(run.words + (Bits > 4 ? 0 : eight), i);
+  uint words[2] = {0, 0};
+  words_of_run<Bits>(run.stored, eight, words);
+  const half2 codes = codes_of<Bits, Affine>(words, i);
   const float factor = scale_of<Bits, Group>(run.scale) * unit_of<Bits, Affine>(i);
   const float origin = Affine ? float(run.bias) : 0.0f;
   const float first = fma(float(codes[0]), factor, origin), second = fma(float(codes[1]), factor, origin);

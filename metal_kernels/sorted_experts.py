@@ -224,6 +224,8 @@ class ManyTokens:
         self.routed = routed
         self.shared = shared if shared and stored_alike(routed, shared) else None
         self.E = routed.gate.weight.shape[0]
+        numbers = routed.gate.weight if routed.gate.scales is None else routed.gate.scales
+        self._most_tiles = 2 if numbers.dtype == mx.float32 else 4  # (of its registers)
         self._unsupported_reason = unsupported_reason(routed)
 
     def has_shared(self, tokens: int, top_k: int) -> bool:
@@ -233,7 +235,8 @@ class ManyTokens:
     def form(self, tokens: int, top_k: int) -> ExpertForm:
         """By how many tokens an average expert has, never by how many one has."""
         pairs = tokens * top_k / self.E
-        return next(form for form in reversed(tuning().experts) if form.pairs_from <= pairs)
+        form = next(form for form in reversed(tuning().experts) if form.pairs_from <= pairs)
+        return form._replace(tiles=min(form.tiles, self._most_tiles))
 
     def first_tokens(self, top_k: int) -> list[int]:
         """The fewest tokens of each form that this GPU's have."""

@@ -6,6 +6,8 @@ yet: they follow from counts of work and of registers (`python -m benchmarks.app
 
 from __future__ import annotations
 
+import platform
+import re
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -72,10 +74,17 @@ BASE = Tuning(
     AttendShape(8, 64, 8),
     PrefillShape(8, 16),
     splits=24,
-    experts=(ExpertForm(0, "tiles", 1), ExpertForm(4, "tiles", 4)),
+    experts=(ExpertForm(0, "vectors"), ExpertForm(3, "tiles", 4)),
     skip_tiles=True,
 )
 MAX, ULTRA = BASE._replace(splits=60), BASE._replace(splits=120)  # of 24 to 40, and 48 to 80 cores
+
+
+# Experts of many tokens on later GPUs than the M1's and M2's.
+FROM_M3 = (ExpertForm(0, "tiles", 1), ExpertForm(4, "tiles", 4))
+# An M5's matrix units are open to MLX alone, from macOS 26.2 on, in its product of sorted rows.
+FROM_M5 = (ExpertForm(0, "tiles", 1), ExpertForm(4, "MLX"))
+M3, M5 = 15, 17  # generations of GPUs, as their names count them
 
 
 @cache
@@ -85,5 +94,15 @@ def tuning() -> Tuning:
         return NVIDIA
     if not mx.metal.is_available():
         return BASE
-    architecture = str(mx.device_info()["architecture"])  # applegpu_g13s: the M1 Max
-    return {"s": MAX, "d": ULTRA}.get(architecture[-1], BASE)
+    return apple_tuning(str(mx.device_info()["architecture"]), platform.mac_ver()[0])
+
+
+def apple_tuning(architecture: str, macos: str) -> Tuning:
+    """Of an Apple GPU such as applegpu_g13s, the M1 Max, under macOS 26.2."""
+    found = re.fullmatch(r"applegpu_g(\d+)(\w)", architecture)
+    if found is None:
+        return BASE
+    generation, size = int(found[1]), {"s": MAX, "d": ULTRA}.get(found[2], BASE)
+    if generation >= M5 and [int(n) for n in macos.split(".") if n.isdigit()] >= [26, 2]:
+        return size._replace(experts=FROM_M5)
+    return size._replace(experts=FROM_M3) if generation >= M3 else size

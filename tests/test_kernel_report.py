@@ -51,9 +51,11 @@ def test_a_report_says_what_runs_what_is_refused_and_how_fast() -> None:
     assert "  kda_finish: REFUSED: program_source:1:2: error: no\nsuch word" in text
     compiled = text[: text.index("microseconds a launch, 1 token:")]
     names = set(re.findall(r"^  (\w+): \d+ pipelines", compiled, re.MULTILINE))
-    assert len(names) == 15  # all others
+    assert len(names) == 20  # all others
     assert re.search(r"^  mla_prefill: [\d.]+$", text, re.MULTILINE)
     assert re.search(r"expert_gate_up: [\d.]+ microseconds for [\d.]+ MB: \d+ GB/s", text)
+    assert re.search(r"^  16 tokens: vectors, as here: [\d.]+; tiles 1: ", text, re.MULTILINE)
+    assert re.search(r"^  2048 tokens: .*tiles 4, as here: .*MLX: [\d.]+$", text, re.MULTILINE)
     assert "  all NaN: experts [0, 0" in text
     assert "16 bits, (16, 64, 8), as here" in text and "8 bits, 24 splits, as here" in text
 

@@ -12,7 +12,7 @@ from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.metal_kernels.latents import CODE_WORDS, GROUP_WORDS, pack, unpack
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights, mla_decode, naive_mla_decode
 from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan, positions_of_a_split
-from mlx_kimi.metal_kernels.tuning import BASE, MAX, NVIDIA, ULTRA, AttendShape, Tuning, tuning
+from mlx_kimi.metal_kernels.tuning import BASE, MAX, NVIDIA, ULTRA, AttendShape
 from tests.assertions import assert_close, assert_same_bits, numbers
 from tests.kernel_cases import (
     FORMATS,
@@ -324,25 +324,6 @@ def test_splits_are_enough_and_not_too_many(total: int, wanted: int) -> None:
     assert splits + 2 * SEGMENTS <= module.MOST_SPLITS
     # (rounding up to 64 positions costs some)
     assert splits >= min(total // 64, wanted / 2)
-
-
-@pytest.mark.parametrize(
-    "gpu, expected",
-    [
-        ("applegpu_g13g", BASE),
-        ("applegpu_g13s", MAX),
-        ("applegpu_g15d", ULTRA),
-        ("applegpu_g99x", BASE),
-        (None, BASE),
-    ],
-)
-def test_work_is_divided_for_the_gpu_at_hand(
-    gpu: str | None, expected: Tuning, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: gpu is not None)
-    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": gpu})
-    assert tuning.__wrapped__() == expected
 
 
 # --------------------------------------------------------------------------------------- packing

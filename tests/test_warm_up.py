@@ -86,7 +86,7 @@ def test_no_kernel_is_compiled_in_the_middle_of_an_answer(
     during = launches(network, lambda: converse(network, bits))
     assert {launched.text for launched in during} <= before
     names = {launched.kernel.name for launched in during}
-    assert len(names) == {"48b": 19, "pocket": 18}.get(name, len(names))  # (no kda_prepare)
+    assert len(names) == {"48b": 21, "pocket": 20}.get(name, len(names))  # (no kda_prepare)
 
 
 def test_a_kernel_that_cannot_run_is_named_and_its_operator_does_without(

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,17 +18,18 @@ import mlx.core as mx
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.evaluation.random_model import PUBLISHED_48B, model_of, random_arrays
 from mlx_kimi.loading.warm_up import warm_up
-from mlx_kimi.metal_kernels.experts import expert_down, expert_gate_up, expert_select
+from mlx_kimi.metal_kernels.experts import SwiGLUWeights, expert_down, expert_gate_up, expert_select
 from mlx_kimi.metal_kernels.kernel import Backend, Kernel, Launch, backend, use_backend
 from mlx_kimi.metal_kernels.latents import pack
 from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.mla_decode import mla_attend
+from mlx_kimi.metal_kernels.sorted_experts import sorted_experts, unsupported_reason
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan, positions_of_a_split
-from mlx_kimi.metal_kernels.tuning import AttendShape, tuning
+from mlx_kimi.metal_kernels.tuning import AttendShape, ExpertForm, tuning
 from mlx_kimi.model.cache import TAIL
 from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kimi_linear import KimiLinear
-from mlx_kimi.model.moe import MixtureOfExperts
+from mlx_kimi.model.moe import Experts, MixtureOfExperts
 
 # Of the 48B an MLA layer with a dense MLP, and a KDA layer with all experts: 1 GB in 4 bits.
 SAMPLE: dict[str, Any] = PUBLISHED_48B | {
@@ -41,6 +43,8 @@ SAMPLE: dict[str, Any] = PUBLISHED_48B | {
     "quantization": {"group_size": 64, "bits": 4},
 }
 PROMPT, CONTEXT = 2048, 32_768  # tokens
+MANY = (16, 32, 64, 128, 512, 2048)
+FORMS = (ExpertForm(0, "vectors"), *(ExpertForm(0, "tiles", tiles) for tiles in (1, 2, 4)))
 # Heads and channels of 256 threads, of 256, of 256 with longer blocks, of 512.
 SHAPES = tuple(AttendShape(*x) for x in ((16, 64, 8), (8, 64, 8), (8, 64, 16), (32, 32, 8)))
 SPLITS = (24, 60, 120, 160)
@@ -62,6 +66,8 @@ def kernel_report() -> Iterator[str]:
         yield from _launched(model, timer, tokens)
     yield "experts of one token, each from memory:"
     yield from _experts(model)
+    yield "experts of many tokens, milliseconds of a layer:"
+    yield from _many_experts(model)
     yield "logits that are not numbers:"
     yield from _not_numbers()
     yield f"one token's attention to {CONTEXT} latents, microseconds:"
@@ -158,6 +164,41 @@ def _experts(model: KimiLinear) -> Iterator[str]:
         size = sum(_bytes(m) / m.weight.shape[0] * k for m in stacks) + sum(map(_bytes, singles))
         speed = f"{size / taken / 1e3:.0f} GB/s"
         yield f"  {name}: {taken:.1f} microseconds for {size / 1e6:.1f} MB: {speed}"
+
+
+def _many_experts(model: KimiLinear) -> Iterator[str]:
+    """In each form that `tuning` could choose, and in MLX operations."""
+    mlp = next(layer.mlp for layer in model.layers if isinstance(layer.mlp, MixtureOfExperts))
+    many, k = mlp.many_tokens, mlp.router.top_k
+    if why := unsupported_reason(many.routed):
+        yield f"  {why}"
+        return
+    for tokens in MANY:
+        x = mx.random.normal((tokens, model.config.hidden_size)).astype(model.norm.weight.dtype)
+        scores = mx.random.uniform(shape=(tokens, many.E))
+        experts = mx.argsort(scores, axis=-1)[:, :k].astype(mx.int32)
+        weights = mx.ones((tokens, k))
+        mx.eval(x, experts, weights)
+        runs: list[tuple[ExpertForm, Callable[[], list[mx.array]]]] = [
+            (form, partial(_in_form, x, experts, many.routed, form)) for form in FORMS
+        ]
+        runs.append((ExpertForm(0, "MLX"), partial(_in_ops, mlp.switch_mlp, x, experts, weights)))
+        here, found = many.form(tokens, k), []
+        for form, run in runs:
+            mark = ", as here" if form[1:3] == here[1:3] else ""
+            name = f"{form.kernels}{f' {form.tiles}' if form.tiles else ''}{mark}"
+            found.append(f"{name}: {_microseconds([run] * 2) / 1e3:.2f}")
+        yield f"  {tokens} tokens: {'; '.join(found)}"
+
+
+def _in_form(
+    x: mx.array, experts: mx.array, routed: SwiGLUWeights, form: ExpertForm
+) -> list[mx.array]:
+    return list(sorted_experts(x, experts, routed, None, form))
+
+
+def _in_ops(routed: Experts, x: mx.array, experts: mx.array, weights: mx.array) -> list[mx.array]:
+    return [routed(x, experts, weights, None)]
 
 
 def _bytes(matrix: Matrix) -> int:

@@ -1,0 +1,49 @@
+"""How work is divided, by the name of the GPU at hand."""
+
+import platform
+
+import mlx.core as mx
+import pytest
+
+from mlx_kimi.metal_kernels.tuning import (
+    BASE,
+    FROM_M3,
+    FROM_M5,
+    MAX,
+    ULTRA,
+    ExpertForm,
+    Tuning,
+    apple_tuning,
+    tuning,
+)
+
+
+@pytest.mark.parametrize(
+    "gpu, expected",
+    [
+        ("applegpu_g13g", BASE),
+        ("applegpu_g13s", MAX),
+        ("applegpu_g15d", ULTRA._replace(experts=FROM_M3)),
+        ("applegpu_g16s", MAX._replace(experts=FROM_M3)),
+        ("applegpu_g17s", MAX._replace(experts=FROM_M5)),
+        ("a new name", BASE),
+        (None, BASE),
+    ],
+)
+def test_work_is_divided_for_the_gpu_at_hand(
+    gpu: str | None, expected: Tuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": gpu})
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("26.2", ("", "", ""), "arm64"))
+    assert tuning.__wrapped__() == expected
+
+
+@pytest.mark.parametrize(
+    "macos, experts", [("26.1.2", FROM_M3), ("15.7", FROM_M3), ("27", FROM_M5)]
+)
+def test_an_m5_has_its_matrix_units_from_macos_26_2_on(
+    macos: str, experts: tuple[ExpertForm, ...]
+) -> None:
+    assert apple_tuning("applegpu_g17d", macos) == ULTRA._replace(experts=experts)
