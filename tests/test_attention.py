@@ -151,7 +151,7 @@ def test_the_absorbed_and_the_expanded_form_agree(
     x = mx.array(np.random.default_rng(0).standard_normal((2, past + T, 96), np.float32))
     results = []
     for start in FORMS.values():
-        monkeypatch.setattr(mla, "EXPAND_FROM", start)
+        monkeypatch.setattr(mla, "expanding_pays", lambda T, _, start=start: T >= start)
         entry = cache.LatentCache()
         if past:
             mixer(x[:, :past], entry, None)
@@ -170,7 +170,7 @@ def test_small_blocks_of_keys_change_nothing(
 ) -> None:
     ids = mx.array(token_ids(TINY, 90))[None]
     expected = model("tiny")(ids)
-    monkeypatch.setattr(mla, "EXPAND_FROM", FORMS[form])
+    monkeypatch.setattr(mla, "expanding_pays", lambda T, _: T >= FORMS[form])
     monkeypatch.setattr(mla, "LARGEST_BLOCK", largest)
     monkeypatch.setattr(mla, "MOST_SCORES", scores)
     assert_close("logits", model("tiny")(ids), expected, 1e-4)
@@ -196,7 +196,7 @@ def mla_layer(x: np.ndarray, weights: dict[str, np.ndarray], heads: int, lora: i
 def test_an_mla_layer_is_the_published_formula(
     model: Callable[[str], KimiLinear], monkeypatch: pytest.MonkeyPatch, form: str, size: float
 ) -> None:
-    monkeypatch.setattr(mla, "EXPAND_FROM", FORMS[form])
+    monkeypatch.setattr(mla, "expanding_pays", lambda T, _: T >= FORMS[form])
     prefix, weights = "model.layers.1.self_attn.", {}
     for name, shape in tensor_shapes(ODD).items():
         if name.startswith(prefix):
@@ -213,7 +213,7 @@ def test_an_mla_layer_is_the_published_formula(
 def test_peak_memory_does_not_grow_with_the_context(
     model: Callable[[str], KimiLinear], monkeypatch: pytest.MonkeyPatch, form: str, T: int
 ) -> None:
-    monkeypatch.setattr(mla, "EXPAND_FROM", FORMS[form])
+    monkeypatch.setattr(mla, "expanding_pays", lambda T, _: T >= FORMS[form])
     monkeypatch.setattr(mla, "LARGEST_BLOCK", 64)
     layer, peaks = model("odd").layers[1].self_attn, []
     for context in (1000, 4000):
@@ -262,3 +262,20 @@ def test_later_tokens_do_not_change_earlier_outputs(model: Callable[[str], KimiL
     other = np.where(np.arange(200) < 120, ids, (ids + 1) % 256)
     first, second = (model("tiny")(mx.array(x)[None])[0, :120] for x in (ids, other))
     assert_same_bits("logits", second, first)
+
+
+def test_expanding_costs_no_more_products_than_latent_space_where_it_is_chosen() -> None:
+    """At the published sizes, of one head: counted, on both sides of the boundary."""
+    lora, nope, shared, v = 512, 128, 64, 128
+
+    def absorbed(T: int, S: int) -> int:
+        return T * lora * (nope + v) + T * S * (2 * lora + shared)
+
+    def expanded(T: int, S: int) -> int:
+        return S * lora * (nope + v) + T * S * (nope + shared + v)
+
+    for T in (2, 31, 64, 128, 170, 171, 2048):
+        for S in range(T, 6000, 7):
+            pays = expanded(T, S) <= absorbed(T, S)
+            near = abs(expanded(T, S) / absorbed(T, S) - 1) < 5e-3  # (171 is a rounded 170.67)
+            assert near or mla.expanding_pays(T, S) == pays, (T, S)

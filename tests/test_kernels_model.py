@@ -99,7 +99,7 @@ def test_many_tokens_of_an_mla_layer_meet_blocks_of_columns(
         with use_backend(None):
             layer(x[:, :280], entry, None)  # a frozen segment and a tail
         with use_backend(backend), monkeypatch.context() as patch:
-            patch.setattr(mla, "EXPAND_FROM", 40)
+            patch.setattr(mla, "expanding_pays", lambda T, _: T >= 40)
             results.append(layer(x[:, 280:], entry, None))
             mx.eval(results)
     assert emulator(mla_prefill.KERNEL).counts
@@ -114,7 +114,7 @@ def test_what_mla_prefill_does_not_take_is_computed_otherwise(
 ) -> None:
     """Padded batches of any model, and sizes that are no multiple of 32."""
     network = load_model(pocket_folder()) if name == "pocket" else model(name)
-    monkeypatch.setattr(mla, "EXPAND_FROM", 5)
+    monkeypatch.setattr(mla, "expanding_pays", lambda T, _: T >= 5)
     ids = mx.random.randint(0, 64, (2, 9), key=mx.random.key(1))
     lengths = [9, 6] if name == "pocket" else None
     expected = network(ids, lengths=lengths)
@@ -153,7 +153,7 @@ def test_memory_of_expanded_blocks_does_not_grow_with_the_context(
 @pytest.fixture
 def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernels in `check`, for fewer tokens than its 171: an emulator takes its time."""
-    monkeypatch.setattr(mla, "EXPAND_FROM", 33)
+    monkeypatch.setattr(mla, "expanding_pays", lambda T, _: T >= 33)
     monkeypatch.setattr(check, "MANY", 33)
 
 

@@ -178,7 +178,7 @@ def test_any_split_over_many_segments_and_both_forms_of_mla_is_the_same(
 ) -> None:
     ids, _, expected = one_pass(name, 1, 600, 0)
     monkeypatch.setattr(cache, "TAIL", 16)
-    monkeypatch.setattr(mla, "EXPAND_FROM", expand_from)
+    monkeypatch.setattr(mla, "expanding_pays", lambda T, _: T >= expand_from)
     entries = model(name).make_cache()
     steps = [*random.Random(4).choices([1, 2, 15, 16, 17, 40], k=30), 7]
     assert_close("logits", read(model(name), ids, steps, entries), expected, SPLIT)

@@ -28,8 +28,9 @@ from mlx_kimi.model.linear import FusedLinear
 if TYPE_CHECKING:
     from mlx_kimi.model.weights import Weights
 
-# Expanding a latent into keys and values costs lora * (nope + v) products a head, and saves
-# 2 * lora - nope - v for every query: at the published sizes it pays from 171 queries on.
+# Expanding a latent into keys and values costs lora * (nope + v) products a head, as much as taking
+# a query into latent space and its result out of it. It saves 2 * lora - nope - v for every query:
+# at the published sizes a 171st. So many queries always expand, fewer where positions are few.
 EXPAND_FROM = 171  # queries
 # The published model builds this norm without passing rms_norm_eps on, as transformers does.
 KV_A_EPS = 1e-6
@@ -38,6 +39,11 @@ LARGEST_BLOCK = 4096  # KV positions
 # KV positions, times heads, times rows of a batch, whose keys and values are expanded at a time for
 # `mla_prefill`: 2048 positions of one row in the 48B, 34 MB in 16 bits.
 EXPANDED = 1 << 16
+
+
+def expanding_pays(queries: int, positions: int) -> bool:
+    """Whether so many queries attend to expanded keys and values of so many KV positions."""
+    return queries > 1 and positions * (EXPAND_FROM - queries) <= queries * EXPAND_FROM
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -82,11 +88,12 @@ class MultiHeadLatentAttention(nn.Module):
         past = cache.positions
         cache.append(mx.concatenate([self.kv_a_layernorm(latent), shared], axis=-1), valid)
         submit_limit = submit_limit or SubmitLimit()
-        if T >= EXPAND_FROM and self.prefill_unsupported_reason(cache) is None:
+        expanding = expanding_pays(T, cache.positions)
+        if expanding and self.prefill_unsupported_reason(cache) is None:
             o = self._prefill(x, cache, past, submit_limit)  # [B, T, H, v]
             return self.o_proj(o.reshape(B, T, -1))
         q = q.reshape(B, T, heads, -1).transpose(0, 2, 1, 3)  # [B, H, T, nope + shared]
-        attention = self._expanded if T >= EXPAND_FROM else self._absorbed
+        attention = self._expanded if expanding else self._absorbed
         o = attention(q, cache, past, submit_limit)  # [B, H, T, v]
         return self.o_proj(o.transpose(0, 2, 1, 3).reshape(B, T, -1))
 
@@ -98,7 +105,7 @@ class MultiHeadLatentAttention(nn.Module):
             ("1 token", "ops form", reason)
             if reason
             else ("1 token", "mla_query, mla_attend, mla_output", "supported shapes"),
-            (f"2 to {EXPAND_FROM - 1} tokens", "ops form", "absorbed"),
+            (f"2 to {EXPAND_FROM - 1} tokens", "ops form", "absorbed; in a new text as more"),
             (
                 f"{EXPAND_FROM} tokens or more",
                 "ops form" if many_reason else "mla_prefill",
