@@ -23,7 +23,7 @@ from mlx_kimi.metal_kernels.experts import (
     times_each,
 )
 from mlx_kimi.metal_kernels.kernel import Kernel, not_running
-from mlx_kimi.metal_kernels.matrix import with_scales
+from mlx_kimi.metal_kernels.matrix import Matrix, with_scales
 from mlx_kimi.metal_kernels.tuning import ExpertForm, tuning
 
 ORDER_THREADS = 512  # of a threadgroup: 16 simdgroups
@@ -72,18 +72,20 @@ def naive_sorted_gate_up(
     x: mx.array,
     order: mx.array,
     starts: mx.array,
+    top_k: int,
     routed: SwiGLUWeights,
     shared: SwiGLUWeights | None,
 ) -> mx.array:
     """`silu(gate x) * (up x)` of each pair, then of the shared expert and each token.
 
     Args:
-        x: [T, K]. order, starts: of T * k pairs, as `naive_expert_order` returns them.
+        x: [T, K]. order, starts: of T * top_k pairs, as `naive_expert_order` returns them, or of
+            some of them.
 
     Returns:
-        [T * k, N], sorted as `order` is; with a shared expert [T * k + T, N].
+        [T * top_k, N], sorted as `order` is; with a shared expert [T * top_k + T, N].
     """
-    rows, experts = x[order // (order.size // len(x))], _sorted_ids(starts, order.size)
+    rows, experts = x[order // top_k], _sorted_ids(starts, order.size)
     gate, up = (times_each(rows[:, None], m, experts)[:, 0] for m in (routed.gate, routed.up))
     if shared is not None:
         gate = mx.concatenate([gate, shared.gate.times(x)])
@@ -135,7 +137,7 @@ def sorted_experts(
         and places [T, k] int32, where those of each pair stand.
     """
     order, places, starts = expert_order(experts, routed.gate.weight.shape[0])
-    h = sorted_gate_up(x, order, starts, routed, shared, form)
+    h = sorted_gate_up(x, order, starts, experts.shape[1], routed, shared, form)
     return sorted_down(h, starts, len(x), routed, shared, form), places
 
 
@@ -143,6 +145,7 @@ def sorted_gate_up(
     x: mx.array,
     order: mx.array,
     starts: mx.array,
+    top_k: int,
     routed: SwiGLUWeights,
     shared: SwiGLUWeights | None,
     form: ExpertForm,
@@ -156,7 +159,7 @@ def sorted_gate_up(
         inputs=[x, order, starts, T, *(array for m in matrices for array in m.buffers())],
         template=[
             *(("XT", x.dtype), *_tiles(form), ("Shared", shared is not None)),
-            *(("E", starts.size - 1), ("TopK", pairs // T), ("K", K), ("N", N)),
+            *(("E", starts.size - 1), ("TopK", top_k), ("K", K), ("N", N)),
             *(*routed.gate.storage("Gate"), *routed.up.storage("Up")),
         ],
         grid=(TILES_THREADS, -(-N // 64), turns) if in_tiles else (32, N // 4, turns),
@@ -278,6 +281,32 @@ class ManyTokens:
         together = self.shared if form.shared else None
         y, places = sorted_experts(x, experts, self.routed, together, form)
         return expert_combine(y, places, weights, y[experts.size :] if together else shared)
+
+    def wave(self, x: mx.array, order: mx.array, starts: mx.array, top_k: int) -> mx.array:
+        """What some experts say of their tokens, where only those of the stacks are there.
+
+        x [T, K]; order [n] int32 the pairs of a wave, by the place of their expert in the stacks,
+        and starts [E + 1] int32 as of `expert_order` -> [n, K]. The same bits as of all at once.
+        """
+        form = self.form(len(x), top_k)
+        h = sorted_gate_up(x, order, starts, top_k, self.routed, None, form)
+        return sorted_down(h, starts, len(x), self.routed, None, form)
+
+    def shared_alone(self, x: mx.array, top_k: int) -> mx.array:
+        """What the shared expert, if `has_shared`, says of x [T, K]: the same bits as together."""
+        assert self.shared is not None
+        form = self.form(len(x), top_k)
+        one = self.shared
+        stacks = SwiGLUWeights(*map(_stack_of_one, (one.gate, one.up, one.down)))
+        order, starts = mx.arange(len(x), dtype=mx.int32), mx.array([0, len(x)], mx.int32)
+        h = sorted_gate_up(x, order, starts, 1, stacks, None, form)
+        return sorted_down(h, starts, len(x), stacks, None, form)
+
+
+def _stack_of_one(matrix: Matrix) -> Matrix:
+    weight, scales, biases = (None if part is None else part[None] for part in matrix[:3])
+    assert weight is not None
+    return matrix._replace(weight=weight, scales=scales, biases=biases)
 
 
 def stored_alike(routed: SwiGLUWeights, shared: SwiGLUWeights) -> bool:

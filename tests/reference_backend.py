@@ -137,7 +137,7 @@ def _expert_order(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
 
 def _sorted_gate_up(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
     routed, shared = _swiglu(x, _shared_alike(n), gate="Gate", up="Up")
-    given = (x["x"], x["order"], x["starts"])
+    given = (x["x"], x["order"], x["starts"], n["TopK"])
     return (sorted_experts.naive_sorted_gate_up(*given, routed, shared),)
 
 

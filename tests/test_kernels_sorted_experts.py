@@ -56,7 +56,7 @@ def check(
     """Both products within one rounding of float64."""
     E, k, T, dtype = routed.gate.weight.shape[0], experts.shape[1], len(x), x.dtype
     order, _, starts = expert_order(experts, E)
-    h = sorted_gate_up(x, order, starts, routed, shared, form)
+    h = sorted_gate_up(x, order, starts, k, routed, shared, form)
     y = sorted_down(h, starts, T, routed, shared, form)
     assert h.dtype == dtype and y.dtype == dtype
     gate, up, down = (list(exact(m)) for m in (routed.gate, routed.up, routed.down))
@@ -181,10 +181,10 @@ def test_the_naive_twins_say_the_same(k: int) -> None:
     x = mx.random.normal((20, 64))
     experts = mx.random.randint(0, 5, (20, k)).astype(mx.int32)
     order, _, starts = naive_expert_order(experts, 5)
-    h = naive_sorted_gate_up(x, order, starts, routed, shared)
+    h = naive_sorted_gate_up(x, order, starts, k, routed, shared)
     y = naive_sorted_down(h, starts, 20, routed, shared)
     for form in FORMS:
-        ours = sorted_gate_up(x, order, starts, routed, shared, form)
+        ours = sorted_gate_up(x, order, starts, k, routed, shared, form)
         assert_close("h", ours, h, 2e-5, 5e-6)
         ours = sorted_down(h, starts, 20, routed, shared, form)
         assert_close("y", ours, y, 2e-5, 5e-6)
@@ -197,7 +197,7 @@ def test_only_tiles_that_have_tokens_are_multiplied(counts: tuple[int, ...]) -> 
     routed, experts = gated((E,), N, K, 4, 32, mx.float32), pairs(counts, 1)
     order, _, starts = expert_order(experts, E)
     x = mx.random.normal((len(experts), K))
-    h = sorted_gate_up(x, order, starts, routed, None, FORMS[3])
+    h = sorted_gate_up(x, order, starts, 1, routed, None, FORMS[3])
     sorted_down(h, starts, len(x), routed, None, FORMS[3])
     found = [emulator(kernel).counts["matrix_products"] for kernel in (TILES_GATE_UP, TILES_DOWN)]
     tokens = sum(8 * ceil(count / 8) for count in counts)

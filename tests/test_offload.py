@@ -38,6 +38,7 @@ from mlx_kimi.offload.lrfu import LRFU
 from mlx_kimi.offload.read_pool import ReadPool
 from mlx_kimi.text.tokenizer import load_tokenizer
 from tests.assertions import assert_close, assert_same_bits
+from tests.emulated import emulator
 from tests.reference_backend import reference_backend
 
 GB = 10**9
@@ -300,6 +301,33 @@ def test_only_the_last_step_of_a_prompt_asks_the_last_layer_for_experts(
         "hidden", last, prefill(TokenState(whole, snapshot_every=None), text, step=30)[0]
     )
     assert_close("hidden", last, whole.hidden(mx.array([text]))[:, -1:], 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("T", [12, 49])  # vectors, and tiles
+def test_kernels_give_every_budget_the_bits_of_the_whole_model(streamed: Streamed, T: int) -> None:
+    """In waves of experts, with the shared one alone, as in one launch of all."""
+    layers = [streamed(pocket_folder(), slots).layers[1].mlp for slots in (3, 6, 32)]
+    layers.append(load_model(pocket_folder()).layers[1].mlp)
+    x = mx.random.normal((1, T, 192), key=mx.random.key(T))
+    launched: list[set[str]] = []
+
+    def noted(kernel: Kernel) -> Launch:
+        launched[-1].add(kernel.name)
+        return emulator(kernel)
+
+    outputs = []
+    with use_backend(noted):
+        for layer in layers:
+            launched.append(set())
+            outputs.append(layer(x))
+            mx.eval(outputs[-1])
+    form = "vectors" if T == 12 else "tiles"
+    assert all({f"expert_{form}_gate_up", f"expert_{form}_down"} <= names for names in launched)
+    assert ["expert_order" in names for names in launched] == [False, False, True, True]
+    for y in outputs[:-1]:
+        assert_same_bits("y", y, outputs[-1])
 
 
 def test_what_is_worth_most_stays() -> None:

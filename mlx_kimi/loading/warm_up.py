@@ -93,9 +93,21 @@ def _feed_forward(model: KimiLinear, layer: DecoderLayer) -> None:
         y, places = mx.zeros((tokens * k, x.shape[-1]), x.dtype), mx.zeros((tokens, k), mx.int32)
         shared = None if mlp.shared_experts is None else x[0]
         mx.eval(expert_combine(y, places, mx.ones((tokens, k)), shared))
-    if isinstance(mlp, MixtureOfExperts) and not mlp.expert_cache:
-        many, k = mlp.many_tokens, mlp.router.top_k
-        for tokens in many.first_tokens(k):
-            if many.unsupported_reason(tokens, k) is None:
-                x, experts = _zeros(model, tokens)[0][0], mx.zeros((tokens, k), mx.int32)
-                mx.eval(many(x, experts, mx.ones((tokens, k)), None))
+    if isinstance(mlp, MixtureOfExperts):
+        _many_tokens(model, mlp)
+
+
+def _many_tokens(model: KimiLinear, mlp: MixtureOfExperts) -> None:
+    many, k, cache = mlp.many_tokens, mlp.router.top_k, mlp.expert_cache
+    for tokens in many.first_tokens(k):
+        if many.unsupported_reason(tokens, k) is not None:
+            continue
+        x, experts = _zeros(model, tokens)[0][0], mx.zeros((tokens, k), mx.int32)
+        if cache is None or cache.holds_all:
+            mx.eval(many(x, experts, mx.ones((tokens, k)), None))
+            continue
+        starts = mx.full((cache.slots + 1,), tokens * k, mx.int32)
+        order = mx.arange(tokens * k, dtype=mx.int32)
+        mx.eval(many.wave(x, order, mx.where(mx.arange(cache.slots + 1) == 0, 0, starts), k))
+        if many.has_shared(tokens, k):
+            mx.eval(many.shared_alone(x, k))

@@ -218,13 +218,18 @@ class MixtureOfExperts(nn.Module):
             experts = mx.clip(experts, 0, here - 1)
         rows = x.reshape(-1, x.shape[-1])
         experts, weights = (y.reshape(len(rows), -1) for y in (experts, weights))
-        many = None if self.expert_cache else self.many_tokens
-        if many and many.unsupported_reason(*experts.shape) is None:
+        many = self.many_tokens.unsupported_reason(*experts.shape) is None
+        together = many and self.many_tokens.has_shared(*experts.shape)
+        cache = self.expert_cache
+        if many and (cache is None or cache.holds_all):
             shared = None
-            if self.shared_experts is not None and not many.has_shared(*experts.shape):
+            if self.shared_experts is not None and not together:
                 shared = self.shared_experts(rows)
-            return many(rows, experts, weights, shared).reshape(x.shape)
-        shared = None if self.shared_experts is None else self.shared_experts(rows)
+            return self.many_tokens(rows, experts, weights, shared).reshape(x.shape)
+        if together:
+            shared = self.many_tokens.shared_alone(rows, experts.shape[1])
+        else:
+            shared = None if self.shared_experts is None else self.shared_experts(rows)
         if self._waits(residency) and shared is not None:
             mx.async_eval(shared)  # while the host waits for files
         if self.expert_cache and len(rows) > 1:
@@ -265,8 +270,17 @@ class MixtureOfExperts(nn.Module):
         def pairs(expert: int) -> npt.NDArray[np.int64]:
             return order[ends[expert] : ends[expert + 1]]
 
-        def compute(expert: int, slot: int) -> mx.array:
-            return self.switch_mlp.one(rows[mx.array(pairs(expert) // k)], slot)
+        def compute(wave: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]) -> mx.array:
+            of_each = [pairs(expert) for expert in wave.tolist()]
+            if self.many_tokens.unsupported_reason(*chosen.shape) is not None:
+                tokens = [rows[mx.array(pairs // k)] for pairs in of_each]
+                each = zip(tokens, slots.tolist(), strict=True)
+                return mx.concatenate([self.switch_mlp.one(x, slot) for x, slot in each])
+            counts = np.zeros(cache.slots, np.int64)
+            counts[slots] = [len(pairs) for pairs in of_each]
+            starts = mx.array(np.append(0, np.cumsum(counts)), mx.int32)
+            order = mx.array(np.concatenate(of_each), mx.int32)
+            return self.many_tokens.wave(rows, order, starts, k)
 
         visited, outputs = cache.for_each_expert(chosen, compute)
         places = np.empty_like(flat)

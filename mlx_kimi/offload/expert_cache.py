@@ -84,16 +84,18 @@ class ExpertCache:
 
     # ---------------------------------------------------------------------------- many tokens
     def for_each_expert(
-        self, chosen: npt.NDArray[np.int64], compute: Callable[[int, int], mx.array]
+        self,
+        chosen: npt.NDArray[np.int64],
+        compute: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], mx.array],
     ) -> tuple[list[int], list[mx.array]]:
-        """`compute(expert, slot)` once for each expert that many tokens chose [tokens, k].
+        """`compute(experts, slots)` for all experts that many tokens chose [tokens, k], in waves.
 
         Those in memory come first, then waves of others: one is read while the one before it
         computes. The most worth is read last, so that it stays. A slot is written only once what
-        was computed from it is there.
+        was computed from it is there. The experts of a wave are in the order of their slots.
 
         Returns:
-            The experts in the order they were visited, and what was computed for each.
+            The experts in the order they were visited, and what was computed for each wave.
         """
         self.lrfu.note(chosen)
         needed = np.unique(chosen)
@@ -106,12 +108,14 @@ class ExpertCache:
         from_slot: dict[int, mx.array] = {}
 
         def submit(experts: npt.NDArray[np.int64]) -> None:
-            for expert in experts.tolist():
-                slot = int(self.slot_table[expert])
-                from_slot[slot] = compute(expert, slot)
-                visited.append(expert)
-                outputs.append(from_slot[slot])
-            mx.async_eval(*outputs[len(outputs) - len(experts) :])
+            if not len(experts):
+                return
+            experts = experts[np.argsort(self.slot_table[experts])]
+            slots = self.slot_table[experts]
+            outputs.append(compute(experts, slots))
+            visited.extend(experts.tolist())
+            from_slot.update(dict.fromkeys(slots.tolist(), outputs[-1]))
+            mx.async_eval(outputs[-1])
 
         submit(present)
         size = max(1, min(WAVE, self.slots // 2))
