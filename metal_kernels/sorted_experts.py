@@ -223,10 +223,11 @@ KERNELS = {
 class ManyTokens:
     """The experts of more than LARGEST_BATCH tokens, in the form that suits this GPU."""
 
-    def __init__(self, routed: SwiGLUWeights, shared: SwiGLUWeights | None) -> None:
+    def __init__(self, routed: SwiGLUWeights, shared: SwiGLUWeights | None, E: int) -> None:
+        """`routed` may hold only some of all E experts: those of a rank, or in slots."""
         self.routed = routed
         self.shared = shared if shared and stored_alike(routed, shared) else None
-        self.E = routed.gate.weight.shape[0]
+        self.E = E
         numbers = routed.gate.weight if routed.gate.scales is None else routed.gate.scales
         self._most_tiles = 2 if numbers.dtype == mx.float32 else 4  # (of its registers)
         self._unsupported_reason = unsupported_reason(routed)

@@ -110,13 +110,13 @@ def test_the_shared_expert_stands_behind_the_routed_ones(form: ExpertForm, T: in
 
 def test_a_shared_expert_that_is_stored_otherwise_is_computed_apart() -> None:
     routed, alike = (gated(lead, 64, 128, 4, 64, mx.float32) for lead in ((3,), ()))
-    assert ManyTokens(routed, alike).has_shared(100, 2)
-    assert not ManyTokens(routed, None).has_shared(100, 2)
+    assert ManyTokens(routed, alike, 3).has_shared(100, 2)
+    assert not ManyTokens(routed, None, 3).has_shared(100, 2)
     for N, bits, group in ((128, 4, 64), (64, 8, 64), (64, 4, 32), (64, 0, 64)):
         shared = gated((), N, 128, bits, group, mx.float32)
-        assert not ManyTokens(routed, shared).has_shared(100, 2)
+        assert not ManyTokens(routed, shared, 3).has_shared(100, 2)
     one = SwiGLUWeights(alike.gate, alike.up, gated((), 64, 128, 8, 64, mx.float32).down)
-    assert not ManyTokens(routed, one).has_shared(100, 2)
+    assert not ManyTokens(routed, one, 3).has_shared(100, 2)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_only_tiles_that_have_tokens_are_multiplied(counts: tuple[int, ...]) -> 
 
 
 def test_the_form_follows_from_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    many = ManyTokens(gated((32,), 64, 64, 4, 32, mx.float32), None)
+    many = ManyTokens(gated((32,), 64, 64, 4, 32, mx.float32), None, 32)
     for tuning in (BASE, NVIDIA):
         assert tuning.experts[0].pairs_from == 0
         assert sorted(tuning.experts) == list(tuning.experts)
@@ -230,7 +230,7 @@ def test_what_is_outside_the_domain_is_named() -> None:
         "gate has 96 rows and 64 columns, which are not both multiples of 64"
     )
     with use_backend(None):
-        assert ManyTokens(routed, None).unsupported_reason(9, 2) == "nothing runs kernels here"
+        assert ManyTokens(routed, None, 4).unsupported_reason(9, 2) == "nothing runs kernels here"
 
 
 ALWAYS_LARGE = {*TILES_GATE_UP.inputs, *TILES_DOWN.inputs} - {"starts"}

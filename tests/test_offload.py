@@ -308,8 +308,8 @@ def test_only_the_last_step_of_a_prompt_asks_the_last_layer_for_experts(
 @pytest.mark.parametrize("T", [12, 49])  # vectors, and tiles
 def test_kernels_give_every_budget_the_bits_of_the_whole_model(streamed: Streamed, T: int) -> None:
     """In waves of experts, with the shared one alone, as in one launch of all."""
-    layers = [streamed(pocket_folder(), slots).layers[1].mlp for slots in (3, 6, 32)]
-    layers.append(load_model(pocket_folder()).layers[1].mlp)
+    models = [streamed(pocket_folder(), slots) for slots in (3, 6, 32)]
+    models.append(load_model(pocket_folder()))
     x = mx.random.normal((1, T, 192), key=mx.random.key(T))
     launched: list[set[str]] = []
 
@@ -319,9 +319,9 @@ def test_kernels_give_every_budget_the_bits_of_the_whole_model(streamed: Streame
 
     outputs = []
     with use_backend(noted):
-        for layer in layers:
+        for model in models:
             launched.append(set())
-            outputs.append(layer(x))
+            outputs.append(model.layers[1].mlp(x))
             mx.eval(outputs[-1])
     form = "vectors" if T == 12 else "tiles"
     assert all({f"expert_{form}_gate_up", f"expert_{form}_down"} <= names for names in launched)

@@ -168,7 +168,7 @@ class MixtureOfExperts(nn.Module):
             MLP(weights.at("shared_experts")) if config.num_shared_experts else None
         )
         self.kernels = DecodeMoE(self.router, self.switch_mlp, self.shared_experts)
-        self.many_tokens = ManyTokens(self.kernels.routed, self.kernels.shared)
+        self.many_tokens = ManyTokens(self.kernels.routed, self.kernels.shared, config.num_experts)
 
     def implementations(self) -> list[tuple[str, str, str]]:
         """Which implementation runs for how many tokens, and why: for `info --kernels`."""
