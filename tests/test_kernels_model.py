@@ -9,13 +9,14 @@ import pytest
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cli import check, info
 from mlx_kimi.loading.load import load, load_model
-from mlx_kimi.metal_kernels import kda_decode, mla_decode, mla_prefill
+from mlx_kimi.metal_kernels import kda_decode, mla_decode, mla_prefill, sorted_experts
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
+from mlx_kimi.metal_kernels.tuning import BASE, ExpertForm
 from mlx_kimi.model import mla
 from mlx_kimi.model.cache import LatentCache
 from mlx_kimi.model.kimi_linear import KimiLinear
 from tests.assertions import assert_close
-from tests.kernel_cases import emulator
+from tests.kernel_cases import FORMATS, emulator
 from tests.processes import live_memory
 from tests.reference_backend import reference_backend
 
@@ -196,3 +197,34 @@ def test_info_names_the_kernels_that_the_pocket_model_uses() -> None:
     for name in ("kda_decode", "kda_sequential", "kda_chunk", "mla_attend", "expert_gate_up"):
         assert name in text
     assert "9 to 47 tokens     expert_select, expert_order, expert_vectors" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, bits, group", FORMATS)
+def test_prompts_of_every_stored_format_have_the_logits_of_mlx(
+    quantized: Callable[..., Path],
+    mode: str,
+    bits: int,
+    group: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On forced tokens: a prompt whose experts are vectors, one in tiles, then token by token."""
+    model = load_model(quantized("tiny", group, bits, mode))
+    (many,) = {layer.mlp.many_tokens for layer in model.layers[1:2]}
+    forms = (ExpertForm(0, "vectors"), ExpertForm(3, "tiles", 2))
+    monkeypatch.setattr(sorted_experts, "tuning", lambda: BASE._replace(experts=forms))
+    few, more = many.first_tokens(model.config.num_experts_per_token)
+    ids = mx.random.randint(0, 64, (1, few + more + 2), key=mx.random.key(bits))
+    names: set[str] = set()
+
+    def noted(kernel: Kernel) -> Launch:
+        names.add(kernel.name)
+        return emulator(kernel)
+
+    cache = model.make_cache()
+    with use_backend(noted):
+        parts = mx.split(ids, [few, few + more, few + more + 1], axis=1)
+        logits = mx.concatenate([model(part, cache) for part in parts], axis=1)
+        mx.eval(logits)
+    assert {"expert_vectors_down", "expert_tiles_down", "expert_down"} <= names
+    assert_close("logits", logits, model(ids), SPLIT)

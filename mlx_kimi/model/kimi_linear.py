@@ -206,13 +206,17 @@ class KimiLinear(nn.Module):
         """
         if ids.shape[1] > 1:  # (one token may be in a graph)
             batch = replace(batch, submit_limit=_submit_limit(cache, *ids.shape))
-        x, residual = self.embed_tokens.rows(ids), None
+        x, residual = self._embed(ids), None
         for layer, entry in zip(self.layers, cache, strict=True):
             if layer is self.layers[-1] and not output_wanted:
                 return layer.attention(x, residual, entry, batch)
             x, residual = layer(x, residual, entry, batch)
         assert residual is not None, "a model has layers"
         return x, residual
+
+    def _embed(self, ids: mx.array) -> mx.array:
+        """ids [B, T] -> [B, T, hidden] in the model's dtype: small floats are bfloat16 at first."""
+        return self.embed_tokens.rows(ids).astype(self.norm.weight.dtype)
 
     def first_not_finite(self, ids: mx.array) -> str | None:
         """Where NaN or infinity first comes up when ids [B, T] are read from nothing.
@@ -225,7 +229,7 @@ class KimiLinear(nn.Module):
 
     def _first_not_finite(self, ids: mx.array) -> str | None:
         cache, batch = self.make_cache(), ForwardBatch()
-        x, residual = self.embed_tokens.rows(ids), None
+        x, residual = self._embed(ids), None
         if not _is_finite(x):
             return "embed_tokens"
         for number, (layer, entry) in enumerate(zip(self.layers, cache, strict=True)):
