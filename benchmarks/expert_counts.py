@@ -14,7 +14,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import mlx
 import mlx.core as mx
 import numpy as np
 from metal_emulator import COUNTS, metal_kernel
@@ -48,7 +47,7 @@ WHICH: tuple[Which, Which] = ("gate_up", "down")
 SIZES = {"gate_up": (HIDDEN, INTERMEDIATE), "down": (INTERMEDIATE, HIDDEN)}  # columns, rows
 MATRICES = {"gate_up": 2, "down": 1}
 PACKED = BITS / 8 + 2 * 2 / GROUP  # bytes of a weight, with scales and biases of 16 bits
-INCLUDE = Path(next(iter(mlx.__path__))) / "include"
+INCLUDE = Path(mx.__file__).with_name("include")
 KERNELS = "mlx/backend/metal/kernels/"
 HEADERS = ("utils.h", "quantized_utils.h", "steel/utils.h", "steel/gemm/gemm.h", "quantized.h")
 
@@ -151,7 +150,7 @@ def _our_turns(which: Which, form: ExpertForm, tokens: int, turns: int) -> Work:
 
     def run() -> None:
         if which == "gate_up":
-            sorted_gate_up(x, order, starts, weights, None, form)
+            sorted_gate_up(x, order, starts, 1, weights, None, form)
         else:
             sorted_down(x, starts, tokens, weights, None, form)
 

@@ -8,24 +8,30 @@ constexpr constant int VectorRows = 8;
 constexpr constant int VectorTokens = 4;
 constexpr constant int PairSums = 2 * VectorRows;
 
-// sums[16 p + 8 t + First + r] += this lane's part, 8 columns from `column` on, of row r times token 2 p + t. The
-// tokens are rows of x that begin at `tokens`.
-template <int Rows, int First, int Bits, int Group, typename X, typename W, typename S>
-METAL_FUNC void add_pairs(
-    X x,
-    const thread int* tokens,
-    int count,
-    thread const MatrixRows<Bits, Group, W, S>& rows,
-    int column,
-    thread float* sums) {
-  constexpr bool Affine = IsAffine<S>::value;
-  float part[VectorTokens * Columns], total[VectorTokens];
+// Loads 8 columns of each token, from `column` on: as load_columns does. The tokens are rows of x that begin at
+// `tokens`.
+template <int Bits, bool Affine, typename X>
+METAL_FUNC void load_tokens(
+    X x, const thread int* tokens, int count, int column, thread float* part, thread float* total) {
 #pragma unroll
   for (int token = 0; token < VectorTokens; ++token) {
     if (token < 2 || count > 2) {
       total[token] = load_columns<Bits, Affine>(x + tokens[token], column, part + token * Columns);
     }
   }
+}
+
+// sums[16 p + 8 t + First + r] += this lane's part, 8 columns from `column` on, of row r times token 2 p + t, of
+// which `part` and `total` are what load_tokens found.
+template <int Rows, int First, int Bits, int Group, typename W, typename S>
+METAL_FUNC void add_pairs(
+    const thread float* part,
+    const thread float* total,
+    int count,
+    thread const MatrixRows<Bits, Group, W, S>& rows,
+    int column,
+    thread float* sums) {
+  constexpr bool Affine = IsAffine<S>::value;
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
     float numbers[Columns];
@@ -45,6 +51,59 @@ METAL_FUNC void add_pairs(
       }
     }
   }
+}
+
+// One step of a lane, for 8 rows of one matrix.
+template <int Bits, int Group, typename X, typename W, typename S>
+METAL_FUNC void add_vector_step(
+    X x,
+    const thread int* tokens,
+    int count,
+    thread const MatrixRows<Bits, Group, W, S>& rows,
+    int column,
+    thread float* sums) {
+  float part[VectorTokens * Columns], total[VectorTokens];
+  load_tokens<Bits, IsAffine<S>::value>(x, tokens, count, column, part, total);
+  add_pairs<VectorRows, 0>(part, total, count, rows, column, sums);
+}
+// The same for 4 rows of two matrices. x is loaded once where both are stored alike.
+template <int Bits, int Group, typename X, typename W, typename S>
+METAL_FUNC void add_vector_step(
+    X x,
+    const thread int* tokens,
+    int count,
+    thread const MatrixRows<Bits, Group, W, S>& first,
+    thread const MatrixRows<Bits, Group, W, S>& second,
+    int column,
+    thread float* sums) {
+  float part[VectorTokens * Columns], total[VectorTokens];
+  load_tokens<Bits, IsAffine<S>::value>(x, tokens, count, column, part, total);
+  add_pairs<VectorRows / 2, 0>(part, total, count, first, column, sums);
+  add_pairs<VectorRows / 2, VectorRows / 2>(part, total, count, second, column, sums);
+}
+template <
+    int Bits,
+    int Group,
+    typename X,
+    typename W,
+    typename S,
+    int OtherBits,
+    int OtherGroup,
+    typename OtherW,
+    typename OtherS>
+METAL_FUNC void add_vector_step(
+    X x,
+    const thread int* tokens,
+    int count,
+    thread const MatrixRows<Bits, Group, W, S>& first,
+    thread const MatrixRows<OtherBits, OtherGroup, OtherW, OtherS>& second,
+    int column,
+    thread float* sums) {
+  float part[VectorTokens * Columns], total[VectorTokens];
+  load_tokens<Bits, IsAffine<S>::value>(x, tokens, count, column, part, total);
+  add_pairs<VectorRows / 2, 0>(part, total, count, first, column, sums);
+  load_tokens<OtherBits, IsAffine<OtherS>::value>(x, tokens, count, column, part, total);
+  add_pairs<VectorRows / 2, VectorRows / 2>(part, total, count, second, column, sums);
 }
 
 // The sums of one pair over all lanes: lane 8 t + r, and lane 16 more, get that of row r and token t.

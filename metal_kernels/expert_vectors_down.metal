@@ -40,7 +40,7 @@ for (int i = 0; i < 2 * PairSums; ++i) {
   sums[i] = 0;
 }
 for (int column = lane * Columns; column < N; column += Step) {
-  add_pairs<VectorRows, 0>(
+  add_vector_step(
       h + size_t(tokens.first) * N, rows, tokens.count, rows_of_down, column, sums);
 }
 

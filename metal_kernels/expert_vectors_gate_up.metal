@@ -51,8 +51,7 @@ for (int i = 0; i < 2 * PairSums; ++i) {
   sums[i] = 0;
 }
 for (int column = lane * Columns; column < K; column += Step) {
-  add_pairs<Rows, 0>(x, rows, tokens.count, gates, column, sums);
-  add_pairs<Rows, Rows>(x, rows, tokens.count, ups, column, sums);
+  add_vector_step(x, rows, tokens.count, gates, ups, column, sums);
 }
 
 #pragma unroll

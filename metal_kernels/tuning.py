@@ -74,16 +74,16 @@ BASE = Tuning(
     AttendShape(8, 64, 8),
     PrefillShape(8, 16),
     splits=24,
-    experts=(ExpertForm(0, "vectors"), ExpertForm(3, "tiles", 4)),
+    experts=(ExpertForm(0, "vectors"), ExpertForm(3.3, "tiles", 4)),
     skip_tiles=True,
 )
 MAX, ULTRA = BASE._replace(splits=60), BASE._replace(splits=120)  # of 24 to 40, and 48 to 80 cores
 
 
-# Experts of many tokens on later GPUs than the M1's and M2's.
-FROM_M3 = (ExpertForm(0, "tiles", 1), ExpertForm(4, "tiles", 4))
+# Experts on later GPUs than the M1's and M2's, as `python -m benchmarks.apple_experts` has it.
+FROM_M3 = (ExpertForm(0, "vectors"), ExpertForm(4.3, "tiles", 4))
 # An M5's matrix units are open to MLX alone, from macOS 26.2 on, in its product of sorted rows.
-FROM_M5 = (ExpertForm(0, "tiles", 1), ExpertForm(4, "MLX"))
+FROM_M5 = (ExpertForm(0, "vectors"), ExpertForm(4, "MLX"))
 M3, M5 = 15, 17  # generations of GPUs, as their names count them
 
 

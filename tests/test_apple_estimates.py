@@ -31,6 +31,7 @@ from benchmarks.kernel_counts import (
     D,
     Work,
 )
+from mlx_kimi.metal_kernels.tuning import BASE, FROM_M3
 
 PACKED = 4 / 8 + 2 * 2 / 64  # bytes of a weight of 4 bits, with a scale and a bias for 64
 EXPERTS = 8 + 1
@@ -260,10 +261,10 @@ def test_counts_of_a_turn_as_vectors(which: Which) -> None:
     weights = MATRICES[which] * rows * columns
     assert two["matrix_products"] == four["matrix_products"] == 0
     # Of two tokens more: a product of each weight, and of 8 of them a scale and a bias. An element
-    # of x is converted, totalled, and half the time divided by a unit, for 8 rows of down; for 4 of
-    # gate, and for 4 of up once more.
+    # of x is converted, totalled, and half the time divided by a unit, for 8 rows: of down, or 4 of
+    # gate and 4 of up.
     more = four["float_operations"] - two["float_operations"]
-    x = 2.5 * MATRICES[which] / 8
+    x = 2.5 / 8
     assert more / weights == pytest.approx(2 * (1 + 2 / 8 + x), rel=2e-3)
     assert four["device_bytes_written"] == 4 * rows * 2
 
@@ -334,12 +335,16 @@ def test_no_number_of_tokens_is_left_to_mlx(machine: str, model: apple_gpu.Model
         )
         assert theirs > 1.2 * min(vectors, tiles)
     # Each form alone would be slower somewhere.
-    assert apple_experts.time("vectors", 512, machine, model) > apple_experts.time(
-        "MLX", 512, machine, model
+    assert apple_experts.time("vectors", 2048, machine, model) > apple_experts.time(
+        "MLX", 2048, machine, model
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("machine", "pairs"), [("M1 Max", 2.7), ("M4 Max", 4), ("M3 Ultra", 4)])
+@pytest.mark.parametrize(
+    ("machine", "pairs"), [("M1 Max", 3.3), ("M4 Max", 4.3), ("M3 Ultra", 4.3)]
+)
 def test_from_where_on_tiles_are_faster(machine: str, pairs: float) -> None:
     assert apple_experts.faster_from("tiles 4", "vectors", machine) == pytest.approx(pairs, abs=0.2)
+    chosen = BASE.experts if machine == "M1 Max" else FROM_M3
+    assert [form.pairs_from for form in chosen] == [0, pairs]

@@ -196,7 +196,7 @@ def test_info_names_the_kernels_that_the_pocket_model_uses() -> None:
         text = "\n".join(info._kernels(pocket))
     for name in ("kda_decode", "kda_sequential", "kda_chunk", "mla_attend", "expert_gate_up"):
         assert name in text
-    assert "9 to 47 tokens     expert_select, expert_order, expert_vectors" in text
+    assert "9 to 52 tokens     expert_select, expert_order, expert_vectors" in text
 
 
 @pytest.mark.slow

@@ -33,10 +33,8 @@ from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
 from mlx_kimi.evaluation.kernel_report import SAMPLE
 from mlx_kimi.evaluation.random_model import zero_tensor
 from mlx_kimi.loading.warm_up import warm_up
-from mlx_kimi.metal_kernels import sorted_experts
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.metal_kernels.source import without_comments
-from mlx_kimi.metal_kernels.tuning import BASE, FROM_M3
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.weights import Weights
 
@@ -210,11 +208,7 @@ def texts() -> dict[str, str]:
         if stored in QUANTIZATION_MODES and dtype != "bfloat16":
             continue  # MLX multiplies small floats in bfloat16
         model = unfilled_model(config, DTYPES[dtype], STORED[stored])
-        every = []
-        for experts in (BASE.experts, FROM_M3):  # (else Apple's GPUs are given the same texts)
-            with patch.object(sorted_experts, "tuning", partial(BASE._replace, experts=experts)):
-                every += launches(model)
-        for launched in every:
+        for launched in launches(model):
             if launched in seen or (text := launched.text) in names:
                 continue
             seen.add(launched)
