@@ -31,7 +31,7 @@ TEXT = (
     "fixed size, and every fourth looks back at all tokens. What is 12 + 30? It is 42."
 )
 # Tokens of it, again and again: many twice, of which the second see the first; every kernel runs.
-MANY, FEW, ONE_BY_ONE = EXPAND_FROM, 7, 8
+MANY, SOME, FEW, ONE_BY_ONE = EXPAND_FROM, 20, 7, 8
 QUESTION = "Is 123 a prime?"  # asked where no golden answer is known
 Finding = tuple[str, str | None]  # what was found; what is wrong with it
 
@@ -117,9 +117,9 @@ def _kernels(network: KimiLinear, tokenizer: Tokenizer) -> Iterator[Finding]:
     for refused in refusals():
         yield refused, "MLX operations take its place, slower: `mlx_kimi check --report` says more"
     text = tokenizer.encode(TEXT)
-    count = 2 * MANY + FEW + ONE_BY_ONE
+    count = 2 * MANY + SOME + FEW + ONE_BY_ONE
     ids = mx.array([(text * count)[:count]])
-    cuts = [MANY, 2 * MANY, *range(2 * MANY + FEW, count)]
+    cuts = [MANY, 2 * MANY, 2 * MANY + SOME, *range(count - ONE_BY_ONE, count)]
 
     def logits() -> mx.array:
         cache = network.make_cache()

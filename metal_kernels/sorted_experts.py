@@ -312,14 +312,14 @@ def _stack_of_one(matrix: Matrix) -> Matrix:
 
 def stored_alike(routed: SwiGLUWeights, shared: SwiGLUWeights) -> bool:
     """Whether a shared expert's matrices have the sizes and the format of each routed one's."""
+    pairs = zip(
+        (routed.gate, routed.up, routed.down), (shared.gate, shared.up, shared.down), strict=True
+    )
     return all(
-        one.weight.shape[1:] == other.weight.shape
-        and (one.weight.dtype, *one[3:]) == (other.weight.dtype, *other[3:])
-        for one, other in (
-            (routed.gate, shared.gate),
-            (routed.up, shared.up),
-            (routed.down, shared.down),
-        )
+        stack.weight.shape[1:] == one.weight.shape
+        and [x.dtype for x in stack.buffers()] == [x.dtype for x in one.buffers()]
+        and stack[3:] == one[3:]  # group size, bits, mode
+        for stack, one in pairs
     )
 
 

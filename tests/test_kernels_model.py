@@ -154,8 +154,8 @@ def test_memory_of_expanded_blocks_does_not_grow_with_the_context(
 @pytest.fixture
 def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernels in `check`, for fewer tokens than its 171: an emulator takes its time."""
-    monkeypatch.setattr(mla, "expanding_pays", lambda T, _: T >= 33)
-    monkeypatch.setattr(check, "MANY", 33)
+    monkeypatch.setattr(mla, "expanding_pays", lambda T, _: T >= 53)
+    monkeypatch.setattr(check, "MANY", 53)
 
 
 @pytest.mark.slow
@@ -173,7 +173,11 @@ def test_check_compares_the_kernels_with_the_ops_form(few_are_many: None) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["kda_chunk_scan", "kda_sequential", "mla_prefill", "mla_output", "expert_down"]
+    "name",
+    [
+        *("kda_chunk_scan", "kda_sequential", "mla_prefill", "mla_output", "expert_down"),
+        *("expert_tiles_gate_up", "expert_vectors_down"),
+    ],
 )
 def test_check_finds_a_wrong_kernel(name: str, few_are_many: None) -> None:
     """In whichever part of the text it runs."""
