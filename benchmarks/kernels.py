@@ -40,6 +40,7 @@ from mlx_kimi.metal_kernels.attention import Block, attend
 from mlx_kimi.metal_kernels.experts import (
     SwiGLUWeights,
     add_norm_scores,
+    expert_combine,
     expert_mlp,
     expert_select,
     naive_expert_select,
@@ -52,7 +53,9 @@ from mlx_kimi.metal_kernels.latents import pack
 from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights, mla_decode, naive_mla_decode
 from mlx_kimi.metal_kernels.mla_prefill import Expanded, mla_prefill, naive_mla_prefill
+from mlx_kimi.metal_kernels.sorted_experts import sorted_experts
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
+from mlx_kimi.metal_kernels.tuning import ExpertForm
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import load_tokenizer
 from tests.assertions import largest_error, rms_error
@@ -64,6 +67,7 @@ FLOAT32: Tolerance = (5e-6, 2e-5)
 FLOAT16_STAGE: Tolerance = (4e-3, 8e-3)
 ONE_BFLOAT16: Tolerance = (2.5e-3, 4e-3)  # one rounding of the output
 TWO_BFLOAT16: Tolerance = (3.6e-3, 8e-3)  # and one of what lies between two kernels
+THREE_BFLOAT16: Tolerance = (5e-3, 1.2e-2)  # and of the weights, where matrix units take them so
 LOGITS = 4e-2  # of a token's largest: bfloat16, rounded at other places in each layer
 SPLIT = 1e-4  # of the largest: the same numbers in float32, added in another order
 PROMPT = 192  # tokens before those that are forced one by one: enough for mla_prefill
@@ -75,7 +79,7 @@ def check(tokens: int) -> int:
     """How many comparisons failed."""
     failed = 0
     found = chain(
-        *(_models(), _sums(), _decode(), _latents(), _prefill(), _experts()),
+        *(_models(), _sums(), _decode(), _latents(), _prefill(), _experts(), _many_experts()),
         *(_delta_rules(tokens), _delta_rules(101)),
     )
     for name, errors, tolerance in found:
@@ -267,6 +271,41 @@ def _experts() -> Comparisons:
         )
 
 
+def _many_experts() -> Comparisons:
+    """40 tokens in each form, in every stored format."""
+    forms = (ExpertForm(0, "vectors"), *(ExpertForm(0, "tiles", tiles) for tiles in (1, 2, 4)))
+    for dtype, bits, group, mode, tolerance in (
+        (mx.float32, 4, 64, "affine", FLOAT32),
+        *((mx.bfloat16, bits, 64, "affine", THREE_BFLOAT16) for bits in (0, 2, 3, 4, 5, 6, 8)),
+        (mx.bfloat16, 4, 32, "mxfp4", THREE_BFLOAT16),
+        (mx.bfloat16, 4, 16, "nvfp4", THREE_BFLOAT16),
+        (mx.bfloat16, 8, 32, "mxfp8", THREE_BFLOAT16),
+    ):
+        wide, narrow = (INNER, HIDDEN), (HIDDEN, INNER)
+        routed, shared = (
+            SwiGLUWeights(
+                *(
+                    _matrix((*stack, *shape), bits, dtype, group, mode)
+                    for shape in (wide, wide, narrow)
+                )
+            )
+            for stack in ((16,), ())
+        )
+        x = mx.random.normal((40, HIDDEN)).astype(dtype)
+        experts = mx.argsort(mx.random.uniform(shape=(40, 16)), axis=-1)[:, :TOP_K].astype(mx.int32)
+        weights = mx.random.uniform(shape=(40, TOP_K)) / TOP_K
+        expected = _plain_experts(x, experts, weights, routed, shared)
+        for form in forms:
+            y, places = sorted_experts(x, experts, routed, shared, form)
+            y = expert_combine(y, places, weights, y[experts.size :])
+            yield (
+                f"experts of 40 tokens, {_name(dtype)}, {mode} {bits or 16} bits, {form.kernels}"
+                f"{f' {form.tiles}' if form.tiles else ''}",
+                (rms_error(y, expected), largest_error(y, expected)),
+                tolerance,
+            )
+
+
 def _plain_experts(
     x: mx.array, experts: mx.array, weights: mx.array, routed: SwiGLUWeights, shared: SwiGLUWeights
 ) -> mx.array:
@@ -295,7 +334,9 @@ def _expert(stack: Matrix, expert: int) -> Matrix:
 def _dequantized(matrix: Matrix) -> mx.array:
     if not matrix.bits:
         return matrix.weight.astype(mx.float32)
-    w, scales, biases, group_size, bits = matrix
+    w, scales, biases, group_size, bits, mode = matrix
+    if mode != "affine":  # exact: a small float times a power of two, or another
+        return mx.dequantize(w, scales, None, group_size, bits, mode).astype(mx.float32)
     scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     return mx.dequantize(w, scales, biases, group_size, bits)
 
@@ -351,11 +392,14 @@ def _one_by_one(model: KimiLinear, ids: mx.array, prompt: int = PROMPT) -> mx.ar
 
 
 # ------------------------------------------------------------------------------------- inputs
-def _matrix(shape: tuple[int, ...], bits: int, dtype: mx.Dtype) -> Matrix:
+def _matrix(
+    shape: tuple[int, ...], bits: int, dtype: mx.Dtype, group: int = 64, mode: str = "affine"
+) -> Matrix:
     w = (mx.random.normal(shape) * shape[-1] ** -0.5).astype(dtype)
     if not bits:
         return Matrix(w)
-    return Matrix(*mx.quantize(w, group_size=64, bits=bits), 64, bits)
+    weight, scales, *biases = mx.quantize(w, group, bits, mode)
+    return Matrix(weight, scales, *biases or [None], group, bits, mode)
 
 
 def _decode_inputs(
