@@ -1,6 +1,5 @@
 // tiles.h for NVIDIA GPUs, in the layout of their matrix units: lane 4 g + t holds the elements (g, 2 t) and
-// (g, 2 t + 1) of a tile. `as_right`, `multiply_add` and
-// `multiply_add_two` are cuda.h's.
+// (g, 2 t + 1) of a tile. `as_right`, `multiply_add` and `multiply_add_two` are cuda.h's.
 template <typename T>
 using Fragment = vec<T, 2>;
 METAL_FUNC int tile_row(int lane) { return lane / 4; }

@@ -10,8 +10,8 @@
 //   shared_gate, shared_up, ...  [N, K] and so on, stored as gate and up are; not read where not Shared
 //   T                            int
 //   h                            [T * TopK, N] of x's type, where Shared [T * TopK + T, N]
-// Template: XT, that of x; Shared bool; E, TopK, K, N, GateBits, GateGroup, UpBits, UpGroup int. K is a multiple of 8 and of the
-// groups, N of 4.
+// Template: XT, that of x; Shared bool; E, TopK, K, N, GateBits, GateGroup, UpBits, UpGroup int. K is a multiple of 8
+// and of the groups, N of 4.
 // Grid (32, N / 4, Z), any threadgroup (32, m, 1) that divides it: a simdgroup has up to 4 tokens of one expert, and 4
 // rows of both matrices. Z is at least the number of such turns; simdgroups beyond do nothing.
 constexpr int Rows = VectorRows / 2;

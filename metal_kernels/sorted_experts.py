@@ -243,9 +243,9 @@ class ManyTokens:
         return form._replace(tiles=min(form.tiles, self._most_tiles))
 
     def first_tokens(self, top_k: int) -> list[int]:
-        """The fewest tokens of each form that this GPU's have."""
+        """The fewest tokens of each form that this GPU takes for some number of tokens."""
         fewest = (ceil(form.pairs_from * self.E / top_k) for form in tuning().experts)
-        return [max(LARGEST_BATCH + 1, tokens) for tokens in fewest]
+        return sorted({max(LARGEST_BATCH + 1, tokens) for tokens in fewest})
 
     def implementations(self, top_k: int) -> list[tuple[str, str, str]]:
         """Which implementation runs for how many tokens, and why: for `info --kernels`."""

@@ -59,7 +59,7 @@ NVIDIA = Tuning(
     splits=160,
     experts=(
         ExpertForm(0, "tiles", 1),
-        ExpertForm(6, "tiles", 2),
+        ExpertForm(7, "tiles", 2),
         ExpertForm(16, "tiles", 4, shared=False),
     ),
     skip_tiles=False,
@@ -85,6 +85,7 @@ FROM_M3 = (ExpertForm(0, "vectors"), ExpertForm(4.3, "tiles", 4))
 # An M5's matrix units are open to MLX alone, from macOS 26.2 on, in its product of sorted rows.
 FROM_M5 = (ExpertForm(0, "vectors"), ExpertForm(4, "MLX"))
 M3, M5 = 15, 17  # generations of GPUs, as their names count them
+MACOS_26_2 = (25, 2)  # as its kernel counts versions, which is told to every Python alike
 
 
 @cache
@@ -94,15 +95,17 @@ def tuning() -> Tuning:
         return NVIDIA
     if not mx.metal.is_available():
         return BASE
-    return apple_tuning(str(mx.device_info()["architecture"]), platform.mac_ver()[0])
+    return apple_tuning(str(mx.device_info()["architecture"]), platform.release())
 
 
-def apple_tuning(architecture: str, macos: str) -> Tuning:
-    """Of an Apple GPU such as applegpu_g13s, the M1 Max, under macOS 26.2."""
+def apple_tuning(architecture: str, release: str) -> Tuning:
+    """Of an Apple GPU such as applegpu_g13s, the M1 Max, under a kernel of macOS such as 25.2.0."""
     found = re.fullmatch(r"applegpu_g(\d+)(\w)", architecture)
     if found is None:
         return BASE
     generation, size = int(found[1]), {"s": MAX, "d": ULTRA}.get(found[2], BASE)
-    if generation >= M5 and [int(n) for n in macos.split(".") if n.isdigit()] >= [26, 2]:
+    version = tuple(int(number) for number in release.split(".") if number.isdigit())
+    has_matrix_units = generation >= (M5 + 1 if found[2] == "p" else M5)  # (p: a phone's)
+    if has_matrix_units and version >= MACOS_26_2:
         return size._replace(experts=FROM_M5)
     return size._replace(experts=FROM_M3) if generation >= M3 else size

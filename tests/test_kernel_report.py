@@ -33,9 +33,11 @@ def backend(kernel: Kernel) -> Launch:
     """Zeros; no shape of more than 256 threads runs."""
 
     def launch(
-        *, threadgroup: Any, output_shapes: Any, output_dtypes: Any, **_: Any
+        *, template: Any, threadgroup: Any, output_shapes: Any, output_dtypes: Any, **_: Any
     ) -> list[mx.array]:
         if threadgroup[0] == 512 and kernel.name == "mla_attend":
+            raise ValueError(MESSAGE)
+        if kernel.name == "expert_tiles_down" and dict(template)["TokenTiles"] == 4:
             raise ValueError(MESSAGE)
         if kernel.name == "kda_finish":
             raise RuntimeError("program_source:1:2: error: no\nsuch word")
@@ -51,11 +53,13 @@ def test_a_report_says_what_runs_what_is_refused_and_how_fast() -> None:
     assert "  kda_finish: REFUSED: program_source:1:2: error: no\nsuch word" in text
     compiled = text[: text.index("microseconds a launch, 1 token:")]
     names = set(re.findall(r"^  (\w+): \d+ pipelines", compiled, re.MULTILINE))
-    assert len(names) == 20  # all others
+    assert len(names) == 19  # all others
+    assert f"  expert_tiles_down: REFUSED: {MESSAGE}" in text
     assert re.search(r"^  mla_prefill: [\d.]+$", text, re.MULTILINE)
     assert re.search(r"expert_gate_up: [\d.]+ microseconds for [\d.]+ MB: \d+ GB/s", text)
     assert re.search(r"^  16 tokens: vectors, as here: [\d.]+; tiles 1: ", text, re.MULTILINE)
-    assert re.search(r"^  2048 tokens: .*tiles 4, as here: .*MLX: [\d.]+$", text, re.MULTILINE)
+    refused = f"tiles 4, as here: REFUSED: {re.escape(MESSAGE)}; "
+    assert re.search(rf"^  2048 tokens: .*{refused}MLX: [\d.]+$", text, re.MULTILINE)
     assert "  all NaN: experts [0, 0" in text
     assert "16 bits, (16, 64, 8), as here" in text and "8 bits, 24 splits, as here" in text
 

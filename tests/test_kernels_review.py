@@ -36,12 +36,14 @@ from tests.kernel_cases import linter
 DTYPE = mx.bfloat16
 
 
-def published_experts(bits: int, group: int, mode: str) -> list[SwiGLUWeights]:
+def published_experts(
+    bits: int, group: int, mode: str, dtype: mx.Dtype = DTYPE
+) -> list[SwiGLUWeights]:
     """Two routed experts of the 48B's sizes, and the shared one."""
     return [
         SwiGLUWeights(
             *(
-                test_kernels_experts.random_matrix((*lead, *shape), bits, group, DTYPE, mode)
+                test_kernels_experts.random_matrix((*lead, *shape), bits, group, dtype, mode)
                 for shape in ((1024, 2304), (1024, 2304), (2304, 1024))
             )
         )
@@ -54,10 +56,12 @@ def experts(bits: int, group: int = 64, mode: str = "affine") -> None:
     expert_mlp(x, chosen, mx.ones((1, 8)), *published_experts(bits, group, mode))
 
 
-def many_experts(bits: int, group: int = 64, mode: str = "affine", tiles: int = 4) -> None:
+def many_experts(
+    bits: int, group: int = 64, mode: str = "affine", tiles: int = 4, dtype: mx.Dtype = DTYPE
+) -> None:
     form = ExpertForm(0, "tiles" if tiles else "vectors", tiles)
-    x, chosen = mx.ones((16, 2304), DTYPE), mx.zeros((16, 8), mx.int32)
-    sorted_experts(x, chosen, *published_experts(bits, group, mode), form)
+    x, chosen = mx.ones((16, 2304), dtype), mx.zeros((16, 8), mx.int32)
+    sorted_experts(x, chosen, *published_experts(bits, group, mode, dtype), form)
 
 
 def combination() -> None:
@@ -119,6 +123,9 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "many tokens' experts of 5 bits, vectors": lambda: many_experts(5, tiles=0),
     "many tokens' experts of 8 bits": lambda: many_experts(8),
     "many tokens' experts of 16 bits": lambda: many_experts(0),
+    "many tokens' experts in float32": lambda: many_experts(0, tiles=2, dtype=mx.float32),
+    "many tokens' experts of 8 bits in float32": lambda: many_experts(8, tiles=2, dtype=mx.float32),
+    "many tokens' experts of 8 bits in float16": lambda: many_experts(8, dtype=mx.float16),
     "many tokens' experts of 3 bits": lambda: many_experts(3),
     "many tokens' experts of 5 bits": lambda: many_experts(5),
     "many tokens' experts of nvfp4": lambda: many_experts(4, 16, "nvfp4"),

@@ -84,14 +84,15 @@ def test_pairs_are_sorted_by_expert(T: int, k: int, E: int) -> None:
         assert ours.tolist() == naive.tolist()
 
 
-@pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(
+    "form, skip",
+    [(VECTORS, True), *((form, skip) for form in FORMS[1:] for skip in (True, False))],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_equal_float64(
     dtype: mx.Dtype, form: ExpertForm, skip: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if form.kernels == "vectors" and skip:
-        return  # (they have no tiles)
     monkeypatch.setattr(sorted_, "tuning", lambda: BASE._replace(skip_tiles=skip))
     experts = pairs(COUNTS, 1)
     routed = gated((len(COUNTS),), 64, 192, 4, 64, dtype)
@@ -218,6 +219,46 @@ def test_the_form_follows_from_the_number_of_tokens(monkeypatch: pytest.MonkeyPa
     assert many.unsupported_reason(9, 8) is None
     assert many.unsupported_reason(16, 8) == "MLX's product is faster on this GPU"
     assert many.unsupported_reason(8, 8) == "8 tokens are not more than 8"
+
+
+def test_two_tiles_are_most_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the review's estimate four would take more registers than an M1 has."""
+    forms = (ExpertForm(0, "tiles", 4),)
+    monkeypatch.setattr(sorted_, "tuning", lambda: BASE._replace(experts=forms))
+    for bits in (0, 4):
+        for dtype, most in ((mx.float32, 2), (mx.bfloat16, 4)):
+            many = ManyTokens(gated((2,), 64, 64, bits, 32, dtype), None, 2)
+            assert many.form(9, 1).tiles == most
+
+
+def test_each_number_of_tokens_has_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few experts the second form may begin below 9 tokens."""
+    monkeypatch.setattr(sorted_, "tuning", lambda: BASE)
+    routed = gated((4,), 64, 64, 4, 32, mx.float32)
+    for E, k in ((4, 2), (8, 8), (2, 1), (256, 8)):
+        many = ManyTokens(routed, None, E)
+        found = [tokens for tokens, _, _ in many.implementations(k)]
+        few, more = ["9 tokens or more"], ["9 to 105 tokens", "106 tokens or more"]
+        assert found == (more if E == 256 else few)
+
+
+@pytest.mark.parametrize("form", [VECTORS, FORMS[3]], ids=str)
+def test_the_shared_expert_is_added_wherever_it_is_computed(
+    form: ExpertForm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routed, shared = (gated(lead, 64, 64, 4, 32, mx.float32) for lead in ((3,), ()))
+    x, weights = mx.random.normal((20, 64)), mx.random.uniform(shape=(20, 2))
+    experts = mx.random.randint(0, 3, (20, 2)).astype(mx.int32)
+    many, outputs = ManyTokens(routed, shared, 3), []
+    for together in (True, False):
+        forms = (form._replace(shared=together),)
+        monkeypatch.setattr(sorted_, "tuning", lambda forms=forms: BASE._replace(experts=forms))
+        assert many.has_shared(20, 2) == together
+        apart = None if together else many.shared_alone(x, 2)
+        outputs.append(many(x, experts, weights, apart))
+    assert_same_bits("y", *outputs)
+    without = many(x, experts, weights, None)
+    assert mx.abs(outputs[0] - without).max().item() > 0.1
 
 
 def test_what_is_outside_the_domain_is_named() -> None:

@@ -185,6 +185,26 @@ def test_the_parts_of_two_ranks_add_up(
         assert_close(f"layer {number} MLP", sum(parts), layer.mlp(x), REORDERED)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("T", [3, 40])  # vectors, and tiles
+def test_the_experts_of_two_ranks_add_up_in_kernels(
+    whole_and_halves: tuple[KimiLinear, list[KimiLinear]], T: int
+) -> None:
+    """A rank's kernels are given all pairs: those of other ranks' experts weigh nothing."""
+    whole, halves = whole_and_halves
+    x = mx.random.normal((4, T, whole.config.hidden_size), key=mx.random.key(T))
+    number = next(i for i, y in enumerate(whole.layers) if isinstance(y.mlp, moe.MixtureOfExperts))
+    mlps = [model.layers[number].mlp for model in (whole, *halves)]
+    is_multiple = whole.config.moe_intermediate_size % 64 == 0
+    for mlp in mlps:
+        reason = mlp.many_tokens.unsupported_reason(4 * T, mlp.router.top_k)
+        assert (reason is None) == is_multiple
+    expected, *parts = (mlp(x) for mlp in mlps)
+    assert_close("MLP", sum(parts), expected, REORDERED)
+    assert mx.abs(parts[0] - parts[1]).max().item() > 0
+
+
 def test_each_rank_holds_about_half(
     whole_and_halves: tuple[KimiLinear, list[KimiLinear]],
 ) -> None:

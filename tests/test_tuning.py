@@ -36,14 +36,17 @@ def test_work_is_divided_for_the_gpu_at_hand(
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     monkeypatch.setattr(mx.metal, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(mx, "device_info", lambda: {"architecture": gpu})
-    monkeypatch.setattr(platform, "mac_ver", lambda: ("26.2", ("", "", ""), "arm64"))
+    monkeypatch.setattr(platform, "release", lambda: "25.2.0")
     assert tuning.__wrapped__() == expected
 
 
 @pytest.mark.parametrize(
-    "macos, experts", [("26.1.2", FROM_M3), ("15.7", FROM_M3), ("27", FROM_M5)]
+    "release, experts",
+    [("25.1.0", FROM_M3), ("24.6.0", FROM_M3), ("25.2.0", FROM_M5), ("26.0.0", FROM_M5)],
 )
 def test_an_m5_has_its_matrix_units_from_macos_26_2_on(
-    macos: str, experts: tuple[ExpertForm, ...]
+    release: str, experts: tuple[ExpertForm, ...]
 ) -> None:
-    assert apple_tuning("applegpu_g17d", macos) == ULTRA._replace(experts=experts)
+    assert apple_tuning("applegpu_g17d", release) == ULTRA._replace(experts=experts)
+    assert apple_tuning("applegpu_g17p", release) == BASE._replace(experts=FROM_M3)
+    assert apple_tuning("applegpu_g18p", release) == BASE._replace(experts=experts)

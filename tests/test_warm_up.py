@@ -1,5 +1,6 @@
 """Loading on a GPU: each kernel runs once, and one that cannot run is named and left out."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,21 @@ def test_no_kernel_is_compiled_in_the_middle_of_an_answer(
     assert {launched.text for launched in during} <= before
     names = {launched.kernel.name for launched in during}
     assert len(names) == {"48b": 21, "pocket": 20}.get(name, len(names))  # (no kda_prepare)
+
+
+def test_the_choice_of_experts_runs_once_where_no_other_kernel_of_theirs_does(
+    pocket: KimiLinear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Routers of many tokens launch it, whatever the matrices are."""
+    for layer in pocket.layers:
+        if isinstance(layer.mlp, MixtureOfExperts):
+            for kernels_of in (layer.mlp.kernels, layer.mlp.many_tokens):
+                monkeypatch.setattr(kernels_of, "_unsupported_reason", "odd sizes")
+    recorder = Recorder({})
+    with use_backend(recorder, traced=True):
+        assert warm_up(pocket) == {}
+    assert "expert_select" in recorder.names
+    assert not {name for name in recorder.names if re.match("expert_(gate|down|tiles|vec)", name)}
 
 
 def test_a_kernel_that_cannot_run_is_named_and_its_operator_does_without(

@@ -18,7 +18,13 @@ import mlx.core as mx
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.evaluation.random_model import PUBLISHED_48B, model_of, random_arrays
 from mlx_kimi.loading.warm_up import warm_up
-from mlx_kimi.metal_kernels.experts import SwiGLUWeights, expert_down, expert_gate_up, expert_select
+from mlx_kimi.metal_kernels.experts import (
+    SwiGLUWeights,
+    expert_combine,
+    expert_down,
+    expert_gate_up,
+    expert_select,
+)
 from mlx_kimi.metal_kernels.kernel import Backend, Kernel, Launch, backend, use_backend
 from mlx_kimi.metal_kernels.latents import pack
 from mlx_kimi.metal_kernels.matrix import Matrix
@@ -179,25 +185,30 @@ def _many_experts(model: KimiLinear) -> Iterator[str]:
         experts = mx.argsort(scores, axis=-1)[:, :k].astype(mx.int32)
         weights = mx.ones((tokens, k))
         mx.eval(x, experts, weights)
+        given = (x, experts, weights)
         runs: list[tuple[ExpertForm, Callable[[], list[mx.array]]]] = [
-            (form, partial(_in_form, x, experts, many.routed, form)) for form in FORMS
+            (form, partial(_in_form, *given, many.routed, form)) for form in FORMS
         ]
-        runs.append((ExpertForm(0, "MLX"), partial(_in_ops, mlp.switch_mlp, x, experts, weights)))
+        runs.append((ExpertForm(0, "MLX"), partial(_in_ops, *given, mlp.switch_mlp)))
         here, found = many.form(tokens, k), []
         for form, run in runs:
             mark = ", as here" if form[1:3] == here[1:3] else ""
             name = f"{form.kernels}{f' {form.tiles}' if form.tiles else ''}{mark}"
-            found.append(f"{name}: {_microseconds([run] * 2) / 1e3:.2f}")
+            try:
+                found.append(f"{name}: {_microseconds([run] * 2) / 1e3:.2f}")
+            except (RuntimeError, ValueError) as error:
+                found.append(f"{name}: REFUSED: {' '.join(str(error).split())}")
         yield f"  {tokens} tokens: {'; '.join(found)}"
 
 
 def _in_form(
-    x: mx.array, experts: mx.array, routed: SwiGLUWeights, form: ExpertForm
+    x: mx.array, experts: mx.array, weights: mx.array, routed: SwiGLUWeights, form: ExpertForm
 ) -> list[mx.array]:
-    return list(sorted_experts(x, experts, routed, None, form))
+    y, places = sorted_experts(x, experts, routed, None, form)
+    return [expert_combine(y, places, weights, None)]
 
 
-def _in_ops(routed: Experts, x: mx.array, experts: mx.array, weights: mx.array) -> list[mx.array]:
+def _in_ops(x: mx.array, experts: mx.array, weights: mx.array, routed: Experts) -> list[mx.array]:
     return [routed(x, experts, weights, None)]
 
 

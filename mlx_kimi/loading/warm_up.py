@@ -94,6 +94,7 @@ def _feed_forward(model: KimiLinear, layer: DecoderLayer) -> None:
         shared = None if mlp.shared_experts is None else x[0]
         mx.eval(expert_combine(y, places, mx.ones((tokens, k)), shared))
     if isinstance(mlp, MixtureOfExperts):
+        mx.eval(mlp.router(_zeros(model, LARGEST_BATCH + 1)[0]))
         _many_tokens(model, mlp)
 
 

@@ -62,7 +62,7 @@ class CompiledStep:
         )
 
     def _experts_are_known(self, B: int) -> bool:
-        """Several rows of a batch take one expert after another, which the host must know."""
+        """Several rows of a batch take experts in waves, which the host must know."""
         offload = self._owner.offload
         return offload is None or (B == 1 and offload.optimistic.should_try())
 

@@ -105,9 +105,9 @@ class MultiHeadLatentAttention(nn.Module):
             ("1 token", "ops form", reason)
             if reason
             else ("1 token", "mla_query, mla_attend, mla_output", "supported shapes"),
-            (f"2 to {EXPAND_FROM - 1} tokens", "ops form", "absorbed; in a new text as more"),
+            (f"2 to {EXPAND_FROM - 1} tokens", "ops form", "absorbed, after a longer text"),
             (
-                f"{EXPAND_FROM} tokens or more",
+                f"{EXPAND_FROM} tokens or more; fewer in a new text",
                 "ops form" if many_reason else "mla_prefill",
                 many_reason or "latents expanded block by block",
             ),

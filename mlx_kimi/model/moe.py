@@ -153,9 +153,9 @@ class MixtureOfExperts(nn.Module):
     """The weighted sum of the chosen experts, plus the shared experts unweighted.
 
     With an `expert_cache` the stacks hold only some experts, and an expert's place in them is its
-    slot. One token runs the usual kernels on slots; many tokens are computed expert by expert, so
-    that each is read once a layer. Which operations run never depends on what is in memory: every
-    memory budget gives the same bits.
+    slot. One token runs the usual kernels on slots; many tokens are computed in waves of experts,
+    so that each is read once a layer. Which operations run never depends on what is in memory:
+    every memory budget gives the same bits.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
@@ -177,8 +177,8 @@ class MixtureOfExperts(nn.Module):
         reason = self.kernels.unsupported_reason(1)
         rows = [(few, "ops form", reason) if reason else (few, decode, "supported shapes")]
         if self.expert_cache:
-            how = "one expert after another, from the files, then expert_combine"
-            return [*rows, ("more tokens", "ops form", how)]
+            how = "one expert after another, then expert_combine"
+            rows.append((f"2 to {LARGEST_BATCH} tokens", "ops form", how))
         return rows + self.many_tokens.implementations(self.router.top_k)
 
     @property
@@ -279,8 +279,8 @@ class MixtureOfExperts(nn.Module):
             counts = np.zeros(cache.slots, np.int64)
             counts[slots] = [len(pairs) for pairs in of_each]
             starts = mx.array(np.append(0, np.cumsum(counts)), mx.int32)
-            order = mx.array(np.concatenate(of_each), mx.int32)
-            return self.many_tokens.wave(rows, order, starts, k)
+            sorted_pairs = mx.array(np.concatenate(of_each), mx.int32)
+            return self.many_tokens.wave(rows, sorted_pairs, starts, k)
 
         visited, outputs = cache.for_each_expert(chosen, compute)
         places = np.empty_like(flat)

@@ -108,8 +108,6 @@ class ExpertCache:
         from_slot: dict[int, mx.array] = {}
 
         def submit(experts: npt.NDArray[np.int64]) -> None:
-            if not len(experts):
-                return
             experts = experts[np.argsort(self.slot_table[experts])]
             slots = self.slot_table[experts]
             outputs.append(compute(experts, slots))
@@ -117,8 +115,9 @@ class ExpertCache:
             from_slot.update(dict.fromkeys(slots.tolist(), outputs[-1]))
             mx.async_eval(outputs[-1])
 
-        submit(present)
         size = max(1, min(WAVE, self.slots // 2))
+        for start in range(0, len(present), size):  # (a slot is written when its wave is computed)
+            submit(present[start : start + size])
         waves = [absent[i : i + size] for i in range(0, len(absent), size)]
         wave: npt.NDArray[np.int64] = absent[:0]
         for following in waves:
