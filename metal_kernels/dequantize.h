@@ -53,12 +53,8 @@ METAL_FUNC void load_codes(const device uint8_t* from, thread uint* words) {
 // 8 bits at multiples of their size.
 template <int Bits>
 METAL_FUNC void load_run(const device uint8_t* from, int eight, thread uint* stored) {
-  if (Bits == 8) {
+  if (Bits == 8 || (eight == 0 && Bits == 4)) {
     const uint2 two = *(const device uint2*)(from + 8 * eight);
-    stored[0] = two.x;
-    stored[1] = two.y;
-  } else if (eight == 0 && Bits == 4) {
-    const uint2 two = *(const device uint2*)from;
     stored[0] = two.x;
     stored[1] = two.y;
   } else if (eight == 0 && Bits == 2) {

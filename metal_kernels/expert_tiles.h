@@ -11,14 +11,16 @@
 constexpr constant int ColumnStep = 64;
 
 // ----------------------------------------------------------------------------------------- the factors
-// A run of 16 neighbouring elements of one row, as they are stored.
+// A run of 16 neighbouring elements of one row, as they are stored, and the type that they multiply in.
 template <int Bits, int Group, typename W, typename S, typename Right>
 struct RowRun {
+  typedef typename Decoded<Right>::type Factor;
   uint stored[2];
   S scale, bias;
 };
 template <int Group, typename W, typename S, typename Right>
 struct RowRun<0, Group, W, S, Right> {
+  typedef W Factor;
   vec<W, 4> low, high;
 };
 // One of such rows.
@@ -37,7 +39,7 @@ METAL_FUNC void read_eight(
     int eight) {
   load_run<Bits>(rows.weight + row * rows.row_size() + column / 8 * Bits, eight, to.stored);
   if (eight == 0) {
-    const int group = row * (rows.K / Group) + column / Group;
+    const int group = rows.group_of(row, column);
     to.scale = rows.scales[group];
     if (IsAffine<S>::value) {
       to.bias = rows.biases[group];
@@ -56,7 +58,7 @@ METAL_FUNC void read_eight(
   to.high = fetch<4>(from + 4);
 }
 
-// Elements i and i + 4 of an eight, in the type that they multiply in.
+// Elements i and i + 4 of an eight.
 template <int Bits, int Group, typename W, typename S, typename Right>
 METAL_FUNC vec<typename Decoded<Right>::type, 2> pair_of(
     thread const RowRun<Bits, Group, W, S, Right>& run, int eight, int i) {
@@ -74,16 +76,6 @@ template <int Group, typename W, typename S, typename Right>
 METAL_FUNC vec<W, 2> pair_of(thread const RowRun<0, Group, W, S, Right>& run, int, int i) {
   return vec<W, 2>(run.low[i], run.high[i]);
 }
-template <typename Run>
-struct FactorOf {};
-template <int Bits, int Group, typename W, typename S, typename Right>
-struct FactorOf<RowRun<Bits, Group, W, S, Right>> {
-  typedef typename Decoded<Right>::type type;
-};
-template <int Group, typename W, typename S, typename Right>
-struct FactorOf<RowRun<0, Group, W, S, Right>> {
-  typedef W type;
-};
 
 // A lane's elements of 8 tokens, of one eight of columns.
 template <typename X>
@@ -113,7 +105,7 @@ METAL_FUNC void add_eight(
     const thread TokenRun<Right>* tokens,
     int live,
     thread Fragment<float> (*sums)[N]) {
-  typedef typename FactorOf<Run>::type Left;
+  typedef typename Run::Factor Left;
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
     Fragment<Left> first[N], second[N];

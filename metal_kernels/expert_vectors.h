@@ -31,21 +31,17 @@ METAL_FUNC void add_pairs(
     thread const MatrixRows<Bits, Group, W, S>& rows,
     int column,
     thread float* sums) {
-  constexpr bool Affine = IsAffine<S>::value;
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
-    float numbers[Columns];
-    Stored<Bits, Affine>::load_numbers(rows.weight + r * rows.row_size(), column, numbers);
-    const int group = r * (rows.K / Group) + column / Group;
-    const float scale = Bits == 0 ? 1.0f : scale_of<Bits, Group>(rows.scales[group]);
-    const float bias = Bits != 0 && Affine ? float(rows.biases[group]) : 0.0f;
+    float numbers[Columns], scale, bias;
+    load_row(rows, r, column, numbers, scale, bias);
 #pragma unroll
     for (int token = 0; token < VectorTokens; ++token) {
       if (token < 2 || count > 2) {
         const float products = dot_of_columns(part + token * Columns, numbers);
         const int at = token / 2 * PairSums + token % 2 * VectorRows + First + r;
         sums[at] = fma(products, scale, sums[at]);
-        if (Bits != 0 && Affine) {
+        if (Bits != 0 && IsAffine<S>::value) {
           sums[at] = fma(total[token], bias, sums[at]);
         }
       }
@@ -53,8 +49,8 @@ METAL_FUNC void add_pairs(
   }
 }
 
-// One step of a lane, for 8 rows of one matrix.
-template <int Bits, int Group, typename X, typename W, typename S>
+// One step of a lane, for some rows of one matrix.
+template <int Rows, int First, int Bits, int Group, typename X, typename W, typename S>
 METAL_FUNC void add_vector_step(
     X x,
     const thread int* tokens,
@@ -64,11 +60,11 @@ METAL_FUNC void add_vector_step(
     thread float* sums) {
   float part[VectorTokens * Columns], total[VectorTokens];
   load_tokens<Bits, IsAffine<S>::value>(x, tokens, count, column, part, total);
-  add_pairs<VectorRows, 0>(part, total, count, rows, column, sums);
+  add_pairs<Rows, First>(part, total, count, rows, column, sums);
 }
 // The same for 4 rows of two matrices. x is loaded once where both are stored alike.
 template <int Bits, int Group, typename X, typename W, typename S>
-METAL_FUNC void add_vector_step(
+METAL_FUNC void add_two_vector_steps(
     X x,
     const thread int* tokens,
     int count,
@@ -81,29 +77,17 @@ METAL_FUNC void add_vector_step(
   add_pairs<VectorRows / 2, 0>(part, total, count, first, column, sums);
   add_pairs<VectorRows / 2, VectorRows / 2>(part, total, count, second, column, sums);
 }
-template <
-    int Bits,
-    int Group,
-    typename X,
-    typename W,
-    typename S,
-    int OtherBits,
-    int OtherGroup,
-    typename OtherW,
-    typename OtherS>
-METAL_FUNC void add_vector_step(
+template <typename X, typename First, typename Second>
+METAL_FUNC void add_two_vector_steps(
     X x,
     const thread int* tokens,
     int count,
-    thread const MatrixRows<Bits, Group, W, S>& first,
-    thread const MatrixRows<OtherBits, OtherGroup, OtherW, OtherS>& second,
+    thread const First& first,
+    thread const Second& second,
     int column,
     thread float* sums) {
-  float part[VectorTokens * Columns], total[VectorTokens];
-  load_tokens<Bits, IsAffine<S>::value>(x, tokens, count, column, part, total);
-  add_pairs<VectorRows / 2, 0>(part, total, count, first, column, sums);
-  load_tokens<OtherBits, IsAffine<OtherS>::value>(x, tokens, count, column, part, total);
-  add_pairs<VectorRows / 2, VectorRows / 2>(part, total, count, second, column, sums);
+  add_vector_step<VectorRows / 2, 0>(x, tokens, count, first, column, sums);
+  add_vector_step<VectorRows / 2, VectorRows / 2>(x, tokens, count, second, column, sums);
 }
 
 // The sums of one pair over all lanes: lane 8 t + r, and lane 16 more, get that of row r and token t.

@@ -40,7 +40,7 @@ for (int i = 0; i < 2 * PairSums; ++i) {
   sums[i] = 0;
 }
 for (int column = lane * Columns; column < N; column += Step) {
-  add_vector_step(
+  add_vector_step<VectorRows, 0>(
       h + size_t(tokens.first) * N, rows, tokens.count, rows_of_down, column, sums);
 }
 

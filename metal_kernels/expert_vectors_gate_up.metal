@@ -51,7 +51,7 @@ for (int i = 0; i < 2 * PairSums; ++i) {
   sums[i] = 0;
 }
 for (int column = lane * Columns; column < K; column += Step) {
-  add_vector_step(x, rows, tokens.count, gates, ups, column, sums);
+  add_two_vector_steps(x, rows, tokens.count, gates, ups, column, sums);
 }
 
 #pragma unroll

@@ -12,6 +12,10 @@ struct MatrixRows {
   METAL_FUNC int row_size() const {
     return Bits == 0 ? K : K * Bits / 8;
   }
+  // The place of an element's scale and bias.
+  METAL_FUNC int group_of(int row, int column) const {
+    return row * (K / Group) + column / Group;
+  }
 };
 // Those from `row` on. A stack of matrices may have more than 2^31 elements: where its rows start is 64 bits
 // wide.

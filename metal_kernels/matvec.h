@@ -35,6 +35,22 @@ struct Stored<0, Affine> {
   }
 };
 
+// The same of row r, and its scale and bias there: 1 and 0 where the matrix has none.
+template <int Bits, int Group, typename W, typename S>
+METAL_FUNC void load_row(
+    thread const MatrixRows<Bits, Group, W, S>& rows,
+    int r,
+    int column,
+    thread float* numbers,
+    thread float& scale,
+    thread float& bias) {
+  constexpr bool Affine = IsAffine<S>::value;
+  Stored<Bits, Affine>::load_numbers(rows.weight + r * rows.row_size(), column, numbers);
+  const int group = rows.group_of(r, column);
+  scale = Bits == 0 ? 1.0f : scale_of<Bits, Group>(rows.scales[group]);
+  bias = Bits != 0 && Affine ? float(rows.biases[group]) : 0.0f;
+}
+
 METAL_FUNC float dot_of_columns(const thread float* part, const thread float* numbers) {
   float sum = 0;
 #pragma unroll
@@ -70,22 +86,17 @@ METAL_FUNC void add_columns(
     thread const MatrixRows<Bits, Group, W, S>& rows,
     int column,
     thread float* sums) {
-  constexpr bool Affine = IsAffine<S>::value;
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
-    float numbers[Columns];
-    Stored<Bits, Affine>::load_numbers(rows.weight + r * rows.row_size(), column, numbers);
+    float numbers[Columns], scale, bias;
+    load_row(rows, r, column, numbers, scale, bias);
     const float products = dot_of_columns(part, numbers);
     if (Bits == 0) {
       sums[r] += products;
+    } else if (IsAffine<S>::value) {
+      sums[r] += products * scale + total * bias;
     } else {
-      const int group = r * (rows.K / Group) + column / Group;
-      const float scale = scale_of<Bits, Group>(rows.scales[group]);
-      if (Affine) {
-        sums[r] += products * scale + total * float(rows.biases[group]);
-      } else {
-        sums[r] += products * scale;
-      }
+      sums[r] += products * scale;
     }
   }
 }

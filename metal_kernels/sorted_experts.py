@@ -137,8 +137,21 @@ def sorted_experts(
         and places [T, k] int32, where those of each pair stand.
     """
     order, places, starts = expert_order(experts, routed.gate.weight.shape[0])
-    h = sorted_gate_up(x, order, starts, experts.shape[1], routed, shared, form)
-    return sorted_down(h, starts, len(x), routed, shared, form), places
+    return _sorted_mlp(x, order, starts, experts.shape[1], routed, shared, form), places
+
+
+def _sorted_mlp(
+    x: mx.array,
+    order: mx.array,
+    starts: mx.array,
+    top_k: int,
+    routed: SwiGLUWeights,
+    shared: SwiGLUWeights | None,
+    form: ExpertForm,
+) -> mx.array:
+    """Both launches."""
+    h = sorted_gate_up(x, order, starts, top_k, routed, shared, form)
+    return sorted_down(h, starts, len(x), routed, shared, form)
 
 
 def sorted_gate_up(
@@ -290,8 +303,7 @@ class ManyTokens:
         and starts [E + 1] int32 as of `expert_order` -> [n, K]. The same bits as of all at once.
         """
         form = self.form(len(x), top_k)
-        h = sorted_gate_up(x, order, starts, top_k, self.routed, None, form)
-        return sorted_down(h, starts, len(x), self.routed, None, form)
+        return _sorted_mlp(x, order, starts, top_k, self.routed, None, form)
 
     def shared_alone(self, x: mx.array, top_k: int) -> mx.array:
         """What the shared expert, if `has_shared`, says of x [T, K]: the same bits as together."""
@@ -300,8 +312,7 @@ class ManyTokens:
         one = self.shared
         stacks = SwiGLUWeights(*map(_stack_of_one, (one.gate, one.up, one.down)))
         order, starts = mx.arange(len(x), dtype=mx.int32), mx.array([0, len(x)], mx.int32)
-        h = sorted_gate_up(x, order, starts, 1, stacks, None, form)
-        return sorted_down(h, starts, len(x), stacks, None, form)
+        return _sorted_mlp(x, order, starts, 1, stacks, None, form)
 
 
 def _stack_of_one(matrix: Matrix) -> Matrix:

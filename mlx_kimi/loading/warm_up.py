@@ -107,8 +107,8 @@ def _many_tokens(model: KimiLinear, mlp: MixtureOfExperts) -> None:
         if cache is None or cache.holds_all:
             mx.eval(many(x, experts, mx.ones((tokens, k)), None))
             continue
-        starts = mx.full((cache.slots + 1,), tokens * k, mx.int32)
         order = mx.arange(tokens * k, dtype=mx.int32)
-        mx.eval(many.wave(x, order, mx.where(mx.arange(cache.slots + 1) == 0, 0, starts), k))
+        starts = mx.minimum(mx.arange(cache.slots + 1), 1) * order.size  # all are of slot 0
+        mx.eval(many.wave(x, order, starts, k))
         if many.has_shared(tokens, k):
             mx.eval(many.shared_alone(x, k))
