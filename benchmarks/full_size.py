@@ -24,11 +24,12 @@ def peer_model(config: dict[str, Any], arrays: Arrays) -> Any:
     from mlx_lm.models import kimi_linear as peer
 
     model = peer.Model(peer.ModelArgs.from_dict(config))
-    nn.quantize(
-        model,
-        **config["quantization"],
-        class_predicate=lambda path, _: f"{path}.scales" in arrays,
-    )
+    if "quantization" in config:
+        nn.quantize(
+            model,
+            **config["quantization"],
+            class_predicate=lambda path, _: f"{path}.scales" in arrays,
+        )
     model.load_weights(list(arrays.items()))
     model.eval()
     mx.eval(model.parameters())

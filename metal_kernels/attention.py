@@ -109,6 +109,8 @@ class SubmitLimit:
         """Wait for all but the latest pieces, and let the device begin `results`."""
         while len(self._unfinished) > self._pieces:
             mx.eval(*self._unfinished.popleft())
+            if self._pieces == 0:  # a finished piece gives back its memory a little later
+                mx.synchronize()
         mx.async_eval(*results)
         self._unfinished.append(results)
 

@@ -77,18 +77,20 @@ class CudaKernel:
         template: Sequence[tuple[str, Any]] = (),
         **rest: Any,
     ) -> list[mx.array]:
-        if any(size % group for size, group in zip(grid, threadgroup, strict=True)):
+        if grid[0] % threadgroup[0] or grid[1] % threadgroup[1] or grid[2] % threadgroup[2]:
             raise ValueError(
                 f"[{self.name}] the grid must be a multiple of the threadgroup on NVIDIA GPUs but "
                 f"{grid} is not of {threadgroup}."
             )
-        arrays = [x if isinstance(x, mx.array) else _scalar(x) for x in inputs]
-        types = tuple((x.dtype, x.ndim > 0) for x in arrays)
-        threads = prod(threadgroup)
-        key = types, tuple(output_dtypes), tuple(template), threads
-        if key not in self._built:
-            self._built[key] = self._build(self.text(arrays, output_dtypes, template, threads))
-        outputs: list[mx.array] = self._built[key](
+        # (Of a prompt's few hundred launches, each made by Python: short of what its text needs.)
+        arrays = [x if type(x) is mx.array else _scalar(x) for x in inputs]
+        kinds = [x.dtype for x in arrays], [x.ndim > 0 for x in arrays]
+        key = (*kinds[0], *kinds[1], *output_dtypes, *template, *threadgroup)
+        launch = self._built.get(key)
+        if launch is None:
+            text = self.text(arrays, output_dtypes, template, prod(threadgroup))
+            launch = self._built[key] = self._build(text)
+        outputs: list[mx.array] = launch(
             inputs=arrays,
             grid=grid,
             threadgroup=threadgroup,

@@ -11,14 +11,14 @@
 //   f             [B, T, H * D] of any float type
 //   taps          [Taps, 3 * H * D] of any float type: the convolution, the present token's last
 //   tail          [B, Taps - 1, 3 * H * D] of x's type: q | k | v of the tokens before
-//   lengths       [B] int: how many tokens of a row are valid; the others are padding
+//   lengths       [B] int: how many tokens of a row are valid; the others are padding. Not Padded: not read
 //   A_log         [H], dt_bias [H, D] of any float types
 //   T             int
 //   q, k, v       [B, T, H, D] of x's type
 //   alpha         [B, T, H, D] float, 1 for padding
 //   beta          [B, T, H] float, 0 for padding
 //   new_tail      like tail: q | k | v of the last valid tokens
-// Template: H, D, Width, Taps, Run int. D is 64 or 128; Width is a multiple of D / 32.
+// Template: H, D, Width, Taps, Run int; Padded bool. D is 64 or 128; Width is a multiple of D / 32.
 // Grid (32, 4 * H, B * ceil(T / Run)), any threadgroup (32, n, 1) that divides it: a simdgroup owns q, k,
 // v or the gate of one head, for Run tokens; a lane D / 32 neighbouring channels.
 constexpr int N = D / 32;
@@ -31,7 +31,7 @@ const int runs = (T + Run - 1) / Run;
 const int b = thread_position_in_grid.z / runs;
 const int begin = thread_position_in_grid.z % runs * Run;
 const int end = min(begin + Run, T);
-const int length = lengths[b];
+const int length = Padded ? int(lengths[b]) : T;
 const int first = head * D + N * lane;  // the lane's first channel of what it makes
 
 // Of this run's first token, in the arrays over tokens; the next ones are 32 bits away.

@@ -159,10 +159,13 @@ def kda_prepare_kernel(given: Projected) -> Prepared:
         *PREPARE(
             inputs=[
                 *(x, f, taps, tail.astype(x.dtype)),
-                mx.full((B,), T, mx.int32) if lengths is None else lengths.astype(mx.int32),
+                A_log if lengths is None else lengths.astype(mx.int32),  # (A_log: never read)
                 *(A_log, dt_bias, T),
             ],
-            template=[("H", H), ("D", D), ("Width", width), ("Taps", taps.shape[0]), ("Run", RUN)],
+            template=[
+                *(("H", H), ("D", D), ("Width", width), ("Taps", taps.shape[0]), ("Run", RUN)),
+                ("Padded", lengths is not None),
+            ],
             grid=(32, 4 * H, B * -(-T // RUN)),
             threadgroup=(32, 4, 1),
             output_shapes=[heads, heads, heads, heads, (B, T, H), tail.shape],

@@ -63,6 +63,9 @@ def random_tensor(tensor: Tensor, config: ModelConfig, dtype: mx.Dtype) -> Array
 
 def _codes(tensor: Tensor, how: Quantization, dtype: mx.Dtype) -> Arrays:
     """Random codes, with scales that give each output the variance of its inputs."""
+    if how.mode != "affine":  # (a byte of a small float may be no number)
+        parts = mx.quantize(_plain(tensor), how.group_size, how.bits, how.mode)
+        return {f"{tensor.module}.{x}": y for x, y in zip(("weight", "scales"), parts, strict=True)}
     levels = 2**how.bits
     scale = tensor.shape[-1] ** -0.5 / (levels / math.sqrt(12))
     shapes = how.packed(tensor.shape)

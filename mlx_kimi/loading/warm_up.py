@@ -55,7 +55,8 @@ def _attend(model: KimiLinear, layer: DecoderLayer) -> None:
     attention = layer.self_attn
     if isinstance(attention, KimiDeltaAttention):
         _read(model, layer, KDACache(), STEPS)
-        _read(model, layer, KDACache(), (2,), LARGE_BATCH)
+        for B in (1, LARGE_BATCH):  # padded: their lengths are an input
+            _read(model, layer, KDACache(), (2,), ForwardBatch.padded(2, [2] * B))
         return
     _read(model, layer, LatentCache(), STEPS)
     _read(model, layer, LatentCache(bits=8), (TAIL, 1))  # packed once a tail is full
@@ -70,12 +71,14 @@ def _read(
     layer: DecoderLayer,
     cache: KDACache | LatentCache,
     steps: Sequence[int],
-    B: int = 1,
+    batch: ForwardBatch | None = None,
 ) -> None:
-    """Calls of so many tokens of B texts, one after another."""
+    """Calls of so many tokens, one after another, of one text or of a padded batch."""
+    batch = batch or ForwardBatch()
+    B = 1 if batch.lengths is None else batch.lengths.size
     for T in steps:
         normed, _ = layer.input_layernorm.add_norm(*_zeros(model, T, B))
-        mx.eval(layer.attend(normed, cache, ForwardBatch()), cache.arrays())
+        mx.eval(layer.attend(normed, cache, batch), cache.arrays())
         cache.lengths = tuple(n + T for n in cache.lengths or (0,) * B)
 
 

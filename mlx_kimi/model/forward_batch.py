@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -23,12 +23,19 @@ class ForwardBatch:
     # queued, and each MLA layer limits its own blocks.
     submit_limit: SubmitLimit | None = None
     residency: Residency | None = None  # the assumed slots of experts, in a graph
+    _zeros: dict[tuple[tuple[int, ...], mx.Dtype], mx.array] = field(default_factory=dict)
 
     @staticmethod
     def padded(T: int, lengths: Sequence[int]) -> ForwardBatch:
         """Rows of T tokens, of which the first `lengths` [B] are valid."""
         counts = mx.array(list(lengths))
         return ForwardBatch(mx.arange(T) < counts[:, None], counts)
+
+    def zeros(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """What layers start from before the first token: one array for all of them."""
+        if (shape, dtype) not in self._zeros:
+            self._zeros[shape, dtype] = mx.zeros(shape, dtype)
+        return self._zeros[shape, dtype]
 
     def submit(self, *results: mx.array) -> None:
         """Let the device begin these, alone or with later ones, if `submit_limit` says so."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -44,10 +45,18 @@ class KimiDeltaAttention(nn.Module):
         self.o_norm = RMSNorm(weights.array("o_norm.weight"), config.rms_norm_eps)
         self.o_proj = weights.linear("o_proj")
 
-    def __call__(self, x: mx.array, cache: KDACache, lengths: mx.array | None = None) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        cache: KDACache,
+        lengths: mx.array | None = None,
+        zeros: Callable[[tuple[int, ...], mx.Dtype], mx.array] = mx.zeros,
+    ) -> mx.array:
         """x [B, T, hidden] -> [B, T, hidden]; updates `cache` by these T tokens.
 
-        `lengths` [B] int32 are the tokens of each row that are no padding; None: all T.
+        Args:
+            lengths: [B] int32, the tokens of each row that are no padding; None: all T.
+            zeros: makes what stands before the first token; layers may share it.
         """
         B, T, _ = x.shape
         if (
@@ -55,10 +64,10 @@ class KimiDeltaAttention(nn.Module):
             and lengths is None
             and decode_unsupported_reason(self._for_decode, self.head_dim) is None
         ):
-            return self._decode(x, cache)
+            return self._decode(x, cache, zeros)
         y = self.in_proj.joined(x)
         f_a, g_a = mx.split(y, self.in_proj.ends, axis=-1)[1:3]  # (kda_prepare takes the rest)
-        tail, state = self._memory(cache, B, y.dtype)
+        tail, state = self._memory(cache, B, y.dtype, zeros)
         f, g = self.f_b_proj(f_a), self.g_b_proj(g_a)
         given = kda_prepare(Projected(y, f, self.taps, tail, lengths, self.A_log, self.dt_bias))
         o, state = kda(given.q, given.k, given.v, given.alpha, given.beta, state)
@@ -79,17 +88,21 @@ class KimiDeltaAttention(nn.Module):
             ("2 tokens or more", *prepared_by(self.in_proj.width, self.head_dim)),
         ]
 
-    def _memory(self, cache: KDACache, B: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    def _memory(
+        self, cache: KDACache, B: int, dtype: mx.Dtype, zeros: Callable[..., mx.array]
+    ) -> tuple[mx.array, mx.array]:
         """The convolution's tail and the state; zeros before the first token."""
         if cache.conv_tail is not None and cache.state is not None:
             return cache.conv_tail, cache.state
-        state = mx.zeros((B, self.heads, self.head_dim, self.head_dim), mx.float32)
-        return mx.zeros((B, self.taps.shape[0] - 1, self.taps.shape[1]), dtype), state
+        state = zeros((B, self.heads, self.head_dim, self.head_dim), mx.float32)
+        return zeros((B, self.taps.shape[0] - 1, self.taps.shape[1]), dtype), state
 
-    def _decode(self, x: mx.array, cache: KDACache) -> mx.array:
+    def _decode(
+        self, x: mx.array, cache: KDACache, zeros: Callable[..., mx.array] = mx.zeros
+    ) -> mx.array:
         """One token [B, 1, hidden], with one kernel between two matrices."""
         y = self.in_proj.joined(x[:, 0])
-        memory = self._memory(cache, x.shape[0], y.dtype)
+        memory = self._memory(cache, x.shape[0], y.dtype, zeros)
         y, cache.conv_tail, cache.state = kda_decode(y, self._for_decode, *memory)
         return self.o_proj(y[:, None])
 

@@ -86,7 +86,7 @@ class DecoderLayer(nn.Module):
         """KDA or MLA alone: [B, T, hidden] -> the same; on one of several ranks, its part."""
         if isinstance(self.self_attn, KimiDeltaAttention):
             assert isinstance(entry, KDACache)
-            return self.self_attn(normed, entry, batch.lengths)
+            return self.self_attn(normed, entry, batch.lengths, batch.zeros)
         assert isinstance(entry, LatentCache)
         return self.self_attn(normed, entry, batch.valid, batch.plan, batch.submit_limit)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -57,6 +58,7 @@ class Linear(nn.Module):
         q = self.quantization
         return q is None or plain_pays(rows, self.weight.size * 32 // q.bits)
 
+    @cached_property
     def _is_refused_by_mlx(self) -> bool:
         """Whether MLX's product on NVIDIA GPUs does not take this quantized matrix.
 
@@ -69,16 +71,20 @@ class Linear(nn.Module):
         """x [..., T, in] -> [..., T, out]; a stack of W multiplies the matching stack of x."""
         if self.quantization is None:
             return times_transposed(x, self.weight)
-        if self._plain_for(x.shape[-2]) or self._is_refused_by_mlx():
+        if self._plain_for(x.shape[-2]):
             return times_transposed(x, self.dequantized())
+        if self._is_refused_by_mlx:
+            return times_transposed(x, self._plain)
         return mx.quantized_matmul(
             x, self.weight, self.scales, self.get("biases"), transpose=True, **self._format()
         )
 
     def from_outputs(self, y: mx.array) -> mx.array:
         """`y W`: y [..., T, out] -> [..., T, in]."""
-        if self._plain_for(y.shape[-2]) or self._is_refused_by_mlx():
+        if self._plain_for(y.shape[-2]):
             return y @ self.dequantized()
+        if self._is_refused_by_mlx:
+            return y @ self._plain
         return mx.quantized_matmul(
             y, self.weight, self.scales, self.get("biases"), transpose=False, **self._format()
         )
@@ -118,6 +124,13 @@ class Linear(nn.Module):
             None if biases is None else biases[ids],
             **self._format(),
         )
+
+    @cached_property
+    def _plain(self) -> mx.array:
+        """W itself, kept: what MLX refuses is small, 96 MB in the 48B."""
+        plain = self.dequantized()
+        mx.eval(plain)  # (a graph that is being compiled would keep it for itself)
+        return plain
 
     def dequantized(self) -> mx.array:
         """W itself, in the dtype of its scales."""
