@@ -10,8 +10,9 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_kimi.evaluation.random_model import PUBLISHED_48B, Arrays
+from mlx_kimi.evaluation.random_model import PUBLISHED_48B
 from mlx_kimi.metal_kernels import cuda
+from mlx_kimi.model.random_weights import Arrays
 
 CONFIG: dict[str, Any] = PUBLISHED_48B | {
     "dtype": "bfloat16",

@@ -20,7 +20,7 @@ from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig, read_json
 from mlx_kimi.checkpoint.files import INDEX
 from mlx_kimi.checkpoint.tensors import Tensor, tensors
-from mlx_kimi.evaluation.random_model import random_tensor
+from mlx_kimi.model.random_weights import random_tensor
 
 TOKENIZER = ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja")
 

@@ -14,12 +14,12 @@ from benchmarks.command_buffers import Array, Graph, Node
 from benchmarks.full_size import CONFIG
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import tensors
-from mlx_kimi.evaluation.random_model import Arrays, stored_quantization, zero_tensor
 from mlx_kimi.metal_kernels.attention import SubmitLimit
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
 from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.random_weights import Arrays, stored_quantization, zero_tensor
 from mlx_kimi.model.weights import Weights
 
 CONFIG_48B = ModelConfig.from_json(CONFIG)

@@ -25,7 +25,12 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli import show
-from mlx_kimi.cli.options import budget_options, model_or_pocket, prefill_step_option
+from mlx_kimi.cli.options import (
+    budget_options,
+    model_or_pocket,
+    no_tune_option,
+    prefill_step_option,
+)
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.bench import Bench, BenchRow, check_fits, check_settings
 from mlx_kimi.evaluation.bench import Progress as OnProgress
@@ -69,6 +74,7 @@ memory       of the context, above the weights; peak, weights included
 @click.option("--repeats", type=int, default=3, help="Answers at each context.")
 @prefill_step_option
 @budget_options
+@no_tune_option
 @click.option("--json", "json_file", type=FILE, help="Write all there is as JSON; - is stdout.")
 @click.option("--plot", "plot_file", type=FILE, help="Draw speeds by context, as .png or .svg.")
 def command(
@@ -158,6 +164,7 @@ def _facts(name: str, network: KimiLinear, bench: Bench) -> dict[str, Any]:
             "system": platform.platform(),
             "device": str(mx.default_device()),
             "kernels": backend() is not None,
+            "choices": network.choices.digest,
             **mx.device_info(),
         },
         "versions": {

@@ -17,6 +17,7 @@ from mlx_kimi.cli.options import (
     latent_bits_option,
     model_option,
     model_or_pocket,
+    no_tune_option,
     prefill_step_option,
     read_prompt,
     utf8,
@@ -30,6 +31,7 @@ from mlx_kimi.loading.load import load
 @model_option
 @click.option("--system", callback=utf8, help="A system message before the prompt.")
 @prefill_step_option
+@no_tune_option
 @latent_bits_option
 def command(prompt: str, file: Path, model: str | None, system: str | None, **options: Any) -> None:
     """Read PROMPT (- is stdin) and store what the model knows then in FILE.

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import tensors
-from mlx_kimi.cli.options import model_or_pocket
+from mlx_kimi.cli.options import model_or_pocket, no_tune_option
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.goldens import Goldens, goldens_of
 from mlx_kimi.evaluation.kernel_report import kernel_report
@@ -21,7 +21,6 @@ from mlx_kimi.generation.generate import generate
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import backend, refusals, use_backend
 from mlx_kimi.model.kimi_linear import KimiLinear
-from mlx_kimi.model.mla import EXPAND_FROM
 from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
 
 # Two ways of rounding to 16 bits, through all layers; a wrong kernel is off by about 1.
@@ -31,13 +30,14 @@ TEXT = (
     "fixed size, and every fourth looks back at all tokens. What is 12 + 30? It is 42."
 )
 # Tokens of it, again and again: many twice, of which the second see the first; every kernel runs.
-MANY, SOME, FEW, ONE_BY_ONE = EXPAND_FROM, 20, 7, 8
+SOME, FEW, ONE_BY_ONE = 20, 7, 8
 QUESTION = "Is 123 a prime?"  # asked where no golden answer is known
 Finding = tuple[str, str | None]  # what was found; what is wrong with it
 
 
 @click.command("check")
 @click.argument("model", required=False, metavar="[FOLDER|HUB-ID]")
+@no_tune_option
 @click.option(
     "--report",
     is_flag=True,
@@ -117,9 +117,10 @@ def _kernels(network: KimiLinear, tokenizer: Tokenizer) -> Iterator[Finding]:
     for refused in refusals():
         yield refused, "MLX operations take its place, slower: `mlx_kimi check --report` says more"
     text = tokenizer.encode(TEXT)
-    count = 2 * MANY + SOME + FEW + ONE_BY_ONE
+    many = network.choices.tuning.expand_from
+    count = 2 * many + SOME + FEW + ONE_BY_ONE
     ids = mx.array([(text * count)[:count]])
-    cuts = [MANY, 2 * MANY, 2 * MANY + SOME, *range(count - ONE_BY_ONE, count)]
+    cuts = [many, 2 * many, 2 * many + SOME, *range(count - ONE_BY_ONE, count)]
 
     def logits() -> mx.array:
         cache = network.make_cache()

@@ -9,12 +9,13 @@ import click
 
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
-from mlx_kimi.cli.options import model_or_pocket, read_text
+from mlx_kimi.cli.options import model_or_pocket, no_tune_option, read_text
 from mlx_kimi.evaluation.evaluate import TOKENS, WINDOW, Evaluation, Prediction, evaluate
 
 
 @click.command("evaluate")
 @click.argument("model", required=False, metavar="[FOLDER|HUB-ID]")
+@no_tune_option
 @click.option(
     "--text",
     "file",

@@ -19,6 +19,7 @@ from mlx_kimi.cli.options import (
     length_options,
     model_option,
     model_or_pocket,
+    no_tune_option,
     read_prompt,
     sampling_options,
     utf8,
@@ -53,6 +54,7 @@ from mlx_kimi.loading.load import load
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead.")
 @length_options
 @budget_options
+@no_tune_option
 @sampling_options
 def command(
     model: str | None,
@@ -92,7 +94,7 @@ def command(
         chunks.append(chunk)
         if not as_json:
             show.answer(chunk.text)
-    click.echo(_json(chunks) if as_json else "")
+    click.echo(_json(chunks, state) if as_json else "")
     click.echo(show.speeds(chunks[-1].stats), err=True)
 
 
@@ -107,7 +109,7 @@ def _cached(file: Path, folder: Path, state: TokenState, system: str | None) -> 
     return conversation
 
 
-def _json(chunks: list[Chunk]) -> str:
+def _json(chunks: list[Chunk], state: TokenState) -> str:
     last = chunks[-1]
     stats = show.json_fields(last.stats)
     stats["prompt_tokens_per_second"] = last.stats.prompt_speed
@@ -117,6 +119,7 @@ def _json(chunks: list[Chunk]) -> str:
             "text": "".join(chunk.text for chunk in chunks),
             "token_ids": [chunk.token for chunk in chunks],
             "finish_reason": last.finish_reason,
+            "kernels": sorted(state.computed_by),
             **stats,
         },
         ensure_ascii=False,

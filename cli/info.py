@@ -14,10 +14,11 @@ from mlx.utils import tree_flatten
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli.options import model_or_pocket
+from mlx_kimi.cli.tuned import lines
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.loading.memory import Machine, needs
-from mlx_kimi.metal_kernels.kernel import OFF, backend
+from mlx_kimi.metal_kernels.kernel import OFF, backend, is_traced
 from mlx_kimi.model.cache import check_latent_bits
 from mlx_kimi.model.kda import KimiDeltaAttention
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -100,10 +101,24 @@ def _kernels(network: KimiLinear) -> Iterator[str]:
         yield f"kernels run on {mx.default_device()}; {OFF}=1 in the environment turns them off"
     else:
         yield f"no kernels run on {mx.default_device()}"
-    for name, rows in _implementations(network).items():
-        yield name
-        for tokens, form, why in rows:
-            yield f"  {tokens:<18} {form}: {why}"
+    with network.choices.use():
+        for name, rows in _implementations(network).items():
+            yield name
+            for tokens, form, why in rows:
+                yield f"  {tokens:<18} {form}: {why}"
+    if is_traced():
+        yield from _found_out(network)
+
+
+def _found_out(network: KimiLinear) -> Iterator[str]:
+    from mlx_kimi.tuning.stored import Stored, key_of  # here: pydantic takes a while
+
+    stored = Stored.read(key_of(network.config, network.norm.weight.dtype))
+    if stored is None:
+        yield "not tried on this GPU yet: the first load does it, or `mlx_kimi tune`"
+        return
+    yield "found out on this GPU by `mlx_kimi tune`, or by the first load"
+    yield from (f"  {line}" for line in lines(stored))
 
 
 def _implementations(network: KimiLinear) -> dict[str, list[Implementation]]:

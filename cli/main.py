@@ -19,6 +19,7 @@ COMMANDS = {  # the module in which each lies
     "convert": "convert",
     "quantize": "quantize",
     "check": "check",
+    "tune": "tune",
     "info": "info",
     "evaluate": "evaluate",
     "bench": "bench",

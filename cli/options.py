@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import click
 
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.defaults import CONTEXT, MAX_TOKENS, PREFILL_STEP
+from mlx_kimi.defaults import CONTEXT, MAX_TOKENS, NO_TUNE, PREFILL_STEP
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generation.generate import check_lengths
 from mlx_kimi.generation.sample import Sampling
@@ -120,6 +121,20 @@ sessions_option = click.option(
     show_envvar=True,
     show_default="the user's data folder",
     help="The folder of saved conversations.",
+)
+
+
+def _no_tune(_: click.Context, __: click.Parameter, value: bool) -> None:
+    if value:
+        os.environ[NO_TUNE] = "1"
+
+
+no_tune_option = click.option(
+    "--no-tune",
+    is_flag=True,
+    expose_value=False,
+    callback=_no_tune,
+    help="Do not try the kernels on this GPU first, as a first load does.",
 )
 
 prefill_step_option = click.option(

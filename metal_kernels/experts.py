@@ -21,7 +21,6 @@ from mlx_kimi.metal_kernels.kernel import Kernel, not_running
 from mlx_kimi.metal_kernels.matmul import gather_times_transposed
 from mlx_kimi.metal_kernels.matrix import Matrix, with_scales
 
-LARGEST_BATCH = 8  # tokens; beyond it sorting by expert reads less
 SCORED = 4  # experts of a threadgroup of add_norm_scores: 64 threadgroups for 256
 WIDEST = 7168  # elements of a token, which add_norm_scores keeps in 28 of a threadgroup's 32 KB
 FEWEST_SCALES = 8  # MLX passes a smaller array in Metal's constant address space
@@ -291,7 +290,7 @@ KERNELS = (ADD_NORM_SCORES, SELECT, GATE_UP, DOWN)
 def unsupported_reason(
     router: Matrix, routed: SwiGLUWeights, shared: SwiGLUWeights | None, top_k: int
 ) -> str | None:
-    """Why the four kernels do not take these matrices; None: they do, for LARGEST_BATCH tokens."""
+    """Why the four kernels do not take these matrices; None: they do, for a few tokens."""
     if top_k > MOST_EXPERTS:
         return f"{top_k} experts a token are more than {MOST_EXPERTS}"
     if router.columns > WIDEST:

@@ -9,8 +9,7 @@ import mlx.core as mx
 
 from mlx_kimi.metal_kernels import kda_chunk, kda_decode, kda_sequential
 from mlx_kimi.metal_kernels.kernel import not_running
-
-CHUNKED_FROM = 32  # tokens; two chunks
+from mlx_kimi.metal_kernels.tuning import tuning
 
 
 class Implementation(NamedTuple):
@@ -41,14 +40,15 @@ def chosen_implementation(T: int, Dk: int, Dv: int) -> Implementation:
     """The implementation that takes T tokens of heads of this size at this moment."""
     if T == 1:
         return Implementation(kda_sequential.naive_kda, "one token: a few MLX operations")
-    many = T >= CHUNKED_FROM
+    chunked_from = tuning().chunked_from
+    many = T >= chunked_from
     kernels = kda_chunk if many else kda_sequential
     why = not_running(*kernels.KERNELS) or kernels.unsupported_reason(Dk, Dv)
     if why is not None:
         return Implementation(kda_chunk.kda_chunk, why)
     if many:
-        return Implementation(kda_chunk.kda_chunk_kernel, f"{CHUNKED_FROM} tokens or more")
-    return Implementation(kda_sequential.kda_sequential_kernel, f"fewer than {CHUNKED_FROM} tokens")
+        return Implementation(kda_chunk.kda_chunk_kernel, f"{chunked_from} tokens or more")
+    return Implementation(kda_sequential.kda_sequential_kernel, f"fewer than {chunked_from} tokens")
 
 
 def decode_unsupported_reason(weights: kda_decode.DecodeWeights, D: int) -> str | None:

@@ -21,10 +21,10 @@ import mlx.core as mx
 
 from mlx_kimi.metal_kernels import kda_sequential
 from mlx_kimi.metal_kernels.kernel import Kernel
+from mlx_kimi.metal_kernels.tuning import tuning
 
 CHUNK = 16  # tokens; larger chunks multiply more than they save (measured on CPU: 16 <= 32 < 64)
 SEGMENT = 2048  # tokens between which the kernels hand over: 29 KB each at 32 heads of 128
-COLUMNS = 8  # of the state, of a simdgroup of the scan: of 16, a lane may lack the registers
 SIZES = (64, 128)
 
 
@@ -189,10 +189,11 @@ def _launch(tokens: list[mx.array], state: mx.array, stage: mx.Dtype) -> tuple[m
         output_shapes=[staged, staged, staged, (B * H, chunks, Dk), square, square],
         output_dtypes=[stage, stage, stage, mx.float32, mx.float32, mx.float32],
     )
-    groups = Dv // COLUMNS
+    columns = tuning().columns
+    groups = Dv // columns
     o, state = SCAN(
         inputs=[*between, v, state.astype(mx.float32), T],
-        template=[("StageT", stage), ("H", H), ("Dk", Dk), ("Dv", Dv), ("Columns", COLUMNS)],
+        template=[("StageT", stage), ("H", H), ("Dk", Dk), ("Dv", Dv), ("Columns", columns)],
         grid=(32, groups, B * H),
         threadgroup=(32, gcd(4, groups), 1),
         output_shapes=[v.shape, state.shape],

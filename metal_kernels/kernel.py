@@ -91,6 +91,7 @@ Backend = Callable[[Kernel], Launch]
 # What `use_backend` chose, and whether its launches can be traced; None: the GPU's own backend.
 _CHOSEN: ContextVar[tuple[Backend | None, bool] | None] = ContextVar("kernel backend", default=None)
 _REFUSED: dict[str, str] = {}  # kernels that cannot run on this GPU, and the message: by `trying`
+_OFF: ContextVar[Mapping[str, str]] = ContextVar("kernels off", default={})  # noqa: B039
 NO_BACKEND = "nothing runs kernels here"  # why an operator uses its ops form
 NARROW_SIZE = 1 << 31  # elements that an index of 32 bits does not reach
 OFF = "MLX_KIMI_NO_KERNELS"  # set in the environment, every operator uses its ops form
@@ -114,7 +115,23 @@ def not_running(*kernels: Kernel) -> str | None:
     """Why an operator that needs these kernels uses its ops form; None: all of them run here."""
     if backend() is None:
         return NO_BACKEND
-    return next((_refusal(kernel.name) for kernel in kernels if kernel.name in _REFUSED), None)
+    off = _OFF.get()
+    for kernel in kernels:
+        if kernel.name in _REFUSED:
+            return _refusal(kernel.name)
+        if kernel.name in off:
+            return f"{kernel.name} is off: {off[kernel.name]}"
+    return None
+
+
+@contextmanager
+def without(off: Mapping[str, str]) -> Iterator[None]:
+    """Within, operators that need one of these kernels use their ops form; the values say why."""
+    token = _OFF.set(off)
+    try:
+        yield
+    finally:
+        _OFF.reset(token)
 
 
 def refusals() -> list[str]:
@@ -123,31 +140,44 @@ def refusals() -> list[str]:
 
 
 def _refusal(name: str) -> str:
-    """Why, of a kernel that `trying` refused, in one line: the compiler's first error."""
-    message = _REFUSED[name]
+    """Why, of a kernel that `trying` refused."""
+    return f"{name} does not run on this GPU: {in_one_line(_REFUSED[name])}"
+
+
+def in_one_line(message: str) -> str:
+    """What MLX or a compiler says of a kernel that does not run: the first error."""
     found = re.search(r"\berror: .*", message)
-    short = " ".join((found[0] if found else message).split())[:200]
-    return f"{name} does not run on this GPU: {short}"
+    return " ".join((found[0] if found else message).split())[:200]
 
 
 @contextmanager
-def trying() -> Iterator[dict[str, str]]:
+def trying(
+    refused: dict[str, str] | None = None,
+    before: Callable[[str, tuple[Any, ...]], None] = lambda name, form: None,
+) -> Iterator[dict[str, str]]:
     """Run each launch by itself. A kernel that cannot run answers zeros, and is refused afterwards.
 
     MLX compiles a kernel at its first launch: a text that this GPU's compiler does not take, or
     more threads than it has registers for, is found here and not in the middle of an answer. Yields
     the kernels refused so far, each with MLX's or the compiler's whole message.
+
+    Args:
+        refused: takes them instead, and they are not refused afterwards.
+        before: is told the kernel's name before each launch, and the values of its template and
+            the types of its outputs: MLX compiles each such form once.
     """
+    refused = _REFUSED if refused is None else refused
     build = backend()
     assert build is not None, "kernels run here"
 
     def attempt(kernel: Kernel) -> Launch:
         def launch(**how: Any) -> list[mx.array]:
+            before(kernel.name, (*how["template"], *how["output_dtypes"]))
             try:
                 outputs = build(kernel)(**how)
                 mx.eval(outputs)
             except (RuntimeError, ValueError) as error:
-                _REFUSED[kernel.name] = str(error)
+                refused[kernel.name] = str(error)
                 pairs = zip(how["output_shapes"], how["output_dtypes"], strict=True)
                 return [mx.zeros(shape, dtype) for shape, dtype in pairs]
             return outputs
@@ -155,7 +185,7 @@ def trying() -> Iterator[dict[str, str]]:
         return launch
 
     with use_backend(attempt):
-        yield _REFUSED
+        yield refused
 
 
 def is_traced() -> bool:

@@ -17,7 +17,6 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_kimi.metal_kernels.experts import (
-    LARGEST_BATCH,
     SwiGLUWeights,
     expert_combine,
     times_each,
@@ -234,7 +233,7 @@ KERNELS = {
 
 
 class ManyTokens:
-    """The experts of more than LARGEST_BATCH tokens, in the form that suits this GPU."""
+    """The experts of more than a few tokens, in the form that suits this GPU."""
 
     def __init__(self, routed: SwiGLUWeights, shared: SwiGLUWeights | None, E: int) -> None:
         """`routed` may hold only some of all E experts: those of a rank, or in slots."""
@@ -258,7 +257,7 @@ class ManyTokens:
     def first_tokens(self, top_k: int) -> list[int]:
         """The fewest tokens of each form that this GPU takes for some number of tokens."""
         fewest = (ceil(form.pairs_from * self.E / top_k) for form in tuning().experts)
-        return sorted({max(LARGEST_BATCH + 1, tokens) for tokens in fewest})
+        return sorted({max(tuning().largest_batch + 1, tokens) for tokens in fewest})
 
     def implementations(self, top_k: int) -> list[tuple[str, str, str]]:
         """Which implementation runs for how many tokens, and why: for `info --kernels`."""
@@ -277,8 +276,8 @@ class ManyTokens:
         form = self.form(tokens, top_k)
         if why := not_running(*KERNELS.get(form.kernels, ())):
             return why
-        if tokens <= LARGEST_BATCH:
-            return f"{tokens} tokens are not more than {LARGEST_BATCH}"
+        if tokens <= (few := tuning().largest_batch):
+            return f"{tokens} tokens are not more than {few}"
         if form.kernels == "MLX":
             return "MLX's product is faster on this GPU"
         return self._unsupported_reason

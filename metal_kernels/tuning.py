@@ -1,17 +1,25 @@
-"""How kernels divide their work on the GPU at hand: sizes that change how fast they are.
+"""Which kernels run on the GPU at hand, and how they divide their work: what changes their speed.
 
-On NVIDIA GPUs they are the fastest of those tried on an H200. On Apple GPUs nothing is measured
-yet: they follow from counts of work and of registers (`python -m benchmarks.apple_gpu`).
+The defaults on NVIDIA GPUs are the fastest of those tried on an H200. On Apple GPUs nothing is
+measured yet: they follow from counts of work and of registers (`python -m benchmarks.apple_gpu`).
+`mlx_kimi tune` measures on the user's own GPU, and makes other `Choices` for a model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
-from functools import cache
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
+
+from mlx_kimi.metal_kernels.kernel import without
 
 
 class AttendShape(NamedTuple):
@@ -47,6 +55,17 @@ class Tuning(NamedTuple):
     splits: int  # into which one token's attention to a long text is cut
     experts: tuple[ExpertForm, ...]  # by `pairs_from`; the first is from 0 on
     skip_tiles: bool  # where no token is: a branch in the innermost loop, which costs, too
+    columns: int = 8  # of a KDA state, of a simdgroup of kda_chunk_scan; 16 may lack registers
+    chunked_from: int = 32  # tokens that KDA takes in chunks: two of them
+    largest_batch: int = 8  # tokens, each with experts of its own; beyond, sorting reads less
+    # Queries of MLA that attend to expanded keys and values, after however long a text. Expanding a
+    # latent costs lora * (nope + v) products a head, as much as taking a query into latent space
+    # and its result out of it. It saves 2 * lora - nope - v for every query: at the published sizes
+    # a 171st. Where positions are few, fewer queries expand.
+    expand_from: int = 171
+    # Pairs (token, expert) from which MLX's operations sort them by expert: each expert's matrix is
+    # then read once and multiplies all of its tokens.
+    sort_from: int = 64
 
 
 # Of the experts, measured on an H200: up to 192 tokens one tile is up to 1.2 times as fast as two;
@@ -88,8 +107,53 @@ M3, M5 = 15, 17  # generations of GPUs, as their names count them
 MACOS_26_2 = (25, 2)  # as its kernel counts versions, which is told to every Python alike
 
 
-@cache
+@dataclass(frozen=True)
+class Choices:
+    """What runs on one GPU for one model. They change roundings, never meaning."""
+
+    tuning: Tuning
+    off: Mapping[str, str] = field(default_factory=dict)  # kernels that do not run, and why
+
+    @cached_property
+    def digest(self) -> str:
+        """The same for two that compute the same bits."""
+        forms = tuple(form._replace(pairs_from=float(form[0])) for form in self.tuning.experts)
+        chosen = repr((self.tuning._replace(experts=forms), sorted(self.off)))
+        return hashlib.sha256(chosen.encode()).hexdigest()[:8]
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Within, operators run by these."""
+        token = _CHOSEN.set(self.tuning)
+        try:
+            with without(self.off):
+                yield
+        finally:
+            _CHOSEN.reset(token)
+
+    @staticmethod
+    def default() -> Choices:
+        """Those of a GPU on which nothing has been measured."""
+        return Choices(default_tuning())
+
+
+_CHOSEN: ContextVar[Tuning | None] = ContextVar("tuning", default=None)
+
+
 def tuning() -> Tuning:
+    """What is chosen at this moment."""
+    return _CHOSEN.get() or default_tuning()
+
+
+@contextmanager
+def use_tuning(chosen: Tuning) -> Iterator[None]:
+    """Within, operators divide their work by `chosen`."""
+    with Choices(chosen).use():
+        yield
+
+
+@cache
+def default_tuning() -> Tuning:
     """That of the GPU at hand; without one, and on one whose name is new, BASE."""
     if mx.cuda.is_available():
         return NVIDIA

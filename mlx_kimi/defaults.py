@@ -5,5 +5,7 @@ PREFILL_STEP = 2048  # tokens of a prompt that are read at once
 PREFILL_STEP_LIMIT = 65_536  # with more, arrays of the 48B would pass kernels' 32-bit indices
 SNAPSHOT_EVERY = 4096  # tokens within a turn: two prefill steps
 SNAPSHOT_MEMORY = 1 << 30  # bytes: 24 KDA states of the 48B
+# Set in the environment, no kernel is tried at a first load: what is known counts, or defaults.
+NO_TUNE = "MLX_KIMI_NO_TUNE"
 CONTEXT = 32_768  # tokens that a memory budget leaves room for
 BUFFERS = 256 << 20  # bytes that MLX may keep of freed arrays under a budget, to use again

@@ -12,6 +12,7 @@ from mlx_kimi.metal_kernels.kda import chosen_implementation, kda
 from mlx_kimi.metal_kernels.kda_chunk import CHUNK, kda_chunk_kernel
 from mlx_kimi.metal_kernels.kda_sequential import kda_sequential_kernel
 from mlx_kimi.metal_kernels.kernel import NO_BACKEND, use_backend
+from mlx_kimi.metal_kernels.tuning import default_tuning, use_tuning
 from tests.assertions import assert_close, assert_same_bits
 from tests.kda_cases import GATES, Inputs, case, recurrence
 from tests.kernel_cases import linter, on_the_emulator
@@ -141,11 +142,11 @@ def test_segments_do_not_show(B: int) -> None:
     assert_same_bits("state", state, last)
 
 
-def test_the_columns_of_a_simdgroup_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_columns_of_a_simdgroup_do_not_show() -> None:
     inputs = case("swch", T=20, H=1).arrays()
     whole, last = kda_chunk_kernel(*inputs)
-    monkeypatch.setattr(kda_chunk, "COLUMNS", 16)
-    o, state = kda_chunk_kernel(*inputs)
+    with use_tuning(default_tuning()._replace(columns=16)):
+        o, state = kda_chunk_kernel(*inputs)
     assert_same_bits("outputs", o, whole)
     assert_same_bits("state", state, last)
 

@@ -22,6 +22,7 @@ LAYERS = ("cli", "convert", "mlx_kimi", "metal_kernels")
 ROOMS = (
     ("evaluation", "chat"),
     ("generation", "loading"),
+    ("tuning",),
     ("model",),
     ("offload",),
     ("text", "checkpoint"),

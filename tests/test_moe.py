@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.load import load_model
+from mlx_kimi.metal_kernels.tuning import default_tuning, use_tuning
 from mlx_kimi.model import moe
 from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -114,9 +115,7 @@ def tiny(
 
 
 @pytest.mark.parametrize("T", [1, 3, 31, 32, 33, 200])
-def test_sorted_experts_are_the_unsorted_ones(
-    tiny: KimiLinear, monkeypatch: pytest.MonkeyPatch, T: int
-) -> None:
+def test_sorted_experts_are_the_unsorted_ones(tiny: KimiLinear, T: int) -> None:
     experts = tiny.layers[1].mlp.switch_mlp
     rng = np.random.default_rng(T)
     x = mx.array(rng.standard_normal((2 * T, 64), np.float32))
@@ -124,8 +123,8 @@ def test_sorted_experts_are_the_unsorted_ones(
     shared = mx.array(rng.standard_normal((2 * T, 64), np.float32))
     results = []
     for start in (1, 10**9):
-        monkeypatch.setattr(moe, "SORT_FROM", start)
-        results.append(experts(x, choice, weights.astype(mx.float32), shared))
+        with use_tuning(default_tuning()._replace(sort_from=start)):
+            results.append(experts(x, choice, weights.astype(mx.float32), shared))
     assert_close("experts", *results, REORDERED)
     for token in (0, 2 * T - 1):
         row, expected = np.array(x[token]).astype(float), np.array(shared[token]).astype(float)

@@ -32,7 +32,7 @@ from tests.assertions import assert_close
 from tests.checkpoints import TINY, write_checkpoint
 from tests.processes import live_memory
 
-FINGERPRINT = {"model": "m", "runtime": "0", "device": "cpu", "latent_bits": None}
+FINGERPRINT = {"model": "m", "states": 1, "device": "cpu", "latent_bits": None}
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +393,7 @@ def test_a_state_that_could_not_be_gone_back_to_is_stored_again(loaded, sessions
     ("field", "said"),
     [
         ("model", "the model, its quantization or its tokenizer changed"),
-        ("runtime", "the version of mlx_kimi changed"),
+        ("states", "the format of states changed"),
         ("device", "the device that computes changed"),
         ("latent_bits", "--latent-bits changed"),
         ("tools", "the tools changed"),

@@ -14,7 +14,7 @@ from mlx_kimi.metal_kernels.tuning import (
     ExpertForm,
     Tuning,
     apple_tuning,
-    tuning,
+    default_tuning,
 )
 
 
@@ -37,7 +37,7 @@ def test_work_is_divided_for_the_gpu_at_hand(
     monkeypatch.setattr(mx.metal, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(mx, "device_info", lambda: {"architecture": gpu})
     monkeypatch.setattr(platform, "release", lambda: "25.2.0")
-    assert tuning.__wrapped__() == expected
+    assert default_tuning.__wrapped__() == expected
 
 
 @pytest.mark.parametrize(

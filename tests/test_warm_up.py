@@ -13,10 +13,10 @@ from mlx_kimi.loading.load import load_model
 from mlx_kimi.loading.warm_up import warm_up
 from mlx_kimi.metal_kernels import kernel as kernels
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
+from mlx_kimi.metal_kernels.tuning import tuning
 from mlx_kimi.model import mla
 from mlx_kimi.model.cache import TAIL
 from mlx_kimi.model.kimi_linear import KimiLinear
-from mlx_kimi.model.mla import EXPAND_FROM
 from mlx_kimi.model.moe import MixtureOfExperts
 from tests.assertions import assert_close
 from tests.reference_backend import reference_backend
@@ -53,11 +53,11 @@ def converse(model: KimiLinear, bits: int | None) -> None:
     Then a batch, and a prompt longer than is expanded at a time.
     """
     cache = model.make_cache(bits)
-    for T in (EXPAND_FROM + 5, 9, 7, 1, TAIL, 1, 1):
+    for T in (tuning().expand_from + 5, 9, 7, 1, TAIL, 1, 1):
         mx.eval(model(mx.zeros((1, T), mx.int32), cache))
     shapes = [(8, 3)]
     if model.norm.weight.dtype != mx.float32:  # (else all outputs are float32)
-        shapes.append((1, mla.EXPANDED // model.config.num_attention_heads + EXPAND_FROM))
+        shapes.append((1, mla.EXPANDED // model.config.num_attention_heads + tuning().expand_from))
     for shape in shapes:
         mx.eval(model(mx.zeros(shape, mx.int32), model.make_cache(bits)))
 

@@ -31,11 +31,11 @@ from mlx_kimi.checkpoint.fields import read_json
 from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
 from mlx_kimi.evaluation.kernel_report import SAMPLE
-from mlx_kimi.evaluation.random_model import zero_tensor
 from mlx_kimi.loading.warm_up import warm_up
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.metal_kernels.source import without_comments
 from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.random_weights import zero_tensor
 from mlx_kimi.model.weights import Weights
 
 # Of the Metal language, each with the first macOS on which MLX compiles in it.

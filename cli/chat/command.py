@@ -27,6 +27,7 @@ from mlx_kimi.cli.options import (
     length_options,
     model_option,
     model_or_pocket,
+    no_tune_option,
     sampling_options,
     sessions_option,
     utf8,
@@ -68,6 +69,7 @@ LATEST = ""
 @sessions_option
 @length_options
 @budget_options
+@no_tune_option
 @sampling_options
 def command(
     model: str | None,

@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_kimi import __version__
 from mlx_kimi.checkpoint.files import Checkpoint
 
 # What decides how ids are made and what a state means, beside the weights.
@@ -22,9 +21,13 @@ FILES = (
     "chat_template.jinja",
 )
 
+# What a state means, counted up when it changes: a release invalidates nothing that it need not.
+# Sessions that do not say it are of the first.
+STATES = 1
+
 MEANINGS = {
     "model": "the model, its quantization or its tokenizer",
-    "runtime": "the version of mlx_kimi",
+    "states": "the format of states",
     "device": "the device that computes",
     "latent_bits": "--latent-bits",
     "tools": "the tools",
@@ -39,7 +42,7 @@ def fingerprint(folder: Path, latent_bits: int | None, tools: Any = None) -> dic
     declared = json.dumps(tools, sort_keys=True).encode()
     return {
         "model": _model_hash(folder),
-        "runtime": __version__,
+        "states": STATES,
         "device": "cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu",
         "latent_bits": latent_bits,
         "tools": hashlib.sha256(declared).hexdigest()[:8] if tools else None,
@@ -48,6 +51,7 @@ def fingerprint(folder: Path, latent_bits: int | None, tools: Any = None) -> dic
 
 def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     """What of a model's fingerprint is not as it was, in words; empty when all is."""
+    stored = {"states": 1} | dict(stored)
     return " and ".join(
         meaning for key, meaning in MEANINGS.items() if stored.get(key) != present.get(key)
     )

@@ -55,6 +55,7 @@ class Session:
         self.notes: list[str] = []
         self._files: list[StateFile] = []
         self._ids: list[int] = []  # the tokens of these files
+        self._computed_by: list[str] = []  # `TokenState.computed_by` of them
         self._lock = _locked(folder)
 
     @property
@@ -69,7 +70,7 @@ class Session:
                 than the model's memory budget leaves room for.
         """
         conversation, self._files, self.notes = _read(self.folder, self.fingerprint, state)
-        self._ids = list(state.ids)
+        self._ids, self._computed_by = list(state.ids), sorted(state.computed_by)
         return conversation
 
     def save(self, conversation: Conversation, state: TokenState | None = None) -> None:
@@ -89,6 +90,7 @@ class Session:
         about = {
             "identity": self.fingerprint,  # (its name in the file format)
             "states": [asdict(stored) for stored in self._files],
+            "kernels": self._computed_by,
             "system": conversation.system,
         }
         body = _lines(about, *map(asdict, conversation.turns))
@@ -106,6 +108,7 @@ class Session:
             except OSError:  # on another disk
                 shutil.copyfile(self.folder / stored.file, folder / stored.file)
         other._files, other._ids = list(self._files), list(self._ids)
+        other._computed_by = list(self._computed_by)
         return other
 
     def rename(self, folder: Path) -> None:
@@ -124,7 +127,7 @@ class Session:
         start = self._files[-1].end if self._files else 0
         if len(state.ids) > start:
             self._files.append(states.write_state(self.folder, state, start))
-        self._ids = list(state.ids)
+        self._ids, self._computed_by = list(state.ids), sorted(state.computed_by)
         self._files = states.compacted(self.folder, self._files, RETURN_POINTS)
 
     def _keep_previous(self) -> None:
@@ -182,6 +185,7 @@ def _read(
         states.restore_states(state, folder, files)
     except KimiError as error:
         return conversation, [], [*notes, f"the text is read again: {error}"]
+    state.computed_by.update(map(str, about.get("kernels") or []))
     if len(files) < len(listed):
         notes.append("a file of states is damaged: a part of the text is read again")
     return conversation, files, notes

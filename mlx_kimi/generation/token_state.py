@@ -40,6 +40,8 @@ class TokenState:
         latent_bits: of `KimiLinear.make_cache`.
         snapshot_every: tokens between two snapshots within a turn; None takes none there.
         snapshot_memory: bytes that snapshots may take above the cache; the newest always stays.
+        computed_by: `Choices.digest` of the kernels that read these tokens. With more than one the
+            state is mixed: computed anew, its bits would differ by roundings.
         host_time: seconds of this thread's processor that all calls of `step` took to submit work.
     """
 
@@ -51,6 +53,7 @@ class TokenState:
     entries: list[CacheEntry] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
     host_time: float = 0.0
+    computed_by: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.entries = self.entries or self._empty()
@@ -72,6 +75,7 @@ class TokenState:
             else:
                 self.model.advance(mx.array([ids]), self.entries)
             self.ids += ids
+            self.computed_by.add(self.model.choices.digest)
         if hidden is not None:
             self.take_snapshot(hidden)
         else:
@@ -98,6 +102,7 @@ class TokenState:
             self.host_time += time.thread_time() - began
             token = self.token_of(draw)
             self.ids.append(token)
+            self.computed_by.add(self.model.choices.digest)
         self.take_snapshot_if_due()
         return token, following
 
@@ -159,7 +164,7 @@ class TokenState:
                 self.entries, self.ids = caches.snapshot(entries), self.ids[: found.length]
                 self.take_snapshot(found.hidden)
                 return found.hidden if found.length == len(ids) else None
-        self.entries, self.ids = self._empty(), []
+        self.entries, self.ids, self.computed_by = self._empty(), [], set()
         return None
 
     @property

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.checkpoint.hub import local_folder
-from mlx_kimi.checkpoint.tensors import Join, tensors
+from mlx_kimi.checkpoint.tensors import ALWAYS_FLOAT32, Join, tensors
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.budget import Budget, slots_for
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
@@ -19,15 +19,12 @@ from mlx_kimi.loading.match import TensorMatcher
 from mlx_kimi.loading.memory import refuse_what_does_not_fit, wire
 from mlx_kimi.loading.warm_up import warm_up
 from mlx_kimi.metal_kernels.kernel import is_traced
+from mlx_kimi.metal_kernels.tuning import Choices
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.weights import Weights
 from mlx_kimi.offload.expert_files import ExpertFiles, ExpertStack
 from mlx_kimi.offload.offload import ExpertOffload
 from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
-
-# Kept in float32 whatever the model's dtype: decays and routing decide what is remembered and who
-# answers, and their rounding errors grow with the text. They are under 0.1 % of the bytes.
-ALWAYS_FLOAT32 = (".A_log", ".dt_bias", ".e_score_correction_bias", ".mlp.gate")
 
 
 def load(path_or_hub_id: str | Path, budget: Budget | None = None) -> tuple[KimiLinear, Tokenizer]:
@@ -57,7 +54,8 @@ def load_model(
 
     The weights are read one layer after another. On the CPU they become float32: MLX multiplies
     16-bit matrices ten times slower there. On a GPU the kernels are compiled, too; one that the GPU
-    cannot run is a warning of the log, and MLX operations take its place.
+    cannot run is a warning of the log, and MLX operations take its place. At the first load of a
+    model of these shapes on this GPU, they are tried beforehand: `mlx_kimi.tuning`.
 
     Args:
         folder: published, converted, or written by transformers 5.
@@ -81,6 +79,7 @@ def load_model(
     dtype = compute_dtype(arrays)
     arrays = {name: _in_dtype(name, array, dtype) for name, array in arrays.items()}
     offload = None
+    choices = _choices(folder, config, dtype, lazy, ranks=shard[1])
     if budget is not None:
         offload = _offload(budget, matcher, arrays, dtype)
         config = replace(config, model_max_length=budget.tokens(config))
@@ -93,7 +92,7 @@ def load_model(
     first_expert = rank * (config.num_experts // ranks)
     caches = offload.expert_caches if offload else {}
     weights = Weights(arrays, config, first_expert=first_expert, expert_caches=caches)
-    model = KimiLinear(config, weights, reduce, offload)
+    model = KimiLinear(config, weights, reduce, offload, choices)
     # Fused matrices are copies: their parts must not outlive each layer.
     del arrays, weights, matcher
     if lazy:
@@ -105,6 +104,15 @@ def load_model(
     if is_traced():  # (a GPU's own backend: an emulator compiles nothing ahead)
         warm_up(model)
     return model
+
+
+def _choices(folder: Path, config: ModelConfig, dtype: mx.Dtype, lazy: bool, ranks: int) -> Choices:
+    """Which kernels run here. At a GPU's first load of such a model they are tried, before it."""
+    if not is_traced() or ranks > 1:  # (an emulator tries nothing; ranks must choose alike)
+        return Choices.default()
+    from mlx_kimi.tuning.tune import choices_for, known_choices  # here: pydantic takes a while
+
+    return known_choices(config, dtype) if lazy else choices_for(folder, config, dtype)
 
 
 def _offload(
@@ -128,6 +136,12 @@ def _offload(
         raise
     config = matcher.config
     return ExpertOffload(files, layers, slots, budget.tokens(config) < config.model_max_length)
+
+
+def dtype_of(folder: Path) -> mx.Dtype:
+    """The dtype in which a folder's model computes here. Reads headers, no weights."""
+    matcher = TensorMatcher(ModelConfig.read(folder), Checkpoint(folder), (0, 1))
+    return compute_dtype(matcher.arrays())
 
 
 def compute_dtype(arrays: Mapping[str, mx.array]) -> mx.Dtype:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.experts import LARGEST_BATCH, expert_combine
-from mlx_kimi.metal_kernels.kda import CHUNKED_FROM
+from mlx_kimi.metal_kernels.experts import expert_combine
 from mlx_kimi.metal_kernels.kernel import refusals, trying
+from mlx_kimi.metal_kernels.tuning import tuning
 from mlx_kimi.model import mla
 from mlx_kimi.model.cache import TAIL, KDACache, LatentCache
 from mlx_kimi.model.forward_batch import ForwardBatch
@@ -17,9 +17,6 @@ from mlx_kimi.model.kda import KimiDeltaAttention
 from mlx_kimi.model.kimi_linear import DecoderLayer, KimiLinear
 from mlx_kimi.model.moe import MixtureOfExperts
 
-# Tokens of one call after another: many, few, and one take different ways. (Two tokens of a tiny
-# model are inputs of under 8 elements, in another address space: to Metal another kernel.)
-STEPS = (mla.EXPAND_FROM, CHUNKED_FROM - 1, 2, 1)
 LARGE_BATCH = 8  # texts, whose lengths are 8 elements
 _log = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ def warm_up(model: KimiLinear) -> dict[str, str]:
         of the log, too, in one line.
     """
     kinds = {(type(layer.self_attn), type(layer.mlp)): layer for layer in model.layers}
-    with trying() as refused:
+    with model.choices.use(), trying() as refused:
         for layer in kinds.values():
             _attend(model, layer)
             _feed_forward(model, layer)
@@ -51,19 +48,28 @@ def _zeros(model: KimiLinear, T: int, B: int = 1) -> tuple[mx.array, mx.array]:
     return x, x
 
 
+def _steps() -> tuple[int, ...]:
+    """Tokens of one call after another: many, few, and one take different ways.
+
+    (Two tokens of a tiny model are inputs of under 8 elements, in another address space: to Metal
+    another kernel.)
+    """
+    return tuning().expand_from, tuning().chunked_from - 1, 2, 1
+
+
 def _attend(model: KimiLinear, layer: DecoderLayer) -> None:
     attention = layer.self_attn
     if isinstance(attention, KimiDeltaAttention):
-        _read(model, layer, KDACache(), STEPS)
+        _read(model, layer, KDACache(), _steps())
         for B in (1, LARGE_BATCH):  # padded: their lengths are an input
             _read(model, layer, KDACache(), (2,), ForwardBatch.padded(2, [2] * B))
         return
-    _read(model, layer, LatentCache(), STEPS)
+    _read(model, layer, LatentCache(), _steps())
     _read(model, layer, LatentCache(bits=8), (TAIL, 1))  # packed once a tail is full
     # More than is expanded at a time: the outputs of each block are merged, and stay float32.
     long = LatentCache(lengths=(mla.EXPANDED // attention.embed_q.weight.shape[0],))
     long.append(mx.zeros((1, long.lengths[0], attention.width), model.norm.weight.dtype), None)
-    _read(model, layer, long, (mla.EXPAND_FROM,))
+    _read(model, layer, long, (tuning().expand_from,))
 
 
 def _read(
@@ -84,7 +90,8 @@ def _read(
 
 def _feed_forward(model: KimiLinear, layer: DecoderLayer) -> None:
     mlp, norm = layer.mlp, layer.post_attention_layernorm
-    for tokens in (1, LARGEST_BATCH):
+    most = tuning().largest_batch
+    for tokens in (1, most):
         x, residual = _zeros(model, tokens)
         if not isinstance(mlp, MixtureOfExperts):
             mx.eval(mlp.norm_and_forward(norm, x, residual, None))
@@ -97,7 +104,7 @@ def _feed_forward(model: KimiLinear, layer: DecoderLayer) -> None:
         shared = None if mlp.shared_experts is None else x[0]
         mx.eval(expert_combine(y, places, mx.ones((tokens, k)), shared))
     if isinstance(mlp, MixtureOfExperts):
-        mx.eval(mlp.router(_zeros(model, LARGEST_BATCH + 1)[0]))
+        mx.eval(mlp.router(_zeros(model, most + 1)[0]))
         _many_tokens(model, mlp)
 
 

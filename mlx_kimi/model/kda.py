@@ -11,13 +11,13 @@ import mlx.nn as nn
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.metal_kernels.kda import (
-    CHUNKED_FROM,
     chosen_implementation,
     decode_unsupported_reason,
     kda,
 )
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode
 from mlx_kimi.metal_kernels.kda_prepare import Projected, kda_finish, kda_prepare, prepared_by
+from mlx_kimi.metal_kernels.tuning import tuning
 from mlx_kimi.model.cache import KDACache
 from mlx_kimi.model.layers import RMSNorm
 from mlx_kimi.model.linear import FusedLinear
@@ -77,14 +77,15 @@ class KimiDeltaAttention(nn.Module):
     def implementations(self) -> list[tuple[str, str, str]]:
         """Which implementation runs for how many tokens, and why: for `info --kernels`."""
         reason = decode_unsupported_reason(self._for_decode, self.head_dim)
+        chunked_from = tuning().chunked_from
         few = chosen_implementation(2, self.head_dim, self.head_dim)
-        many = chosen_implementation(CHUNKED_FROM, self.head_dim, self.head_dim)
+        many = chosen_implementation(chunked_from, self.head_dim, self.head_dim)
         return [
             ("1 token", "ops form", reason)
             if reason
             else ("1 token", "kda_decode", "supported shapes"),
-            (f"2 to {CHUNKED_FROM - 1} tokens", few.name, few.why),
-            (f"{CHUNKED_FROM} tokens or more", many.name, many.why),
+            (f"2 to {chunked_from - 1} tokens", few.name, few.why),
+            (f"{chunked_from} tokens or more", many.name, many.why),
             ("2 tokens or more", *prepared_by(self.in_proj.width, self.head_dim)),
         ]
 

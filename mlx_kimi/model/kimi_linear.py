@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlx_kimi.checkpoint.config import Layer, ModelConfig
 from mlx_kimi.metal_kernels.attention import SubmitLimit
+from mlx_kimi.metal_kernels.tuning import Choices
 from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache
 from mlx_kimi.model.compiled import CompiledStep
 from mlx_kimi.model.forward_batch import ForwardBatch
@@ -114,13 +115,16 @@ class KimiLinear(nn.Module):
         weights: Weights,
         reduce: Callable[[mx.array], mx.array] = lambda x: x,
         offload: ExpertOffload | None = None,
+        choices: Choices | None = None,
     ) -> None:
         """`reduce` adds up a layer's output over the ranks of a sharded model.
 
         `offload` fills the expert caches that `weights` names; None: there are none.
+        `choices`: which kernels run, and in which shapes; None: the GPU's defaults.
         """
         super().__init__()
         self.config = config
+        self.choices = choices or Choices.default()
         self.offload = offload
         self.embed_tokens = weights.linear("model.embed_tokens")
         self.layers = [
@@ -159,7 +163,7 @@ class KimiLinear(nn.Module):
         B, T = ids.shape
         counts = [T] * B if lengths is None else [int(length) for length in lengths]
         cache = self.make_cache() if cache is None else cache
-        with self._turn:
+        with self._turn, self.choices.use():
             if min(counts) < T:
                 x = self.run(ids, cache, ForwardBatch.padded(T, counts))
             elif T == 1 and self.compiled.takes(cache):
@@ -172,7 +176,7 @@ class KimiLinear(nn.Module):
 
     def advance(self, ids: mx.array, cache: list[CacheEntry]) -> None:
         """Update `cache` by ids [B, T], whose output is not needed."""
-        with self._turn:
+        with self._turn, self.choices.use():
             self._finish(*self._forward_layers(ids, cache, ForwardBatch(), output_wanted=False))
             _advance_lengths(cache, [ids.shape[1]] * ids.shape[0])
 
@@ -224,7 +228,7 @@ class KimiLinear(nn.Module):
         `layers.3.mlp`, or another module's path, whose output or residual sum is not finite; None:
         nowhere.
         """
-        with self._turn:
+        with self._turn, self.choices.use():
             return self._first_not_finite(ids)
 
     def _first_not_finite(self, ids: mx.array) -> str | None:

@@ -21,6 +21,7 @@ from mlx_kimi.metal_kernels.attention import (
 from mlx_kimi.metal_kernels.kernel import Kernel, not_running
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
+from mlx_kimi.metal_kernels.tuning import tuning
 from mlx_kimi.model.cache import LatentCache, Segment
 from mlx_kimi.model.layers import RMSNorm
 from mlx_kimi.model.linear import FusedLinear
@@ -28,10 +29,6 @@ from mlx_kimi.model.linear import FusedLinear
 if TYPE_CHECKING:
     from mlx_kimi.model.weights import Weights
 
-# Expanding a latent into keys and values costs lora * (nope + v) products a head, as much as taking
-# a query into latent space and its result out of it. It saves 2 * lora - nope - v for every query:
-# at the published sizes a 171st. So many queries always expand, fewer where positions are few.
-EXPAND_FROM = 171  # queries
 # The published model builds this norm without passing rms_norm_eps on, as transformers does.
 KV_A_EPS = 1e-6
 MOST_SCORES = 1 << 24  # elements of the largest block of scores (64 MiB in float32)
@@ -43,7 +40,8 @@ EXPANDED = 1 << 16
 
 def expanding_pays(queries: int, positions: int) -> bool:
     """Whether so many queries attend to expanded keys and values of so many KV positions."""
-    return queries > 1 and positions * (EXPAND_FROM - queries) <= queries * EXPAND_FROM
+    always = tuning().expand_from
+    return queries > 1 and positions * (always - queries) <= queries * always
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -101,13 +99,14 @@ class MultiHeadLatentAttention(nn.Module):
         """Which implementation runs for how many tokens, and why: for `info --kernels`."""
         reason = self.decode_unsupported_reason(LatentCache())
         many_reason = self.prefill_unsupported_reason(LatentCache())
+        many = tuning().expand_from
         return [
             ("1 token", "ops form", reason)
             if reason
             else ("1 token", "mla_query, mla_attend, mla_output", "supported shapes"),
-            (f"2 to {EXPAND_FROM - 1} tokens", "ops form", "absorbed, after a longer text"),
+            (f"2 to {many - 1} tokens", "ops form", "absorbed, after a longer text"),
             (
-                f"{EXPAND_FROM} tokens or more; fewer in a new text",
+                f"{many} tokens or more; fewer in a new text",
                 "ops form" if many_reason else "mla_prefill",
                 many_reason or "latents expanded block by block",
             ),

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.metal_kernels.experts import (
     KERNELS,
-    LARGEST_BATCH,
     SELECT,
     SwiGLUWeights,
     add_norm_scores,
@@ -24,16 +23,13 @@ from mlx_kimi.metal_kernels.experts import (
 )
 from mlx_kimi.metal_kernels.kernel import not_running
 from mlx_kimi.metal_kernels.sorted_experts import ManyTokens
+from mlx_kimi.metal_kernels.tuning import tuning
 from mlx_kimi.model.layers import MLP, RMSNorm, swiglu
 from mlx_kimi.offload.expert_cache import ExpertCache
 from mlx_kimi.offload.optimistic import Residency
 
 if TYPE_CHECKING:
     from mlx_kimi.model.weights import Weights
-
-# Pairs (token, expert) from which sorting them by expert pays: each expert's matrix is then read
-# once and multiplies all of its tokens.
-SORT_FROM = 64
 
 
 class Router(nn.Module):
@@ -101,7 +97,7 @@ class Experts(nn.Module):
         [N, hidden] in x's dtype.
         """
         k, flat = experts.shape[-1], experts.reshape(-1)
-        if experts.size < SORT_FROM:
+        if experts.size < tuning().sort_from:
             y = self._mlp(x[:, None, None], experts, False).reshape(flat.size, -1)
             return expert_combine(y, mx.arange(flat.size).reshape(-1, k), weights, shared)
         order = mx.argsort(flat)
@@ -140,8 +136,8 @@ class DecodeMoE:
         """Why the ops form runs instead; None: it does not."""
         if why := not_running(*KERNELS):
             return why
-        if tokens > LARGEST_BATCH:
-            return f"{tokens} tokens are more than {LARGEST_BATCH}: sorted by expert"
+        if tokens > (most := tuning().largest_batch):
+            return f"{tokens} tokens are more than {most}: sorted by expert"
         return self._unsupported_reason
 
     def __call__(self, normed: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
@@ -172,13 +168,14 @@ class MixtureOfExperts(nn.Module):
 
     def implementations(self) -> list[tuple[str, str, str]]:
         """Which implementation runs for how many tokens, and why: for `info --kernels`."""
-        few = "1 token" if self.expert_cache else f"1 to {LARGEST_BATCH} tokens"
+        most = tuning().largest_batch
+        few = "1 token" if self.expert_cache else f"1 to {most} tokens"
         decode = "add_norm_scores, expert_select, expert_gate_up, expert_down"
         reason = self.kernels.unsupported_reason(1)
         rows = [(few, "ops form", reason) if reason else (few, decode, "supported shapes")]
         if self.expert_cache:
             how = "one expert after another, then expert_combine"
-            rows.append((f"2 to {LARGEST_BATCH} tokens", "ops form", how))
+            rows.append((f"2 to {most} tokens", "ops form", how))
         return rows + self.many_tokens.implementations(self.router.top_k)
 
     @property

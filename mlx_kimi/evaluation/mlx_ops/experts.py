@@ -29,8 +29,8 @@ from mlx_kimi.evaluation.mlx_ops.products import (
     product,
     row_counts,
 )
+from mlx_kimi.metal_kernels.tuning import tuning
 from mlx_kimi.model.linear import Linear
-from mlx_kimi.model.moe import SORT_FROM
 
 FEW_OUTPUTS = 32  # of each row, where every expert has one
 BLOCK = 8  # rows whose experts' weights float64 has at a time
@@ -44,7 +44,8 @@ def expert_cases(use: Use, dtype: mx.Dtype, top_k: int, present: Places) -> Iter
     """
     linear = use.linear
     results = top_k * linear.out_features
-    fewest_sorted = -(-SORT_FROM // top_k)  # (always: with more, plain matrices may take over)
+    sort_from = tuning().sort_from
+    fewest_sorted = -(-sort_from // top_k)  # (always: with more, plain matrices may take over)
     counts = {*row_counts(results * linear.matrix.columns, results), fewest_sorted}
     for tokens in sorted(counts):
         experts = _chosen(tokens, top_k, present)
@@ -85,7 +86,7 @@ def _gathered(what: str, dtype: mx.Dtype, linear: Linear, experts: Places) -> It
     """The products of gate and up, which repeat a token's row, and of down, which has one each."""
     (tokens, k), width = experts.shape, linear.matrix.columns
     flat = experts.reshape(-1)
-    is_sorted = flat.size >= SORT_FROM
+    is_sorted = flat.size >= tuning().sort_from
     order = np.argsort(flat, kind="stable") if is_sorted else np.arange(flat.size)
     of_tokens = at_random((tokens, width), dtype, seed=tokens)
     of_pairs = at_random((flat.size, width), dtype, seed=tokens)

@@ -1,0 +1,407 @@
+"""Each kernel on the GPU at hand: compiled, compared with MLX's operations, timed beside them.
+
+First every operator's kernels are tried on what a layer does, against the same in float32 and in
+MLX's operations: a kernel that does not run, is wrong or slower is off from then on. Then other
+shapes, forms and thresholds are timed in turns; a default stays unless it is clearly beaten.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.metal_kernels.kernel import in_one_line, trying, use_backend
+from mlx_kimi.metal_kernels.tuning import (
+    AttendShape,
+    Choices,
+    ExpertForm,
+    PrefillShape,
+    Tuning,
+    default_tuning,
+)
+from mlx_kimi.tuning.sample import Case, Limits, Sample
+
+# Kernels of one operator, which run together or not at all.
+OPERATORS = (
+    ("kda_decode",),
+    ("kda_prepare", "kda_finish"),
+    ("kda_sequential",),
+    ("kda_chunk_gram", "kda_chunk_scan"),
+    ("mla_query", "mla_attend", "mla_output"),
+    ("mla_prefill",),
+    ("add_norm",),
+    ("add_norm_scores", "expert_gate_up", "expert_down"),
+    ("expert_select",),
+    ("expert_order",),
+    ("expert_tiles_gate_up", "expert_tiles_down"),
+    ("expert_vectors_gate_up", "expert_vectors_down"),
+    ("expert_combine",),
+)
+FASTER = 1.05  # so much faster is worth leaving a default
+WORSE = 1.5  # times the error of MLX's operations in the same dtype, which round more often
+# Errors (rms) that are never held against a kernel: a rounding of what it stores, and in half
+# precision what kda_chunk keeps between its launches.
+ROUNDING = {mx.float32: 1e-4, mx.float16: 2e-3, mx.bfloat16: 4e-3}
+QUANTILE = 0.9  # of the tokens: a rounding may choose another expert for a few
+QUEUED = 4  # runs that are submitted at a time
+PAIRS = (0.5, 1, 2, 4, 8, 16, 32, 64)  # of an average expert, at which its forms are timed
+FORMS = (
+    *(ExpertForm(0, "tiles", tiles) for tiles in (4, 2, 1)),
+    ExpertForm(0, "vectors"),
+    ExpertForm(0, "MLX"),
+)
+SHAPES = tuple(AttendShape(*x) for x in ((16, 64, 8), (8, 64, 8), (8, 64, 16), (16, 64, 16)))
+PREFILL = (PrefillShape(8, 16), PrefillShape(16, 32))
+SPLITS = (24, 60, 120, 160)
+
+
+@dataclass(frozen=True)
+class Trying:
+    """A kernel is about to run for the first time in some form; None: what was tried has run."""
+
+    kernel: str | None
+
+
+@dataclass(frozen=True)
+class Off:
+    """A kernel is not to run."""
+
+    kernel: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """What was measured, in a line."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The end: how the kernels that run divide their work."""
+
+    tuning: Tuning
+
+
+Event = Trying | Off | Note | Chosen
+
+
+class Probe:
+    """One model's kernels on the GPU at hand."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: mx.Dtype,
+        off: dict[str, str],
+        limits: Limits,
+        tell: Callable[[Event], None],
+    ) -> None:
+        """`off`: kernels that are known not to run here, and why. `tell` is told as it goes."""
+        self.off, self.limits, self.tell = dict(off), limits, tell
+        self.tuning = default_tuning()
+        self._started = time.perf_counter()
+        self.sample = Sample(config, dtype, limits)
+        self._expected: dict[Case, list[mx.array]] = {}
+        self._allowed_of: dict[Case, float | None] = {}
+        self._tried: set[tuple[str, tuple[Any, ...]]] = set()
+
+    def run(self) -> None:
+        """All of it; the last event is the choice."""
+        speeds: dict[tuple[str, ...], list[float]] = {}
+        for case in self._cases():
+            if self._is_late(str(case)):
+                break
+            operators = self._right(case)
+            for operator, ratio in self._speeds(case, operators):
+                speeds.setdefault(operator, []).append(ratio)
+        for operator, ratios in speeds.items():
+            if (mean := statistics.geometric_mean(ratios)) > FASTER:
+                self._turn_off(operator, f"MLX's operations are {mean:.2f} times as fast here")
+        for question in (self._forms, *self._questions()):
+            question()
+        self.tell(Chosen(self.tuning))
+
+    # ------------------------------------------------------------------------- are they right?
+    def _cases(self) -> Iterator[Case]:
+        """Cases in which every kernel runs, as far as the model has its half of a layer."""
+        most, chunked = self.limits.tokens, self.tuning.chunked_from
+        past = min(1024, self.limits.positions)
+        many = [n for n in (64, 512) if n <= most] or [most]
+        cases = [
+            *(Case("kda", n) for n in (1, min(7, chunked - 1), *many)),
+            *(Case("mla", 1, past, packed) for packed in (False, True)),
+            Case("mla", many[-1]),
+            *(Case("experts", n) for n in (1, self.tuning.largest_batch, *self._grid())),
+        ]
+        yield from (case for case in cases if case.half in self.sample.layers)
+
+    def _right(self, case: Case) -> list[tuple[str, ...]]:
+        """Turn off what does not run or is wrong; the operators that do run."""
+        while True:
+            found, launched, refused = self._first_run(case, self._choices())
+            if not refused:
+                break
+            for kernel, message in refused.items():
+                self._turn_off(_operator_of(kernel), in_one_line(message), kernel)
+        operators = list(dict.fromkeys(map(_operator_of, launched)))
+        allowed = self._allowed(case)
+        if allowed is None or found is None or not operators:
+            return operators
+        error = _error(found, self._expected[case])
+        while operators and not error <= allowed:
+            errors = {o: self._error_without(case, o) for o in operators}
+            wrong = [o for o in operators if errors[o] <= allowed] or operators
+            for operator in wrong[:1] if len(wrong) < len(operators) else wrong:
+                self._turn_off(operator, f"results are {error:.1e} off, more than {allowed:.1e}")
+                operators.remove(operator)
+            found, _, _ = self._first_run(case, self._choices())
+            error = _error(found, self._expected[case])
+        return operators
+
+    def _first_run(
+        self, case: Case, choices: Choices
+    ) -> tuple[list[mx.array], list[str], dict[str, str]]:
+        """Results, the kernels that were launched, and those that cannot run: each by itself."""
+        launched: list[str] = []
+
+        def before(kernel: str, form: tuple[Any, ...]) -> None:
+            launched.append(kernel)
+            if (kernel, form) not in self._tried:
+                self._tried.add((kernel, form))
+                self.tell(Trying(kernel))
+
+        with choices.use(), trying({}, before) as refused:
+            found = self.sample.run(case)
+            mx.eval(found)
+        self.tell(Trying(None))
+        return found, launched, refused
+
+    def _allowed(self, case: Case) -> float | None:
+        """The largest error that MLX's operations would not make; None: they give no numbers."""
+        if case not in self._allowed_of:
+            self._allowed_of[case] = self._measured(case)
+        return self._allowed_of[case]
+
+    def _measured(self, case: Case) -> float | None:
+        with use_backend(None):
+            try:
+                expected = self.sample.run(case, in_float32=True)
+                plain = self.sample.run(case)
+                mx.eval(expected, plain)
+            except (RuntimeError, ValueError) as error:
+                self.tell(Note(f"{case}: MLX's operations do not run: {in_one_line(str(error))}"))
+                return None
+        if not all(bool(mx.isfinite(x).all().item()) for x in expected):
+            self.tell(Note(f"{case}: MLX's operations give no numbers, so nothing is compared"))
+            return None
+        self._expected[case] = expected
+        return max(WORSE * _error(plain, expected), ROUNDING[self.sample.dtype])
+
+    def _error_without(self, case: Case, operator: Sequence[str]) -> float:
+        choices = Choices(self.tuning, self.off | dict.fromkeys(operator, "for comparison"))
+        found, _, refused = self._first_run(case, choices)
+        return float("inf") if refused else _error(found, self._expected[case])
+
+    def _turn_off(self, operator: Iterable[str], why: str, named: str | None = None) -> None:
+        for kernel in operator:
+            reason = why if named in (None, kernel) else f"{named} is off"
+            if kernel not in self.off:
+                self.off[kernel] = reason
+                self.tell(Off(kernel, reason))
+
+    # -------------------------------------------------------------------------- are they fast?
+    def _speeds(
+        self, case: Case, operators: Sequence[tuple[str, ...]]
+    ) -> Iterator[tuple[tuple[str, ...], float]]:
+        """For each operator how many times as fast the case is without its kernels."""
+        runs: dict[Any, Choices] = {(): self._choices()}
+        for operator in operators:
+            runs[operator] = Choices(self.tuning, self.off | dict.fromkeys(operator, "compared"))
+        found = self._times(case, runs)
+        own = found.pop((), [])
+        for operator, times in found.items() if own else ():
+            yield operator, statistics.median(own) / statistics.median(times)
+
+    def _times(self, case: Case, runs: dict[Any, Choices]) -> dict[Any, list[float]]:
+        """Seconds of each, taken in turns; without those that MLX refuses."""
+        found: dict[Any, list[float]] = {}
+        if not self.limits.repeats:
+            return found
+        for name, choices in runs.items():
+            try:
+                self._seconds(case, choices)  # (compiles what MLX compiles)
+                found[name] = []
+            except (RuntimeError, ValueError):
+                continue
+        for _ in range(self.limits.repeats):
+            for name, times in found.items():
+                times.append(self._seconds(case, runs[name]))
+        return found
+
+    def _seconds(self, case: Case, choices: Choices) -> float:
+        with choices.use():
+            start = time.perf_counter()
+            mx.eval([self.sample.run(case) for _ in range(QUEUED)])
+            return (time.perf_counter() - start) / QUEUED
+
+    def _fastest(self, case: Case, others: dict[str, Tuning]) -> Tuning | None:
+        """One of these that clearly beats the present tuning: the first of those near the best."""
+        runs: dict[Any, Choices] = {"": self._choices()}
+        for name, tuning in others.items():
+            choices = Choices(tuning, self.off)
+            found, _, refused = self._first_run(case, choices)
+            allowed = self._allowed(case)
+            right = allowed is None or _error(found, self._expected[case]) <= allowed
+            if not refused and right:
+                runs[name] = choices
+        times = self._times(case, runs)
+        own = times.pop("", None)
+        if own is None:
+            return None
+        medians = {str(name): statistics.median(each) for name, each in times.items()}
+        told = ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in medians.items())
+        self.tell(Note(f"{case}: {statistics.median(own) * 1e3:.3f} ms; {told}"))
+        clear = {
+            name: median
+            for name, median in medians.items()
+            if median * FASTER < statistics.median(own) and median < min(own)
+        }
+        if not clear:
+            return None
+        best = min(clear.values())
+        chosen = next(name for name, median in clear.items() if median <= best * FASTER)
+        self.tell(Note(f"{case}: {chosen} is chosen"))
+        return others[chosen]
+
+    # ---------------------------------------------------------------------------- what is better?
+    def _questions(self) -> Iterator[Callable[[], None]]:
+        """Shapes and thresholds, each with the answers so far."""
+        far, near = self.limits.positions, min(4096, self.limits.positions)
+        most, tuning = self.limits.tokens, self.tuning
+        middle = min(512, most)
+        candidates: list[tuple[Case, str, dict[str, Any]]] = [
+            (Case("mla", 1, far), "attend", {str(tuple(s)): s for s in SHAPES}),
+            (Case("mla", 1, far, True), "attend_packed", {str(tuple(s)): s for s in SHAPES}),
+            (Case("mla", 1, far), "splits", {f"{n} splits": n for n in SPLITS}),
+            (Case("mla", middle), "prefill", {str(tuple(s)): s for s in PREFILL}),
+            (Case("kda", middle), "columns", {f"columns of {n}": n for n in (8, 16)}),
+            *(
+                (Case("kda", n), "chunked_from", {f"chunked from {m}": m})
+                for n, m in ((20, 20), (48, 64))
+            ),
+            *(
+                (Case("experts", n), "largest_batch", {f"sorted from {m + 1}": m})
+                for n, m in ((6, 5), (12, 12))
+            ),
+            *(
+                (Case("mla", n, near), "expand_from", {f"expanded from {m}": m})
+                for n, m in ((96, 96), (256, 512))
+            ),
+        ]
+        for case, name, values in candidates:
+            present = getattr(tuning, name)
+            others = {told: value for told, value in values.items() if value != present}
+            if case.half in self.sample.layers and case.tokens <= most and others:
+                yield partial(self._ask, case, name, others)
+
+    def _ask(self, case: Case, name: str, others: dict[str, Any]) -> None:
+        if self._is_late(f"{name} at {case}"):
+            return
+        tunings = {told: self.tuning._replace(**{name: value}) for told, value in others.items()}
+        self.tuning = self._fastest(case, tunings) or self.tuning
+
+    def _grid(self) -> list[int]:
+        """Tokens whose average expert has PAIRS of them, beyond those without sorting."""
+        if "experts" not in self.sample.layers:
+            return []
+        config = self.sample.config
+        tokens = [round(p * config.num_experts / config.num_experts_per_token) for p in PAIRS]
+        return [n for n in tokens if self.tuning.largest_batch < n <= self.limits.tokens]
+
+    def _forms(self) -> None:
+        """The experts' form for each number of tokens of an average expert."""
+        config, default = self.sample.config, self.tuning.experts
+        chosen: list[tuple[float, ExpertForm]] = []
+        for tokens in self._grid():
+            case = Case("experts", tokens)
+            pairs = tokens * config.num_experts_per_token / config.num_experts
+            own = form_at(default, pairs)
+            if self._is_late(f"forms of {case}"):
+                break
+            others = {
+                f"{form.kernels}{f' {form.tiles}' if form.tiles else ''}": self.tuning._replace(
+                    experts=(form._replace(shared=own.shared),)
+                )
+                for form in FORMS
+                if form[1:3] != own[1:3]
+            }
+            if found := self._fastest(case, others):
+                chosen.append((pairs, found.experts[0]))
+        self.tuning = self.tuning._replace(experts=with_forms(default, chosen))
+
+    # --------------------------------------------------------------------------------- helpers
+    def _choices(self) -> Choices:
+        return Choices(self.tuning, self.off)
+
+    def _is_late(self, what: str) -> bool:
+        late = time.perf_counter() - self._started > self.limits.seconds
+        if late:
+            self.tell(Note(f"{what}: not measured, {self.limits.seconds:.0f} s were over"))
+        return late
+
+
+def form_at(forms: Sequence[ExpertForm], pairs: float) -> ExpertForm:
+    """The one of these that takes so many pairs of an average expert."""
+    return next(form for form in reversed(forms) if form.pairs_from <= pairs)
+
+
+def with_forms(
+    default: Sequence[ExpertForm], chosen: Sequence[tuple[float, ExpertForm]]
+) -> tuple[ExpertForm, ...]:
+    """The default's forms, but for those chosen at some of PAIRS, each up to the next of them."""
+    edges = {form.pairs_from: form for form in default}
+    measured = dict(chosen)
+    for pairs, form in measured.items():
+        later = [p for p in PAIRS if p > pairs]
+        end = later[0] if later else float("inf")
+        start = 0.0 if pairs == PAIRS[0] else pairs
+        if end < float("inf") and end not in measured:
+            edges.setdefault(end, form_at(default, end))
+        edges = {p: f for p, f in edges.items() if not start <= p < end}
+        edges[start] = form
+    found: list[ExpertForm] = []
+    for start in sorted(edges):
+        form = edges[start]._replace(pairs_from=start)
+        if not found or found[-1][1:] != form[1:]:
+            found.append(form)
+    return tuple(found)
+
+
+def _operator_of(kernel: str) -> tuple[str, ...]:
+    return next(operator for operator in OPERATORS if kernel in operator)
+
+
+def _error(found: Sequence[mx.array], expected: Sequence[mx.array]) -> float:
+    """The largest rms error of x and the residual, of all but a few tokens, and of a state."""
+    errors = []
+    for y, wanted in zip(found, expected, strict=True):
+        axes = tuple(range(2, wanted.ndim)) if wanted.ndim == 3 else None
+        y, wanted = y.astype(mx.float32), wanted.astype(mx.float32)
+        square = mx.square(y - wanted).mean(axis=axes) / mx.square(wanted).mean(axis=axes)
+        rms = mx.sqrt(square).reshape(-1)
+        sorted_rms = mx.sort(mx.where(mx.isfinite(rms), rms, mx.inf))
+        errors.append(_number(sorted_rms[int(QUANTILE * (rms.size - 1))]))
+    return max(errors)
+
+
+def _number(x: mx.array) -> float:
+    return float(x.item())  # type: ignore[arg-type]

@@ -1,0 +1,157 @@
+"""Halves of a model's layers with random weights of its shapes and formats, to try kernels on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+import mlx.core as mx
+
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.tensors import ALWAYS_FLOAT32, Join, Tensor, tensors
+from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache
+from mlx_kimi.model.forward_batch import ForwardBatch
+from mlx_kimi.model.kimi_linear import DecoderLayer
+from mlx_kimi.model.random_weights import Arrays, random_tensor, stored_quantization
+from mlx_kimi.model.weights import Weights
+
+Half = Literal["kda", "mla", "experts"]
+ROUNDS = 8  # of a few tokens' experts, each with other ones: a rounding may choose another
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is tried, and how long."""
+
+    tokens: int = 2048  # of the longest prompt
+    positions: int = 32_768  # of the longest context
+    weights: int = 1 << 28  # bytes of a layer's routed experts: fewer of them, if more
+    repeats: int = 7  # of each time; 0: none is measured
+    seconds: float = 30.0  # from then on nothing more is measured
+
+
+@dataclass(frozen=True)
+class Case:
+    """What half of a layer does at a time."""
+
+    half: Half
+    tokens: int
+    past: int = 0  # KV positions before them
+    packed: bool = False  # in 8 bits
+
+    def __str__(self) -> str:
+        after = f" after {self.past:,}" if self.past else ""
+        kept = " in 8 bits" if self.packed else ""
+        name = {"kda": "KDA", "mla": "MLA", "experts": "experts"}[self.half]
+        return f"{name}, {self.tokens:,} token{'s' * (self.tokens > 1)}{after}{kept}"
+
+
+class Sample:
+    """One layer for each half that the model has, in its dtype and in float32."""
+
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype, limits: Limits) -> None:
+        self.dtype = dtype
+        self.layers = dict(_layers(config))
+        self.config = replace(config, num_experts=_fewer_experts(config, self.layers, limits))
+        stored: Arrays = {}
+        for tensor in self._tensors():
+            mx.random.seed(sum(tensor.name.encode()))
+            stored |= random_tensor(tensor, self.config, dtype)
+        self._own = self._made(stored, dtype)
+        self._float32 = self._own if dtype == mx.float32 else self._made(stored, mx.float32)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for number in sorted(set(self.layers.values())):
+            start = f"model.layers.{number}."
+            yield from (x for x in tensors(self.config) if x.name.startswith(start))
+
+    def _made(self, stored: Arrays, dtype: mx.Dtype) -> dict[int, DecoderLayer]:
+        arrays = {name: _in_dtype(name, array, dtype) for name, array in stored.items()}
+        weights = Weights(arrays, self.config)
+        layers = {
+            number: DecoderLayer(
+                self.config, self.config.layers[number], weights.at(f"model.layers.{number}")
+            )
+            for number in set(self.layers.values())
+        }
+        mx.eval([layer.parameters() for layer in layers.values()])
+        return layers
+
+    def run(self, case: Case, in_float32: bool = False) -> list[mx.array]:
+        """x and residual [tokens, hidden] after the half, and a KDA layer's state."""
+        dtype = mx.float32 if in_float32 else self.dtype
+        made = self._float32 if in_float32 else self._own
+        layer, batch = made[self.layers[case.half]], ForwardBatch()
+        mx.random.seed(case.tokens)
+        few = case.half == "experts" and case.tokens <= ROUNDS
+        found: list[list[mx.array]] = []
+        for _ in range(ROUNDS if few else 1):
+            shape = (1, case.tokens, self.config.hidden_size)
+            x, residual = (
+                mx.random.normal(shape).astype(self.dtype).astype(dtype) for _ in range(2)
+            )
+            if case.half == "experts":
+                found.append(list(layer.feed_forward(x, residual, batch)))
+                continue
+            entry = self._entry(case, dtype)
+            found.append(list(layer.attention(x, residual, entry, batch)))
+            if isinstance(entry, KDACache) and entry.state is not None:
+                found[-1].append(entry.state)
+        return [mx.concatenate(list(parts), axis=1) for parts in zip(*found, strict=True)]
+
+    def _entry(self, case: Case, dtype: mx.Dtype) -> CacheEntry:
+        """As after `past` tokens, of random numbers."""
+        config, lengths = self.config, (max(case.past, 1),)
+        if case.half == "kda":
+            tail = mx.random.normal((1, config.short_conv_kernel_size - 1, 3 * config.kda_width))
+            shape = (1, config.kda_num_heads, config.kda_head_dim, config.kda_head_dim)
+            return KDACache(lengths, tail.astype(self.dtype).astype(dtype), mx.random.normal(shape))
+        entry = LatentCache(bits=8 if case.packed else None)
+        if case.past:
+            latents = mx.random.normal((1, case.past, config.latent_width)).astype(self.dtype)
+            entry.append(latents.astype(dtype), None)
+            entry.lengths = lengths
+        return entry
+
+
+def _layers(config: ModelConfig) -> Iterator[tuple[Half, int]]:
+    """The first layer with each half."""
+    for half in ("kda", "mla"):
+        numbers = [i for i, layer in enumerate(config.layers) if layer.attention == half]
+        with_experts = [i for i in numbers if config.layers[i].feed_forward == "moe"]
+        if numbers:
+            yield half, (with_experts or numbers)[0]
+    experts = [i for i, layer in enumerate(config.layers) if layer.feed_forward == "moe"]
+    if experts:
+        yield "experts", experts[0]
+
+
+def _fewer_experts(config: ModelConfig, layers: dict[Half, int], limits: Limits) -> int:
+    """As many as `limits.weights` have room for: what is chosen depends on tokens an expert."""
+    E = config.num_experts
+    if "experts" not in layers:
+        return E
+    start = f"model.layers.{layers['experts']}."
+    size = sum(
+        _bytes(tensor, config)
+        for tensor in tensors(config)
+        if tensor.join is Join.STACK and tensor.name.startswith(start)
+    )
+    groups, k = config.num_expert_group, config.num_experts_per_token
+    while size > limits.weights and E % (2 * groups) == 0 and E // 2 >= 4 * max(k, groups):
+        E, size = E // 2, size // 2
+    return E
+
+
+def _bytes(tensor: Tensor, config: ModelConfig) -> int:
+    how = stored_quantization(tensor, config)
+    return prod(tensor.shape) * (how.bits if how else 16) // 8
+
+
+def _in_dtype(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return array
+    always = name.removesuffix(".weight").endswith(ALWAYS_FLOAT32)
+    return array.astype(mx.float32 if always else dtype)
