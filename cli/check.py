@@ -8,6 +8,7 @@ from importlib.metadata import version
 import click
 import mlx.core as mx
 
+from mlx_kimi.backend import untried
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli.options import model_or_pocket, no_tune_option
@@ -52,6 +53,8 @@ def command(model: str | None, report: bool) -> None:
     if report:
         click.echo("\n".join(machine()))
     tokenizer = load_tokenizer(folder)
+    if newer := untried():
+        click.echo(newer)
     network = load_model(folder)
     goldens = goldens_of(folder, network.config.vocab_size)
     failures = 0

@@ -10,6 +10,7 @@ from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli.options import model_or_pocket
 from mlx_kimi.cli.tuned import lines
 from mlx_kimi.errors import KimiError
+from mlx_kimi.loading.command_buffers import enlarge_command_buffers
 from mlx_kimi.loading.load import dtype_of
 from mlx_kimi.metal_kernels.kernel import backend
 from mlx_kimi.tuning.sample import Limits
@@ -34,6 +35,7 @@ def command(model: str | None, seconds: float) -> None:
     """
     if backend() is None:
         raise KimiError("no kernels run here: there is no GPU, or MLX_KIMI_NO_KERNELS is set")
+    enlarge_command_buffers()  # as a load does: the child inherits it
     folder = local_folder(model_or_pocket(model))
     config = ModelConfig.read(folder)
     with Console(stderr=True).status("trying the kernels on this GPU") as status:

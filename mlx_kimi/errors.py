@@ -13,6 +13,10 @@ class ContextFull(KimiError):
     """A conversation is longer than the model's context."""
 
 
+class GpuLost(KimiError):
+    """The GPU failed, and nothing can run on it any more in this process."""
+
+
 def beyond_budget(what: str, tokens: int, limit: int) -> str:
     """What is said of a text that is longer than a memory budget leaves room for."""
     return f"--context must be more than the {tokens:,} tokens of {what} but is {limit:,}"

@@ -7,13 +7,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from click.testing import CliRunner
 
+from mlx_kimi import backend
 from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.cli import tune as command
+from mlx_kimi.cli.main import cli
 from mlx_kimi.loading import load
 from mlx_kimi.metal_kernels.kda_decode import KERNEL as KDA_DECODE
 from mlx_kimi.metal_kernels.kernel import not_running, use_backend
@@ -24,6 +29,7 @@ from mlx_kimi.tuning.sample import Case, Limits
 from mlx_kimi.tuning.stored import Stored, key_of, path_of
 from tests.checkpoints import TINY
 from tests.emulated import emulator
+from tests.processes import run
 from tests.test_metal_texts import NAMES
 
 SMALL = Limits(tokens=16, positions=40, repeats=0, seconds=600)
@@ -319,3 +325,47 @@ def test_without_tuning_the_defaults_run(
     monkeypatch.setenv("MLX_KIMI_NO_TUNE", "1")
     model = load.load_model(folder("tiny"))
     assert model.choices == Choices.default() and not capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------ versions, commands
+@pytest.mark.parametrize(
+    ("installed", "newer"),
+    [("0.32.4", False), ("0.32.3", False), ("0.32.10", True), ("0.33.0.dev1", True), ("1.0", True)],
+)
+def test_an_mlx_beyond_what_was_tried_is_named(
+    monkeypatch: pytest.MonkeyPatch, installed: str, newer: bool
+) -> None:
+    monkeypatch.setattr(backend, "version", lambda _: installed)
+    said = backend.untried()
+    assert (said is not None) == newer
+    assert said is None or said.startswith(f"MLX {installed} is newer than 0.32.4")
+
+
+def test_the_newest_that_was_tried_is_installed_here() -> None:
+    """Else `NEWEST_TRIED` is to be raised, once all tests pass."""
+    assert backend.untried() is None
+
+
+def test_tune_says_that_no_kernels_run_on_a_cpu() -> None:
+    found = run("tune")
+    assert found.returncode == 1 and found.stdout == ""
+    assert found.stderr == (
+        "Error: no kernels run here: there is no GPU, or MLX_KIMI_NO_KERNELS is set\n"
+    )
+
+
+@pytest.mark.slow
+def test_tune_prints_what_it_found_and_keeps_it(
+    folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "tune", partial(tune.tune, worker=worker("refused", "add_norm")))
+    monkeypatch.setattr(command, "Limits", lambda seconds: SMALL)
+    with use_backend(emulator):
+        found = CliRunner().invoke(cli, ["tune", str(folder("tiny"))])
+    assert found.exit_code == 0, found.output
+    assert "off           add_norm: error: no such 'x'\n" in found.stdout
+    assert "splits        24\n" in found.stdout
+    assert "experts       from 3.3 tokens of an expert: tiles of 32 tokens\n" in found.stdout
+    known = Stored.read(key_of(CONFIG, mx.float32))
+    assert known and f"choices       {known.choices.digest}\n" in found.stdout
+    assert f"kept in {path_of(known.key)}\n" in found.stdout

@@ -11,7 +11,7 @@ from mlx_kimi.cli.chat.commands import is_command, opening, run_command
 from mlx_kimi.cli.chat.input import Input
 from mlx_kimi.cli.chat.screen import Screen, TerminalScreen
 from mlx_kimi.cli.options import check_utf8
-from mlx_kimi.errors import ContextFull, KimiError
+from mlx_kimi.errors import ContextFull, GpuLost, KimiError
 from mlx_kimi.generation.answer import Stats
 from mlx_kimi.units import human_size
 
@@ -45,6 +45,8 @@ class Loop:
         while not self.is_over and (text := self.input.read()) is not None:
             try:
                 self._handle(text)
+            except GpuLost:  # what was said is saved
+                raise
             except KimiError as error:
                 self.screen.error(str(error))
                 if isinstance(error, ContextFull):

@@ -193,6 +193,15 @@ class Chat:
                 self.session.save(self.conversation, state)
         except KimiError as error:
             self.unsaved = str(error)
+            if state is not None:  # the states may be lost, with the GPU; the text is not
+                self._save_text()
+
+    def _save_text(self) -> None:
+        try:
+            if self.session:
+                self.session.save(self.conversation)
+        except KimiError as error:
+            self.unsaved = str(error)
 
     def save_as(self, name: str) -> None:
         """Keep the conversation under a name, and go on there.

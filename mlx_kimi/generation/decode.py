@@ -62,8 +62,9 @@ def decode(state: TokenState, hidden: mx.array, sampler: Sampler, limit: int) ->
     draw = state.draw(hidden, sampler)
     for _ in range(limit - 1):
         if waits_for_files:
-            yield state.token_of(draw)
+            token, draw = state.awaited(draw, sampler)
+            yield token
         token, draw = state.step(draw, sampler)
         if not waits_for_files:
             yield token
-    yield state.token_of(draw)
+    yield state.awaited(draw, sampler)[0]

@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlx_kimi.defaults import SNAPSHOT_EVERY, SNAPSHOT_MEMORY
+from mlx_kimi.generation.faults import leave_out_what_failed
 from mlx_kimi.generation.not_finite import not_finite
 from mlx_kimi.generation.sample import Draw, Sampler
 from mlx_kimi.model import cache as caches
@@ -30,6 +32,15 @@ class Snapshot:
     entries: list[CacheEntry] | None
     hidden: mx.array | None = None  # [1, 1, hidden] of `read`, if the prompt ended here
     load: Callable[[], list[CacheEntry] | None] = lambda: None
+
+
+class Drawn(NamedTuple):
+    """Where a draw came from, so that it can be made again: all of it has been computed."""
+
+    length: int  # of the tokens that `entries` had read
+    entries: list[CacheEntry]
+    sampler: dict[str, Any]  # its attributes before the draw
+    hidden: mx.array | None  # what was drawn from; None: what comes of reading the other tokens
 
 
 @dataclass
@@ -57,6 +68,8 @@ class TokenState:
 
     def __post_init__(self) -> None:
         self.entries = self.entries or self._empty()
+        self._source: tuple[int, list[CacheEntry]] | None = None  # of the latest `hidden`
+        self._drawn: Drawn | None = None
 
     def _empty(self) -> list[CacheEntry]:
         return self.model.make_cache(self.latent_bits)
@@ -66,10 +79,21 @@ class TokenState:
         """Read more of a prompt: the final hidden state of its last token, [1, 1, hidden].
 
         None where it is not wanted. Interrupted before all of it is queued, tokens and cache stay
-        as they were; then it counts as read.
+        as they were; then it counts as read. Where a kernel fails, the tokens are read again
+        without it: `faults.py`.
         """
+        length, entries = len(self.ids), caches.snapshot(self.entries)
+        try:
+            return self._read(ids, output_wanted)
+        except RuntimeError as error:
+            leave_out_what_failed(self.model, error)
+            self._go_back(length, entries)
+            return self._read(ids, output_wanted)
+
+    def _read(self, ids: Sequence[int], output_wanted: bool) -> mx.array | None:
         hidden = None
         with self.atomic():
+            self._source = len(self.ids), caches.snapshot(self.entries)
             if output_wanted:
                 hidden = mx.contiguous(self.model.hidden(mx.array([ids]), self.entries)[:, -1:])
             else:
@@ -85,6 +109,9 @@ class TokenState:
 
     def draw(self, hidden: mx.array, sampler: Sampler) -> Draw:
         """The token that follows `hidden` [1, T, hidden], queued on the device."""
+        length, entries = self._source or (len(self.ids), caches.snapshot(self.entries))
+        self._drawn = Drawn(length, entries, dict(vars(sampler)), None if self._source else hidden)
+        self._source = None
         logits = self.model.logits(hidden[:, -1])
         draw = Draw(sampler(logits), mx.logsumexp(logits, axis=-1))
         mx.async_eval(*draw, *caches.arrays(self.entries))
@@ -93,9 +120,47 @@ class TokenState:
     def step(self, draw: Draw, sampler: Sampler) -> tuple[int, Draw]:
         """Read a drawn token, queue the drawing of the next, and wait for the first one's id.
 
-        Interrupted meanwhile, tokens and cache stay as they were.
+        Interrupted meanwhile, tokens and cache stay as they were. Where a kernel fails, the state
+        goes back to what has certainly been computed, and goes on from there without it.
         """
+        drawn = self._drawn
+        try:
+            return self._step(draw, sampler)
+        except RuntimeError as error:
+            return self._step(self._draw_again(drawn, sampler, error), sampler)
+
+    def awaited(self, draw: Draw, sampler: Sampler) -> tuple[int, Draw]:
+        """A token that was drawn, and its draw: another where a kernel failed meanwhile.
+
+        Raises:
+            KimiError: its logits have NaN or +infinity.
+        """
+        try:
+            return self.token_of(draw), draw
+        except RuntimeError as error:
+            draw = self._draw_again(self._drawn, sampler, error)
+            return self.token_of(draw), draw
+
+    def _draw_again(self, drawn: Drawn | None, sampler: Sampler, error: RuntimeError) -> Draw:
+        leave_out_what_failed(self.model, error)
+        assert drawn is not None, "what is awaited has been drawn"
+        vars(sampler).update(drawn.sampler)
+        if drawn.hidden is not None:
+            return self.draw(drawn.hidden, sampler)
+        unread = self.ids[drawn.length :]
+        self._go_back(drawn.length, drawn.entries)
+        hidden = self._read(unread, output_wanted=True)
+        assert hidden is not None
+        return self.draw(hidden, sampler)
+
+    def _go_back(self, length: int, entries: list[CacheEntry]) -> None:
+        """To a state that has certainly been computed; later snapshots may not be."""
+        self.entries, self.ids = caches.snapshot(entries), self.ids[:length]
+        self.snapshots = [found for found in self.snapshots if found.length <= length]
+
+    def _step(self, draw: Draw, sampler: Sampler) -> tuple[int, Draw]:
         with self.atomic():
+            self._source = len(self.ids), caches.snapshot(self.entries)
             # Processor time: MLX lets a thread that is far ahead of the device wait in here.
             began = time.thread_time()
             following = self.draw(self.model.hidden(draw.token[:, None], self.entries), sampler)

@@ -18,6 +18,7 @@ import mlx.core as mx
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from mlx_kimi.backend import untried
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.defaults import NO_TUNE
 from mlx_kimi.metal_kernels.tuning import Choices, Tuning
@@ -49,6 +50,8 @@ def choices_for(folder: Path, config: ModelConfig, dtype: mx.Dtype) -> Choices:
     stored = Stored.read(key_of(config, dtype))
     if stored is None or not stored.complete:
         console = Console(stderr=True)
+        if newer := untried():
+            console.print(newer, highlight=False, markup=False)
         told = "trying the kernels on this GPU, once"
         if not console.is_terminal:
             console.print(f"{told}; `mlx_kimi tune` says what it found", highlight=False)
