@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.kernel import without
+from mlx_kimi.metal_kernels.kernel import backend, without
 
 
 class AttendShape(NamedTuple):
@@ -114,12 +114,10 @@ class Choices:
     tuning: Tuning
     off: Mapping[str, str] = field(default_factory=dict)  # kernels that do not run, and why
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """The same for two that compute the same bits."""
-        forms = tuple(form._replace(pairs_from=float(form[0])) for form in self.tuning.experts)
-        chosen = repr((self.tuning._replace(experts=forms), sorted(self.off)))
-        return hashlib.sha256(chosen.encode()).hexdigest()[:8]
+        """The same for two that compute the same bits: without kernels, all of them."""
+        return _digest(self.tuning, tuple(sorted(self.off))) if backend() else NO_KERNELS
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -135,6 +133,16 @@ class Choices:
     def default() -> Choices:
         """Those of a GPU on which nothing has been measured."""
         return Choices(default_tuning())
+
+
+NO_KERNELS = "none"  # the digest where no kernels run
+
+
+@lru_cache
+def _digest(tuning: Tuning, off: tuple[str, ...]) -> str:
+    forms = tuple(form._replace(pairs_from=float(form[0])) for form in tuning.experts)
+    chosen = repr((tuning._replace(experts=forms), off))
+    return hashlib.sha256(chosen.encode()).hexdigest()[:8]
 
 
 _CHOSEN: ContextVar[Tuning | None] = ContextVar("tuning", default=None)

@@ -14,6 +14,7 @@ from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.errors import GpuLost, KimiError
 from mlx_kimi.generation.generate import stream_generate
 from mlx_kimi.generation.token_state import TokenState
+from mlx_kimi.metal_kernels import tuning
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.metal_kernels.tuning import Choices
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -36,6 +37,7 @@ Loaded = tuple[KimiLinear, Tokenizer]
 @pytest.fixture
 def loaded(talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loaded:
     monkeypatch.setenv("MLX_KIMI_TUNING", str(tmp_path / "tuning"))
+    monkeypatch.setattr(tuning, "backend", lambda: emulator)  # a digest is of kernels
     return load(talker)
 
 

@@ -20,9 +20,17 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.cli import tune as command
 from mlx_kimi.cli.main import cli
 from mlx_kimi.loading import load
+from mlx_kimi.metal_kernels import tuning as kernel_tuning
 from mlx_kimi.metal_kernels.kda_decode import KERNEL as KDA_DECODE
 from mlx_kimi.metal_kernels.kernel import not_running, use_backend
-from mlx_kimi.metal_kernels.tuning import BASE, NVIDIA, Choices, ExpertForm, tuning
+from mlx_kimi.metal_kernels.tuning import (
+    BASE,
+    NO_KERNELS,
+    NVIDIA,
+    Choices,
+    ExpertForm,
+    tuning,
+)
 from mlx_kimi.tuning import probe, stored, tune
 from mlx_kimi.tuning.probe import PAIRS, Chosen, Off, Probe, form_at, with_forms
 from mlx_kimi.tuning.sample import Case, Limits
@@ -39,6 +47,7 @@ CONFIG = ModelConfig.from_json(TINY)
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLX_KIMI_TUNING", str(tmp_path / "tuning"))
+    monkeypatch.setattr(kernel_tuning, "backend", lambda: emulator)  # a digest is of kernels
     return tmp_path / "tuning"
 
 
@@ -281,7 +290,10 @@ def test_choices_hold_within_and_the_digest_is_of_what_runs() -> None:
             assert not_running(KDA_DECODE) == "kda_decode is off: too slow"
         assert tuning() != changed and not_running(KDA_DECODE) is None
     same = Choices(changed, {"kda_decode": "another reason"})
-    assert same.digest == choices.digest
+    assert same.digest == choices.digest != NO_KERNELS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_tuning, "backend", lambda: None)
+        assert choices.digest == NO_KERNELS
     others = [Choices(changed), Choices(BASE, choices.off), Choices(changed, {"add_norm": ""})]
     assert len({choices.digest, *(other.digest for other in others)}) == 4
 
