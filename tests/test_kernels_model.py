@@ -11,7 +11,7 @@ from mlx_kimi.cli import check, info
 from mlx_kimi.loading.load import load, load_model
 from mlx_kimi.metal_kernels import kda_decode, mla_decode, mla_prefill, sorted_experts
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
-from mlx_kimi.metal_kernels.tuning import BASE, ExpertForm
+from mlx_kimi.metal_kernels.tuning import BASE, Choices, ExpertForm, default_tuning
 from mlx_kimi.model import mla
 from mlx_kimi.model.cache import LatentCache
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -155,7 +155,8 @@ def test_memory_of_expanded_blocks_does_not_grow_with_the_context(
 def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernels in `check`, for fewer tokens than its 171: an emulator takes its time."""
     monkeypatch.setattr(mla, "expanding_pays", lambda T, _: T >= 53)
-    monkeypatch.setattr(check, "MANY", 53)
+    chosen = Choices(default_tuning()._replace(expand_from=53))
+    monkeypatch.setattr(Choices, "default", staticmethod(lambda: chosen))
 
 
 @pytest.mark.slow

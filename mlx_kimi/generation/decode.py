@@ -59,12 +59,15 @@ def decode(state: TokenState, hidden: mx.array, sampler: Sampler, limit: int) ->
         KimiError: the model's logits have NaN or +infinity.
     """
     waits_for_files = state.model.offload is not None
-    draw = state.draw(hidden, sampler)
-    for _ in range(limit - 1):
-        if waits_for_files:
-            token, draw = state.awaited(draw, sampler)
-            yield token
-        token, draw = state.step(draw, sampler)
-        if not waits_for_files:
-            yield token
-    yield state.awaited(draw, sampler)[0]
+    try:
+        draw = state.draw(hidden, sampler)
+        for _ in range(limit - 1):
+            if waits_for_files:
+                token, draw = state.awaited(draw, sampler)
+                yield token
+            token, draw = state.step(draw, sampler)
+            if not waits_for_files:
+                yield token
+        yield state.awaited(draw, sampler)[0]
+    finally:
+        state.settle()

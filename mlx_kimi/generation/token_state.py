@@ -153,6 +153,10 @@ class TokenState:
         assert hidden is not None
         return self.draw(hidden, sampler)
 
+    def settle(self) -> None:
+        """Nothing that was drawn will be asked for any more: hold no state to draw it again."""
+        self._source = self._drawn = None
+
     def _go_back(self, length: int, entries: list[CacheEntry]) -> None:
         """To a state that has certainly been computed; later snapshots may not be."""
         self.entries, self.ids = caches.snapshot(entries), self.ids[:length]
