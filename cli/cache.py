@@ -44,6 +44,8 @@ def command(prompt: str, file: Path, model: str | None, system: str | None, **op
     folder = local_folder(model_or_pocket(model))
     conversation = Conversation(system)
     conversation.say(read_prompt(prompt))
+    with show.weights_progress() as known:
+        same = fingerprint(folder, options["latent_bits"], progress=known)
     network, tokenizer = load(folder)
     with show.prefill_progress() as progress:
         count = write_prompt_cache(
@@ -51,7 +53,7 @@ def command(prompt: str, file: Path, model: str | None, system: str | None, **op
             network,
             tokenizer,
             conversation,
-            fingerprint(folder, options["latent_bits"]),
+            same,
             progress=progress,
             **options,
         )

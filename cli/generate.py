@@ -102,7 +102,8 @@ def _cached(file: Path, folder: Path, state: TokenState, system: str | None) -> 
     """What `file` holds; `state` has read it if this model has."""
     if system is not None:
         raise click.UsageError("--prompt-cache has its own system message, or none")
-    same = fingerprint(folder, state.latent_bits)
+    with show.weights_progress() as progress:
+        same = fingerprint(folder, state.latent_bits, progress=progress)
     conversation, notes = read_session(file, same, state)
     for note in notes:
         click.echo(f"{file}: {note}", err=True)

@@ -86,6 +86,20 @@ def distance(found: Distance) -> list[str]:
 
 
 @contextmanager
+def weights_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar while all weights are read to know them again, where stderr is a terminal."""
+    columns = (TextColumn("reading the weights, once, to know them again"), BarColumn())
+    with Progress(
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task("weights", total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+@contextmanager
 def prefill_progress() -> Iterator[Callable[[int, int], None]]:
     """A bar for prompts that take several steps, where stderr is a terminal; gone when done."""
     console = Console(stderr=True)

@@ -9,7 +9,10 @@ os.environ["MLX_ENABLE_TF32"] = "0"
 # No test tries kernels but those that ask.
 os.environ["MLX_KIMI_NO_TUNE"] = "1"
 
+import atexit
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -28,6 +31,11 @@ from tests.tokenizer_files import trained_tokens, write_tiktoken
 # What was started with nohup, or by a script in its background, ignores Ctrl-C, and so would every
 # program that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What programs find out again, of this run alone.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # (else the controller's)
+    os.environ["MLX_KIMI_CACHE"] = tempfile.mkdtemp(prefix="mlx_kimi_cache_")
+    atexit.register(shutil.rmtree, os.environ["MLX_KIMI_CACHE"], ignore_errors=True)
 
 SEED = 2  # the stored reference logits are of this seed's weights
 

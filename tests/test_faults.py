@@ -36,7 +36,7 @@ Loaded = tuple[KimiLinear, Tokenizer]
 
 @pytest.fixture
 def loaded(talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loaded:
-    monkeypatch.setenv("MLX_KIMI_TUNING", str(tmp_path / "tuning"))
+    monkeypatch.setenv("MLX_KIMI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning, "backend", lambda: emulator)  # a digest is of kernels
     return load(talker)
 

@@ -46,9 +46,9 @@ CONFIG = ModelConfig.from_json(TINY)
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MLX_KIMI_TUNING", str(tmp_path / "tuning"))
+    monkeypatch.setenv("MLX_KIMI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(kernel_tuning, "backend", lambda: emulator)  # a digest is of kernels
-    return tmp_path / "tuning"
+    return tmp_path / "cache"
 
 
 def worker(*fault: str) -> list[str]:

@@ -17,6 +17,7 @@ from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.chat.tools import load_tools
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.hub import local_folder
+from mlx_kimi.cli import show
 from mlx_kimi.cli.chat.completion import CommandCompleter
 from mlx_kimi.cli.chat.input import LineEditor, PipedLines
 from mlx_kimi.cli.chat.loop import Loop, status, toolbar
@@ -98,7 +99,9 @@ def command(
         budget = replace(budget, snapshots=int(snapshot_memory * 1e9))
     toolbox = load_tools(tools_file) if tools_file else None
     folder = local_folder(model_or_pocket(model))
-    same = fingerprint(folder, latent_bits, toolbox.schemas if toolbox else None)
+    with show.weights_progress() as progress:
+        schemas = toolbox.schemas if toolbox else None
+        same = fingerprint(folder, latent_bits, schemas, progress)
     if budget and resume is not None:  # likewise
         longest = budget.tokens(ModelConfig.read(folder))
         refuse_longer(Sessions(sessions).existing(resume), same, longest)

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_kimi.checkpoint.digests import Progress, digests
 from mlx_kimi.checkpoint.files import Checkpoint
 
 # What decides how ids are made and what a state means, beside the weights.
@@ -27,6 +28,7 @@ STATES = 1
 
 MEANINGS = {
     "model": "the model, its quantization or its tokenizer",
+    "weights": "the model, its quantization or its tokenizer",
     "states": "the format of states",
     "device": "the device that computes",
     "latent_bits": "--latent-bits",
@@ -34,14 +36,26 @@ MEANINGS = {
 }
 
 
-def fingerprint(folder: Path, latent_bits: int | None, tools: Any = None) -> dict[str, Any]:
-    """What must agree for a stored state to be used. Reads headers and samples, in milliseconds.
+def fingerprint(
+    folder: Path,
+    latent_bits: int | None,
+    tools: Any = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What must agree for a stored state to be used.
 
-    `tools` are the schemas that the conversation begins with, as JSON.
+    Args:
+        tools: the schemas that the conversation begins with, as JSON.
+        progress: of reading all weights, which happens once.
+
+    Raises:
+        KimiError: a file cannot be read.
     """
+    checkpoint = Checkpoint(folder)
     declared = json.dumps(tools, sort_keys=True).encode()
     return {
-        "model": _model_hash(folder),
+        "model": _model_hash(folder, checkpoint),
+        "weights": _weights_hash(checkpoint, progress),
         "states": STATES,
         "device": "cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu",
         "latent_bits": latent_bits,
@@ -51,18 +65,23 @@ def fingerprint(folder: Path, latent_bits: int | None, tools: Any = None) -> dic
 
 def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     """What of a model's fingerprint is not as it was, in words; empty when all is."""
-    stored = {"states": 1} | dict(stored)
-    return " and ".join(
-        meaning for key, meaning in MEANINGS.items() if stored.get(key) != present.get(key)
-    )
+    # (Sessions of before digests are known by the middle of each file, which "model" samples.)
+    stored = {"states": 1, "weights": present.get("weights")} | dict(stored)
+    changed = [MEANINGS[key] for key in MEANINGS if stored.get(key) != present.get(key)]
+    return " and ".join(dict.fromkeys(changed))
 
 
-def _model_hash(folder: Path) -> str:
+def _weights_hash(checkpoint: Checkpoint, progress: Progress | None) -> str:
+    """Of every byte of the weights."""
+    each = digests(checkpoint.folder, checkpoint.files, progress)
+    return hashlib.sha256("".join(each).encode()).hexdigest()[:32]
+
+
+def _model_hash(folder: Path, checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for name in FILES:
         if (folder / name).is_file():
             digest.update(name.encode() + (folder / name).read_bytes())
-    checkpoint = Checkpoint(folder)
     for name, stored in sorted(checkpoint.tensors.items()):
         digest.update(repr((name, stored.dtype, stored.shape)).encode())
     for file in checkpoint.files:

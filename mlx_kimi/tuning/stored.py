@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from platformdirs import user_cache_path
 from pydantic import TypeAdapter, ValidationError
 
 import mlx_kimi.metal_kernels as kernels
@@ -22,9 +20,9 @@ from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.durable import write_durably
 from mlx_kimi.metal_kernels.tuning import Choices, Tuning, default_tuning
 from mlx_kimi.model.random_weights import stored_quantization
+from mlx_kimi.user_cache import cache_folder
 
 FORMAT = 1
-FOLDER = "MLX_KIMI_TUNING"  # names another folder in the environment
 
 
 @dataclass
@@ -78,9 +76,7 @@ def _write(file: Path, text: str) -> None:
 
 def path_of(key: dict[str, str]) -> Path:
     """The file of a key."""
-    named = os.environ.get(FOLDER)
-    folder = Path(named) if named else user_cache_path("mlx_kimi", appauthor=False) / "tuning"
-    return folder / f"{_digest(key)}.json"
+    return cache_folder() / "tuning" / f"{_digest(key)}.json"
 
 
 def key_of(config: ModelConfig, dtype: mx.Dtype) -> dict[str, str]:
