@@ -424,7 +424,13 @@ def test_the_identity_of_a_folder_is_that_of_its_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["shape", "missing", "ids"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("shape", "missing", "ids", "no ids", "float ids", "a large id", "a negative id"),
+        *("integers", "latents of integers", "latents of another width", "no file of arrays"),
+    ],
+)
 def test_states_that_do_not_fit_the_model_are_not_used(loaded, sessions, change) -> None:
     chat = new_chat(loaded, sessions)
     talk(chat, "one")
@@ -436,22 +442,73 @@ def test_states_that_do_not_fit_the_model_are_not_used(loaded, sessions, change)
         arrays["state.0"] = arrays["state.0"][:, :, :-1]
     elif change == "missing":
         del arrays["conv.1"]
-    else:
+    elif change == "ids":
         arrays["ids"] = arrays["ids"][:-1]
+    elif change == "no ids":
+        del arrays["ids"]
+    elif change == "float ids":
+        arrays["ids"] = arrays["ids"].astype(mx.float32)
+    elif change.endswith(" id"):
+        wrong = loaded[0].config.vocab_size if change == "a large id" else -1
+        arrays["ids"] = mx.concatenate([arrays["ids"][:-1], mx.array([wrong], mx.int32)])
+    elif change == "integers":
+        arrays["state.0"] = arrays["state.0"].astype(mx.int32)
+    elif change == "latents of integers":
+        arrays["tail.3"] = arrays["tail.3"].astype(mx.int32)
+    elif change == "latents of another width":
+        arrays["tail.3"] = arrays["tail.3"][..., :-1]
     mx.save_safetensors(str(path), arrays)
+    if change == "no file of arrays":
+        path.write_bytes(b"\xff" * 100)
     with pytest.raises(KimiError, match=path.name):
         forged = states.StateFile(path.name, stored.start, stored.end, 0)
         states.restore_states(TokenState(loaded[0]), path.parent, [forged])
 
 
-def test_files_outside_the_folder_are_never_read(loaded, sessions) -> None:
+@pytest.mark.slow
+def test_a_file_that_is_damaged_after_resuming_is_not_gone_back_to(loaded, sessions) -> None:
+    chat = new_chat(loaded, sessions)
+    talk(chat, "one", "two", "three")
+    again, _ = reopened(loaded, chat)
+    assert again.session and len(again.state.snapshots) > 2
+    stored = again.session._files[0]
+    path = again.session.folder / stored.file
+    arrays = dict(mx.load(str(path)))
+    arrays["state.0"] = arrays["state.0"] + 1  # whole, and of the right shapes
+    mx.eval(arrays)
+    mx.save_safetensors(str(path), arrays)
+    again.undo()
+    again.undo()
+    again.say("another")
+    *_, last = again.answer()
+    assert last.stats.cached_tokens == 0, "all is read again"
+    fresh = new_chat(loaded, Sessions(sessions.folder / "fresh"))
+    talk(fresh, "one")
+    fresh.conversation.turns[0] = again.conversation.turns[0]
+    fresh.say("another")
+    list(fresh.answer())
+    assert again.conversation.turns[-1].answer == fresh.conversation.turns[-1].answer
+
+
+FORGED = {
+    "outside the folder": {"file": "../1-2-00000000.safetensors"},
+    "no name": {"file": 5},
+    "no number": {"end": "10"},
+    "a fraction": {"start": 0.5},
+    "no checksum": {"checksum": None},
+    "another field": {"more": 1},
+}
+
+
+@pytest.mark.parametrize("field", FORGED.values(), ids=FORGED)
+def test_forged_names_of_files_are_never_read(loaded, sessions, field: dict[str, Any]) -> None:
     chat = new_chat(loaded, sessions)
     talk(chat, "one")
     assert chat.session
     text = chat.session.folder / TEXT
     head, about, *turns = text.read_text().splitlines()
     changed = json.loads(about)
-    changed["states"][0]["file"] = "../" + changed["states"][0]["file"]
+    changed["states"][0] |= field
     body = "".join(line + "\n" for line in (json.dumps(changed), *turns))
     head = json.dumps(json.loads(head) | {"checksum": zlib.crc32(body.encode())})
     text.write_text(head + "\n" + body)

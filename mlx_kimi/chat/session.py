@@ -319,5 +319,8 @@ def _listed(about: Mapping[str, Any]) -> list[StateFile]:
         files = [StateFile(**stored) for stored in about.get("states", [])]
     except TypeError:
         return []
-    own = all(Path(s.file).name == s.file and s.file.endswith(states.SUFFIX) for s in files)
-    return files if own and all(isinstance(s.end, int) for s in files) else []
+    typed = all(
+        isinstance(s.file, str) and all(isinstance(x, int) for x in (s.start, s.end, s.checksum))
+        for s in files
+    )
+    return files if typed and all(states.is_state_file(s.file) for s in files) else []

@@ -128,12 +128,14 @@ def restore_states(state: TokenState, folder: Path, files: Sequence[StateFile]) 
 def _load_again(
     state: TokenState, folder: Path, files: Sequence[StateFile]
 ) -> list[CacheEntry] | None:
-    """An earlier state; None if its files have been replaced meanwhile."""
+    """An earlier state; None if its files were replaced or damaged since the session was read."""
+    if len(whole_part(folder, files)) < len(files):
+        return None
     try:
         _, entries = _read(state, folder, files)
-    except (KimiError, RuntimeError):  # MLX's own, for a file that is not there
+        mx.eval([array for entry in entries for array in entry.arrays()])
+    except (KimiError, RuntimeError):  # MLX's own, for a file that was cut meanwhile
         return None
-    mx.eval([array for entry in entries for array in entry.arrays()])
     return entries
 
 
@@ -160,7 +162,11 @@ def _latents_since(entry: LatentCache, start: int) -> Arrays:
 
 def _load(path: Path) -> Arrays:
     load: Any = mx.load
-    return load(str(path), stream=mx.cpu)
+    try:
+        return load(str(path), stream=mx.cpu)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise KimiError(f"{path}: no file of states: {reason}") from None
 
 
 def _read(
@@ -169,7 +175,7 @@ def _read(
     """The ids of `files` and the state after them, not yet read from disk."""
     loaded = [_load(folder / stored.file) for stored in files]
     where = f"{folder / files[-1].file}"
-    ids = [token for part in loaded for token in np.array(part["ids"]).tolist()]
+    ids = [token for part in loaded for token in _ids(part, state.model.config.vocab_size, where)]
     if len(ids) != files[-1].end:
         raise KimiError(f"{where}: ends at token {files[-1].end}, but {len(ids)} are stored")
     entries: list[CacheEntry] = []
@@ -179,6 +185,16 @@ def _read(
         else:
             entries.append(_latents(state, loaded, layer, len(ids), where))
     return ids, entries
+
+
+def _ids(arrays: Arrays, vocab: int, where: str) -> list[int]:
+    ids = arrays.get("ids")
+    if ids is None or ids.ndim != 1 or ids.dtype != mx.int32:
+        raise KimiError(f"{where}: ids must be a vector of int32")
+    found: list[int] = np.array(ids).tolist()
+    if found and not (min(found) >= 0 and max(found) < vocab):
+        raise KimiError(f"{where}: ids must be from 0 to {vocab - 1}")
+    return found
 
 
 def _kda(state: TokenState, arrays: Arrays, layer: int, length: int, where: str) -> KDACache:
@@ -213,6 +229,8 @@ def _latents(
 
 
 def _check_latents(config: ModelConfig, name: str, latents: mx.array, where: str) -> None:
+    if not is_packed(latents):
+        _check_floats(name, latents, where)
     width = config.kv_lora_rank + config.qk_rope_head_dim
     plain = mx.zeros((1, 1, width))
     *_, width = (pack(plain) if is_packed(latents) else plain).shape
@@ -239,7 +257,13 @@ def _split(
 def _array(arrays: Arrays, name: str, shape: tuple[int, ...], where: str) -> mx.array:
     if name not in arrays:
         raise KimiError(f"{where}: {name} is missing")
+    _check_floats(name, arrays[name], where)
     return _check_shape(name, arrays[name], shape, where)
+
+
+def _check_floats(name: str, array: mx.array, where: str) -> None:
+    if not mx.issubdtype(array.dtype, mx.floating):
+        raise KimiError(f"{where}: {name} must be of floats but is of {array.dtype}")
 
 
 def _check_shape(name: str, array: mx.array, shape: tuple[int, ...], where: str) -> mx.array:
