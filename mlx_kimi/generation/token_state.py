@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -32,6 +33,11 @@ class Snapshot:
     entries: list[CacheEntry] | None
     hidden: mx.array | None = None  # [1, 1, hidden] of `read`, if the prompt ended here
     load: Callable[[], list[CacheEntry] | None] = lambda: None
+
+    @cached_property
+    def sizes(self) -> dict[int, int]:
+        """Bytes of each array in memory, by its identity: snapshots share some."""
+        return {id(array): array.nbytes for array in caches.arrays(self.entries or [])}
 
 
 class Drawn(NamedTuple):
@@ -239,13 +245,13 @@ class TokenState:
     @property
     def snapshot_bytes(self) -> int:
         """What snapshots hold beside the cache's frozen latents; shared arrays count once."""
-        frozen = {id(array) for entry in self.entries for array in _frozen_arrays(entry)}
-        held = {
-            id(array): array.nbytes
-            for snapshot in self.snapshots
-            for array in caches.arrays(snapshot.entries or [])
-        }
-        return sum(size for name, size in held.items() if name not in frozen)
+        held: dict[int, int] = {}
+        for snapshot in self.snapshots:
+            held.update(snapshot.sizes)
+        for entry in self.entries:
+            for array in _frozen_arrays(entry):
+                held.pop(id(array), None)
+        return sum(held.values())
 
     def _fit_memory(self) -> None:
         """Forget snapshots until they fit, first those whose loss costs least.

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 
 from mlx_kimi.errors import KimiError
 from mlx_kimi.user_files import Json, shown
 
 TYPED = ("messages", "tools", "documents")  # variables that hold what people and tools wrote
 COMPARED = ("role", "type")  # keys whose values templates compare
+# Texts of so many characters are remembered, so many of them: each message of a chat comes again
+# with every turn.
+SHORT, REMEMBERED = 4096, 4096
 
 
 class ControlTokens:
@@ -42,6 +46,7 @@ class ControlTokens:
         self._starts = {name[:end] for name in lower for end in range(1, len(name))}
         self._ends = {name[start:] for name in lower for start in range(1, len(name))}
         self._longest = max(map(len, lower), default=0)
+        self._break_short = lru_cache(REMEMBERED)(self._break_anew)
 
     def protect(self, data: Mapping[str, Json], *others: str) -> tuple[dict[str, Json], str]:
         """`data` with every spelling broken, and the mark, absent from `data` and `others`.
@@ -92,6 +97,10 @@ class ControlTokens:
         return data
 
     def _break(self, text: str, mark: str, whole_middles: bool) -> str:
+        form = self._break_short if len(text) <= SHORT else self._break_anew
+        return form(text, mark, whole_middles)
+
+    def _break_anew(self, text: str, mark: str, whole_middles: bool) -> str:
         places = set(_places_inside(self._spelling_in_any_case, text))
         # Templates strip white space: what counts is the text without it.
         core = text.strip()

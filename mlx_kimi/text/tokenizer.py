@@ -7,6 +7,7 @@ pattern is ever guessed.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from mlx_kimi.errors import KimiError
@@ -16,7 +17,7 @@ from mlx_kimi.text.chat_template import (
     load_chat_template,
     special_tokens,
 )
-from mlx_kimi.text.control_tokens import ControlTokens
+from mlx_kimi.text.control_tokens import REMEMBERED, SHORT, ControlTokens
 from mlx_kimi.text.detokenize import StreamingDetokenizer
 from mlx_kimi.text.sentencepiece_vocabulary import load_sentencepiece
 from mlx_kimi.text.tiktoken_vocabulary import load_tiktoken
@@ -46,6 +47,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self._vocabulary = vocabulary
         self._control = ControlTokens(self.control_tokens)
+        self._encode_short = lru_cache(REMEMBERED)(vocabulary.encode)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: the spelling of a control token is text like any other."""
@@ -102,7 +104,9 @@ class Tokenizer:
     def _encode_from(self, text: str, at_start: bool) -> list[int]:
         # Half a surrogate pair, which JSON and terminals can bring, is no text.
         valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._vocabulary.encode(valid, at_start)
+        if len(valid) > SHORT:
+            return self._vocabulary.encode(valid, at_start)
+        return list(self._encode_short(valid, at_start))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
