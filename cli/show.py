@@ -37,6 +37,13 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(text: str, limit: int) -> str:
+    """`printable` text without line breaks and tabs, and of so many characters at most."""
+    line = "".join(ascii(c)[1:-1] if c in "\n\t" else c for c in printable(text[:limit]))
+    rest = len(text) - limit
+    return line if rest <= 0 else f"{line}… and {rest:,} characters more"
+
+
 def answer(text: str) -> None:
     """Print a piece of the answer at once, as it is where nobody looks."""
     click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)

@@ -7,12 +7,16 @@ import signal
 import time
 from collections.abc import Iterator
 from random import Random
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyte
 import pytest
 from rich.console import Console
 
+from mlx_kimi.chat.tool_calls import Call
 from mlx_kimi.cli import show
+from mlx_kimi.cli.chat.loop import Loop
 from mlx_kimi.cli.chat.markdown import MarkdownBlock, MarkdownBlocks
 from mlx_kimi.cli.chat.screen import TerminalScreen, _GrowingAnswer, _whole
 from mlx_kimi.generation.answer import Chunk, Stats
@@ -203,3 +207,46 @@ def test_escape_codes_of_an_answer_are_not_the_terminals(formatted, capfd, monke
 
 def test_a_message_keeps_its_line_breaks_and_tabs() -> None:
     assert show.printable("a\n\tb\u00a0c\u3000d") == "a\n\tb\u00a0c\u3000d"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a &#8238;b&#x202e; c",
+        "&#8203;&ZeroWidthSpace;x",
+        "`&#8238;` and [a&#x2066;](b)",
+        "| &#8238; |\n|---|\n| &#x200b; |",
+        "&#27;[31m",
+        "```\n&#8238;\n```",
+    ],
+)
+def test_what_markdown_makes_of_entities_is_filtered_too(text: str) -> None:
+    shown = "\n".join(rendered([text], 60))
+    hidden = {c for c in shown if not c.isprintable() and c not in "\n"}
+    assert not hidden, ascii(shown)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ('{"a":  1}', 'f({"a": 1})'),
+        ('{"a":\n"x"}\n? [y/N] y\nAllow g()', 'f({"a":\\n"x"}\\n? [y/N] y\\nAllow g())'),
+        ('{"a": "\\n\\u202e"}', 'f({"a": "\\n\N{REPLACEMENT CHARACTER}"})'),
+        ('{"a":\n\n"x"}', 'f({"a": "x"})'),
+        ("[" * 5000, "f(" + "[" * 1998 + "… and 3,003 characters more"),
+    ],
+)
+def test_a_call_that_is_asked_about_is_one_line(arguments: str, shown: str) -> None:
+    """Whatever the model wrote: no second question stands on the screen."""
+    asked: list[str] = []
+
+    class Answers:
+        def consents(self, question: str) -> bool:
+            asked.append(question)
+            return False
+
+    loop = Loop.__new__(Loop)
+    loop.input = cast(Any, Answers())
+    loop.chat = cast(Any, SimpleNamespace(toolbox=object()))
+    loop._result(Call("functions.f:0", arguments, True))
+    assert asked == [f"Allow {shown}?"]

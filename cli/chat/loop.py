@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import mlx.core as mx
 
 from mlx_kimi.chat.chat import Chat
@@ -19,7 +21,7 @@ ROUNDS = 8  # answers in a row that may call tools, before the user is asked to 
 DENIED = "The user did not allow this call."
 NO_TOOLS = "error: there are no tools here"
 STOPPED = "The user stopped this call."
-RESULT_SHOWN = 200  # characters
+CALL_SHOWN, RESULT_SHOWN = 2000, 200  # characters
 FULL = (
     "/undo takes back the last message, /edit N shortens message N, /reset begins anew; "
     "what was said stays saved"
@@ -142,13 +144,20 @@ class Loop:
         """Ask the user, and run the function if it is allowed."""
         if self.chat.toolbox is None:
             return NO_TOOLS
-        shown = show.printable(f"{call.name}({call.arguments})")
+        shown = show.one_line(f"{call.name}({_canonical(call.arguments)})", CALL_SHOWN)
         if not self.input.consents(f"Allow {shown}?"):
             return DENIED
         result = self.chat.toolbox.run(call)
-        short = result if len(result) <= RESULT_SHOWN else f"{result[:RESULT_SHOWN]}…"
-        self.screen.note(f"{call.name} -> {short}")
+        self.screen.note(show.one_line(f"{call.name} -> {result}", RESULT_SHOWN))
         return result
+
+
+def _canonical(arguments: str) -> str:
+    """A call's arguments as we write them, on one line; as they came if they are no JSON."""
+    try:
+        return json.dumps(json.loads(arguments), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return arguments
 
 
 def _share(tokens: int, limit: int) -> str:

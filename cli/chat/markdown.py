@@ -7,6 +7,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Markdown
 from rich.segment import Segment
 
+from mlx_kimi.cli.show import printable
+
 # What looks like HTML is text: an answer has `std::vector<int>` in it, and no page to lay out.
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 
@@ -52,8 +54,15 @@ class MarkdownBlock:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self._markdown, options.update(height=None), pad=False)
         for line in lines if self._height is None else lines[-self._height :]:
-            yield from _without_padding(line)
+            yield from _without_padding([_printable(segment) for segment in line])
             yield Segment.line()
+
+
+def _printable(segment: Segment) -> Segment:
+    """As the filter of text before it was parsed: entities become any character."""
+    if segment.control:
+        return segment
+    return Segment(printable(segment.text), segment.style)
 
 
 def _without_padding(line: list[Segment]) -> list[Segment]:
