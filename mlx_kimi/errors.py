@@ -1,10 +1,15 @@
 """The exception for what a user can act on."""
 
+LONGEST = 1500  # characters: less than a screen
+
 
 class KimiError(Exception):
     """A failure whose message is one line: the thing, the rule and the value that broke it."""
 
     def __init__(self, message: str) -> None:
+        if len(message) > LONGEST:  # names of files and of tensors have any length
+            half = LONGEST // 2
+            message = f"{message[:half]} … {message[-half:]}"
         # Names come from files: no line break or terminal code in them may reach the screen.
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
@@ -15,6 +20,14 @@ class ContextFull(KimiError):
 
 class GpuLost(KimiError):
     """The GPU failed, and nothing can run on it any more in this process."""
+
+
+def in_words(error: Exception) -> str:
+    """What the system, a path or MLX says of a failure, for a person."""
+    if isinstance(error, OSError) and error.strerror:
+        named = f"{error.filename}: " if error.filename is not None else ""
+        return str(KimiError(named + error.strerror))
+    return str(KimiError(" ".join(str(error).split()) or type(error).__name__))
 
 
 def beyond_budget(what: str, tokens: int, limit: int) -> str:

@@ -83,7 +83,8 @@ def retry(loop: Loop, argument: str) -> None:
 def edit(loop: Loop, argument: str) -> None:
     digits, _, rest = argument.partition(" ")
     turns = loop.chat.conversation.turns
-    number, text = (int(digits), rest) if digits.isdecimal() else (len(turns), argument)
+    is_number = digits.isdecimal() and len(digits) < 10
+    number, text = (int(digits), rest) if is_number else (len(turns), argument)
     before = loop.chat.conversation.turn(number).text
     new = text or loop.input.read(before)
     if new is None or not new.strip() or new == before:

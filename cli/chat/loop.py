@@ -13,7 +13,7 @@ from mlx_kimi.cli.chat.commands import is_command, opening, run_command
 from mlx_kimi.cli.chat.input import Input
 from mlx_kimi.cli.chat.screen import Screen, TerminalScreen
 from mlx_kimi.cli.options import check_utf8
-from mlx_kimi.errors import ContextFull, GpuLost, KimiError
+from mlx_kimi.errors import ContextFull, GpuLost, KimiError, in_words
 from mlx_kimi.generation.answer import Stats
 from mlx_kimi.units import human_size
 
@@ -53,6 +53,9 @@ class Loop:
                 self.screen.error(str(error))
                 if isinstance(error, ContextFull):
                     self.screen.note(FULL)
+            except (OSError, ValueError, RuntimeError) as error:
+                # What paths, disks and MLX say of what was asked for: a conversation goes on.
+                self.screen.error(in_words(error))
             except KeyboardInterrupt:
                 self.screen.note("[stopped]")
             if self.chat.unsaved:
