@@ -80,14 +80,16 @@ def typed(chat: Chat, *lines: str) -> list[str]:
 
 @pytest.mark.slow
 def test_no_line_ends_the_chat(chat: Chat) -> None:
-    lines = (
-        [f"/{name} {odd}" for name in COMMANDS for odd in ODD] + ["/" + odd for odd in ODD] + ODD
-    )
+    begins = ["", "/", *(f"/{name} " for name in COMMANDS)]
+    lines = [begin + odd for begin in begins for odd in ODD]
     Random(0).shuffle(lines)
     for line in lines:
         errors = typed(chat, line)
         assert all("\n" not in error and len(error) < 2 * LONGEST for error in errors), line
-    assert typed(chat, "hello") == [] and chat.conversation.turns[-1].text == "hello"
+    assert (
+        typed(chat, "/reset", "/system -", "hello") == []
+        and chat.conversation.turns[-1].text == "hello"
+    )
 
 
 def test_a_path_that_the_system_refuses_is_one_line(chat: Chat) -> None:
