@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from mlx_kimi.durable import sync
+from mlx_kimi.durable import not_through_a_link, sync
 
 
 class Journal:
@@ -26,7 +26,7 @@ class Journal:
             OSError: it cannot be opened, or the disk knows no locks.
         """
         self._path = path
-        self._file = open(path, "a+b")
+        self._file = open(path, "a+b", opener=not_through_a_link)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.records = self._read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import BinaryIO
 from mlx_kimi.convert.blocks import RowBlock
 from mlx_kimi.convert.partial import Partial, Position
 from mlx_kimi.convert.shards import Shard
-from mlx_kimi.durable import sync
+from mlx_kimi.durable import not_through_a_link, sync
 
 SYNC = 64 * 2**20  # bytes of source between two records: what a power cut costs at most
 
@@ -77,9 +78,9 @@ class Output:
         """The file as it is, or new; its name and its header are safe with the next record."""
         if shard.file not in self._files:
             path = self._partial.folder / shard.file
-            path.touch()
+            os.close(not_through_a_link(str(path), os.O_WRONLY | os.O_CREAT))
             sync(path.parent)
-            file = self._open.enter_context(open(path, "r+b"))
+            file = self._open.enter_context(open(path, "r+b", opener=not_through_a_link))
             file.write(shard.header)
             self._files[shard.file] = file
         return self._files[shard.file]

@@ -20,6 +20,7 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
     The file made is private: conversations are nobody else's business.
     """
     made = path.with_name(f".{path.stem}{NEW}{path.suffix}")
+    made.unlink(missing_ok=True)  # what an interrupted run left, or a link to anything
     try:
         write(made)
         made.chmod(0o600)
@@ -28,6 +29,15 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         made.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def not_through_a_link(path: str, flags: int) -> int:
+    """An `opener` for files of ours in a folder of ours: a link there leads to what is not ours.
+
+    Raises:
+        OSError: the last part of `path` is a symbolic link.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def finished_name(name: str) -> str:

@@ -282,3 +282,34 @@ def test_memory_stays_under_what_is_stated(
     print(f"{plan}; took {peak / 1e6:.0f} MB")
     stated = float(plan.split(" free on that disk; at most ")[1].split(" GB of memory")[0])
     assert stated <= most and 50e6 < peak < stated * 1e9
+
+
+@pytest.mark.parametrize("target", ["there", "not there"])
+def test_a_link_in_place_of_the_journal_is_not_followed(
+    source: Path, tmp_path: Path, target: str
+) -> None:
+    victim, partial_folder = tmp_path / "victim", tmp_path / "out.partial"
+    partial_folder.mkdir()
+    (partial_folder / "journal").symlink_to(victim)
+    if target == "there":
+        victim.write_bytes(b"somebody's\n")
+    with pytest.raises(KimiError, match="symbolic link|is no conversion's"):
+        convert(source, tmp_path / "out", scheme())
+    assert victim.read_bytes() == b"somebody's\n" if target == "there" else not victim.exists()
+
+
+@pytest.mark.parametrize("target", ["there", "not there"])
+def test_a_link_in_place_of_a_shard_is_not_followed(
+    source: Path, tmp_path: Path, target: str
+) -> None:
+    interrupted(source, tmp_path / "out")
+    victim = tmp_path / "victim"
+    (weights, *_) = sorted((tmp_path / "out.partial" / "model").glob("*.safetensors"))
+    if target == "there":
+        victim.write_bytes(weights.read_bytes())
+    before = weights.read_bytes()
+    weights.unlink()
+    weights.symlink_to(victim)
+    with pytest.raises((KimiError, OSError)):
+        convert(source, tmp_path / "out", scheme())
+    assert victim.read_bytes() == before if target == "there" else not victim.exists()

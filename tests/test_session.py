@@ -21,7 +21,7 @@ from mlx_kimi.chat import state_files as states
 from mlx_kimi.chat.chat import Chat
 from mlx_kimi.chat.conversation import Conversation
 from mlx_kimi.chat.fingerprint import fingerprint
-from mlx_kimi.chat.session import PREVIOUS, RETURN_POINTS, TEXT, Session
+from mlx_kimi.chat.session import LOCK, PREVIOUS, RETURN_POINTS, TEXT, Session
 from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.generation.generate import prompt_ids, stream_generate
@@ -719,3 +719,20 @@ def test_50_turns_keep_memory_flat(loaded, sessions) -> None:
 def _memory_is_freed() -> Iterator[None]:
     yield
     mx.clear_cache()
+
+
+def test_a_link_in_place_of_a_session_s_file_is_not_written_through(loaded, sessions) -> None:
+    chat = new_chat(loaded, sessions)
+    talk(chat, "one")
+    assert chat.session
+    folder, victim = chat.session.folder, sessions.folder / "victim"
+    victim.write_bytes(b"somebody's")
+    (folder / f".{Path(TEXT).stem}.new{Path(TEXT).suffix}").unlink(missing_ok=True)
+    (folder / f".{Path(TEXT).stem}.new{Path(TEXT).suffix}").symlink_to(victim)
+    talk(chat, "two")
+    assert not chat.unsaved and victim.read_bytes() == b"somebody's"
+    chat.session.close()
+    (folder / LOCK).unlink()
+    (folder / LOCK).symlink_to(victim)
+    with pytest.raises(KimiError, match="symbolic link"):
+        new_chat(loaded, sessions).load(folder.name)

@@ -25,7 +25,7 @@ from mlx_kimi.chat import state_files as states
 from mlx_kimi.chat.conversation import Conversation, read_turn
 from mlx_kimi.chat.fingerprint import differences
 from mlx_kimi.chat.state_files import StateFile
-from mlx_kimi.durable import finished_name, write_durably
+from mlx_kimi.durable import finished_name, not_through_a_link, write_durably
 from mlx_kimi.errors import KimiError, beyond_budget
 from mlx_kimi.generation.token_state import TokenState, common_prefix
 
@@ -260,7 +260,11 @@ def text_file(folder: Path) -> Path | None:
 
 def _locked(folder: Path, kind: int = fcntl.LOCK_EX) -> IO[str]:
     """The lock, which ends with this process however it ends."""
-    lock = (folder / LOCK).open("a" if kind == fcntl.LOCK_EX else "r")
+    mode = "a" if kind == fcntl.LOCK_EX else "r"
+    try:
+        lock = open(folder / LOCK, mode, opener=not_through_a_link)
+    except OSError as error:
+        raise KimiError(f"{folder / LOCK}: {error.strerror}") from None
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except OSError:
