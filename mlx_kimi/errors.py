@@ -1,6 +1,6 @@
 """The exception for what a user can act on."""
 
-LONGEST = 1500  # characters: less than a screen
+LONGEST = 2400  # characters: 30 lines of 80
 
 
 class KimiError(Exception):

@@ -24,6 +24,9 @@ def check(config: ModelConfig, checkpoint: Checkpoint) -> None:
     TensorMatcher(config, checkpoint, (0, 1)).builds()
 
 
+SHOWN = 8  # problems of a folder that an error lists
+
+
 class TensorMatcher:
     """Finds what each tensor of the table is made of; names all that is missing, extra or wrong."""
 
@@ -155,7 +158,10 @@ class TensorMatcher:
         if extra:
             problems.append(f"{len(extra)} tensors have no place in the model: {collapsed(extra)}")
         if problems:
-            raise KimiError(f"{self.checkpoint.folder}: {'; '.join(problems)}")
+            rest = len(problems) - SHOWN
+            more = [f"and {rest} more like these"] if rest > 0 else []
+            listed = "; ".join([*problems[:SHOWN], *more])
+            raise KimiError(f"{self.checkpoint.folder}: {listed}")
 
     def _read(self, tensor: Tensor, names: list[str]) -> list[mx.array]:
         if tensor.join is Join.STACK:  # only this rank's experts
