@@ -1,6 +1,6 @@
 """Layers of the 48B's width in every stored format: are they right, and how fast is a prompt?
 
-    .venv/bin/python -m benchmarks.formats check      # forced tokens, against plain float32 weights
+    .venv/bin/python -m benchmarks.formats check      # forced tokens, against plain products
     .venv/bin/python -m benchmarks.formats time       # 2,048 tokens, ours and mlx-lm in turns
     .venv/bin/python -m benchmarks.formats time --formats 8bit mxfp4
 
@@ -36,6 +36,7 @@ from mlx_kimi.model.cache import arrays
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.linear import Linear
 from mlx_kimi.model.moe import Experts, MixtureOfExperts
+from mlx_kimi.tuning.reference import naive, with_experts_one_by_one
 from tests.assertions import largest_error, rms_error
 
 FORMATS: dict[str, dict[str, Any] | None] = {
@@ -45,7 +46,7 @@ FORMATS: dict[str, dict[str, Any] | None] = {
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
     "unquantized": None,
 }
-PROMPT, FORCED = 192, 32  # tokens of `check`
+PROMPT, FORCED = 256, 16  # tokens of `check`
 LOGITS = 1e-4  # of the largest: float32, added in another order
 EXPERTS = 1e-2  # rms of mlx-lm's experts: three roundings to bfloat16, and some room
 
@@ -64,7 +65,7 @@ def config_of(how: dict[str, Any] | None, layers: int) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------- right?
 def check(name: str, layers: int) -> bool:
-    """Whether a prompt and forced tokens give what plain weights give with MLX's operations."""
+    """Whether a prompt and forced tokens give what plain products give, one expert at a time."""
     config = config_of(FORMATS[name], layers)
     stored = random_arrays(ModelConfig.from_json(config), mx.float32)
     ids = mx.random.randint(0, config["vocab_size"], (1, PROMPT + FORCED), key=mx.random.key(3))
@@ -72,9 +73,11 @@ def check(name: str, layers: int) -> bool:
     for how, traced in {"compiled": True, "layer by layer": False}.items():
         with use_backend(backend(), traced):
             found[how] = _one_by_one(model_of(config, stored), ids)
-    plain = _plain(model_of(config, stored))
+    plain = model_of(config, stored)
+    for layer in plain.layers:
+        with_experts_one_by_one(layer)
     del stored
-    with use_backend(None):
+    with naive():
         expected = _one_by_one(plain, ids)
     right = True
     for how, logits in found.items():
@@ -91,15 +94,6 @@ def _one_by_one(model: KimiLinear, ids: mx.array) -> mx.array:
         logits.append(model(ids[:, t : t + 1], cache))
         mx.eval(logits[-1])
     return mx.concatenate(logits, axis=1)
-
-
-def _plain(model: KimiLinear) -> KimiLinear:
-    """The same model with every matrix dequantized."""
-    for _, module in model.named_modules():
-        if isinstance(module, Linear) and module.quantization is not None:
-            module.weight, module.quantization = module.dequantized(), None
-            mx.eval(module.weight)
-    return model
 
 
 # ----------------------------------------------------------------------------------- how fast?

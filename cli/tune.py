@@ -13,7 +13,6 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
 from mlx_kimi.loading.load import dtype_of
 from mlx_kimi.metal_kernels.kernel import backend
-from mlx_kimi.tuning.sample import Limits
 from mlx_kimi.tuning.stored import path_of
 from mlx_kimi.tuning.tune import tune
 
@@ -45,7 +44,7 @@ def command(model: str | None, seconds: float) -> None:
             dtype_of(folder),
             lambda kernel: status.update(f"trying {kernel}"),
             again=True,
-            limits=Limits(seconds=seconds),
+            seconds=seconds,
         )
     for line in lines(stored):
         click.echo(line)

@@ -154,17 +154,20 @@ def in_one_line(message: str) -> str:
 def trying(
     refused: dict[str, str] | None = None,
     before: Callable[[str, tuple[Any, ...]], None] = lambda name, form: None,
+    after: Callable[[], None] = lambda: None,
 ) -> Iterator[dict[str, str]]:
     """Run each launch by itself. A kernel that cannot run answers zeros, and is refused afterwards.
 
     MLX compiles a kernel at its first launch: a text that this GPU's compiler does not take, or
     more threads than it has registers for, is found here and not in the middle of an answer. Yields
-    the kernels refused so far, each with MLX's or the compiler's whole message.
+    the kernels refused so far, each with MLX's or the compiler's whole message. A kernel that takes
+    the whole GPU with it is the last of these, and a RuntimeError is raised.
 
     Args:
         refused: takes them instead, and they are not refused afterwards.
         before: is told the kernel's name before each launch, and the values of its template and
-            the types of its outputs: MLX compiles each such form once.
+            the types of its outputs: MLX compiles each such form once. Its inputs are there then.
+        after: is called once a launch has ended or thrown.
     """
     refused = _REFUSED if refused is None else refused
     build = backend()
@@ -172,14 +175,17 @@ def trying(
 
     def attempt(kernel: Kernel) -> Launch:
         def launch(**how: Any) -> list[mx.array]:
+            mx.eval([x for x in how["inputs"] if isinstance(x, mx.array)])
             before(kernel.name, (*how["template"], *how["output_dtypes"]))
             try:
                 outputs = build(kernel)(**how)
                 mx.eval(outputs)
             except (RuntimeError, ValueError) as error:
                 refused[kernel.name] = str(error)
+                mx.eval(mx.zeros(1) + 1)
                 pairs = zip(how["output_shapes"], how["output_dtypes"], strict=True)
-                return [mx.zeros(shape, dtype) for shape, dtype in pairs]
+                outputs = [mx.zeros(shape, dtype) for shape, dtype in pairs]
+            after()
             return outputs
 
         return launch

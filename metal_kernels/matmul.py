@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import mlx.core as mx
 
 # Rows from which copying a matrix costs less than it saves on CPU.
@@ -21,8 +25,27 @@ def copy_pays(rows: int, size: int) -> bool:
     return COPY_FROM <= rows and size <= LARGEST_COPY and mx.default_device() == mx.Device(mx.cpu)
 
 
+_ALL_PLAIN: ContextVar[bool] = ContextVar("all plain", default=False)
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """Within, every quantized matrix becomes plain before it multiplies: the form to compare with.
+
+    It needs none of MLX's kernels for quantized products, each of which takes an NVIDIA GPU up to
+    50 seconds to compile.
+    """
+    token = _ALL_PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _ALL_PLAIN.reset(token)
+
+
 def plain_pays(rows: int, size: int) -> bool:
     """Whether a quantized matrix of `size` elements should become plain to multiply `rows`."""
+    if _ALL_PLAIN.get():
+        return True
     if mx.default_device() == mx.Device(mx.cpu):
         return copy_pays(rows, size)
     return mx.cuda.is_available() and CUDA_PLAIN_FROM <= rows and size <= LARGEST_COPY

@@ -66,7 +66,8 @@ class Notes:
 
 
 @pytest.fixture
-def chat(talker: Path, tmp_path: Path) -> Chat:
+def chat(talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chat:
+    monkeypatch.chdir(tmp_path)  # `/save a/b` is a folder from there
     sessions = Sessions(tmp_path / "sessions")
     return Chat(*load(talker), sessions=sessions, fingerprint={"model": "m"}, options=OPTIONS)
 

@@ -32,7 +32,7 @@ from mlx_kimi.metal_kernels.tuning import (
     tuning,
 )
 from mlx_kimi.tuning import probe, stored, tune
-from mlx_kimi.tuning.probe import PAIRS, Chosen, Off, Probe, form_at, with_forms
+from mlx_kimi.tuning.probe import PAIRS, Chosen, Done, Off, Probe, form_at, with_forms
 from mlx_kimi.tuning.sample import Case, Limits
 from mlx_kimi.tuning.stored import Stored, key_of, path_of
 from tests.checkpoints import TINY
@@ -40,7 +40,7 @@ from tests.emulated import emulator
 from tests.processes import run
 from tests.test_metal_texts import NAMES
 
-SMALL = Limits(tokens=16, positions=40, repeats=0, seconds=600)
+SMALL = Limits(tokens=16, positions=40, repeats=0)
 CONFIG = ModelConfig.from_json(TINY)
 
 
@@ -139,6 +139,31 @@ def test_ctrl_c_blames_no_kernel(folder: Callable[..., Path]) -> None:
     assert known and not known.complete and not known.trying and not known.off
 
 
+def test_measuring_ends_when_time_is_over_and_keeps_what_was_chosen(
+    folder: Callable[..., Path],
+) -> None:
+    """A worker that would measure for ever, in the midst of a kernel that has not returned yet."""
+    chosen = BASE._replace(splits=7)
+    events = [
+        {"event": "Trying", "kernel": "add_norm"},
+        {"event": "Trying", "kernel": None},
+        {"event": "Chosen", "tuning": chosen},
+        {"event": "Trying", "kernel": "mla_attend"},
+    ]
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    program = f"import time\nprint({lines!r}, end='', flush=True)\n"
+    start = time.perf_counter()
+    found = tune.tune(
+        *(folder("tiny"), CONFIG, mx.float32, lambda _: None),
+        seconds=1.0,
+        worker=[sys.executable, "-c", program + "time.sleep(60)"],
+    )
+    assert time.perf_counter() - start < 5
+    assert found.complete and found.tuning == chosen and not found.off and not found.trying
+    assert found.notes == ["time was over; what is not listed was not measured"]
+    assert Stored.read(found.key) == found
+
+
 def test_a_worker_that_cannot_start_costs_nothing_but_a_note(folder: Callable[..., Path]) -> None:
     found = tune.tune(
         *(folder("tiny"), CONFIG, mx.float32, lambda _: None),
@@ -210,23 +235,24 @@ class Pretended(Probe):
         limits = dataclasses.replace(SMALL, tokens=2048, repeats=7)
         super().__init__(CONFIG, mx.float32, {}, limits, self.events.append)
 
-    def _first_run(self, case: Case, choices: Choices) -> Any:
+    def _first_run(self, run: Any, choices: Choices) -> Any:
+        case = run.args[0]
         launched = {"kda": "kda_decode", "mla": "mla_attend", "experts": "expert_combine"}[
             case.half
         ]
         return [], [] if launched in choices.off else [launched], {}
 
-    def _allowed(self, case: Case) -> None:
+    def _allowed(self, case: Case, dtype: mx.Dtype) -> None:
         return None
 
-    def _seconds(self, case: Case, choices: Choices) -> float:
+    def _seconds(self, case: Case, choices: Choices, queued: int) -> float:
         return self.rule(case, choices) * self.random.uniform(0.99, 1.02)
 
     def chosen(self) -> Choices:
         self.run()
-        assert isinstance(self.events[-1], Chosen)
+        assert isinstance(self.events[-1], Done) and isinstance(self.events[-2], Chosen)
         off = {event.kernel: event.why for event in self.events if isinstance(event, Off)}
-        return Choices(self.events[-1].tuning, off)
+        return Choices(self.events[-2].tuning, off)
 
 
 def test_defaults_stay_unless_they_are_clearly_beaten() -> None:
@@ -305,7 +331,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(load, "is_traced", lambda: True)
     monkeypatch.setattr(tune, "WORKER", worker("refused", "kda_decode"))
     monkeypatch.setattr(tune.tune, "__kwdefaults__", None)
-    monkeypatch.setattr(tune.tune, "__defaults__", (False, SMALL, tune.WORKER))
+    monkeypatch.setattr(tune.tune, "__defaults__", (False, 600.0, SMALL, tune.WORKER))
     with use_backend(emulator):
         yield
 
@@ -370,8 +396,8 @@ def test_tune_says_that_no_kernels_run_on_a_cpu() -> None:
 def test_tune_prints_what_it_found_and_keeps_it(
     folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "tune", partial(tune.tune, worker=worker("refused", "add_norm")))
-    monkeypatch.setattr(command, "Limits", lambda seconds: SMALL)
+    with_fault = partial(tune.tune, worker=worker("refused", "add_norm"), limits=SMALL)
+    monkeypatch.setattr(command, "tune", with_fault)
     with use_backend(emulator):
         found = CliRunner().invoke(cli, ["tune", str(folder("tiny"))])
     assert found.exit_code == 0, found.output

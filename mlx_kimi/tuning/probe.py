@@ -1,8 +1,9 @@
-"""Each kernel on the GPU at hand: compiled, compared with MLX's operations, timed beside them.
+"""Each kernel on the GPU at hand: compiled, compared with plain products, timed beside MLX's.
 
-First every operator's kernels are tried on what a layer does, against the same in float32 and in
-MLX's operations: a kernel that does not run, is wrong or slower is off from then on. Then other
-shapes, forms and thresholds are timed in turns; a default stays unless it is clearly beaten.
+First every operator's kernels are tried on what a layer does, against the same in float32 and plain
+products: a kernel that does not run or is wrong is off from then on. Then other shapes, forms and
+thresholds are timed in turns, and MLX's operations last, which an NVIDIA GPU takes long to compile;
+a default stays unless it is clearly beaten. Whoever listens may stop at any `Chosen`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -45,18 +46,20 @@ OPERATORS = (
     ("expert_combine",),
 )
 FASTER = 1.05  # so much faster is worth leaving a default
-WORSE = 1.5  # times the error of MLX's operations in the same dtype, which round more often
+WORSE = 1.5  # times the error of plain products in the same dtype, which round more often
 # Errors (rms) that are never held against a kernel: a rounding of what it stores, and in half
 # precision what kda_chunk keeps between its launches.
 ROUNDING = {mx.float32: 1e-4, mx.float16: 2e-3, mx.bfloat16: 4e-3}
+NEAR = 1024  # KV positions of what is compared
 QUANTILE = 0.9  # of the tokens: a rounding may choose another expert for a few
 QUEUED = 4  # runs that are submitted at a time
+LONG = 0.02  # seconds of a run from which one is submitted at a time
+ENOUGH = 0.15  # seconds for which each is timed, if that is 3 times or more
+OFTEN = 0.8  # of the turns, in which what is clearly faster is faster
+SLOWER = 1.03  # so much slower nothing may become elsewhere
 PAIRS = (0.5, 1, 2, 4, 8, 16, 32, 64)  # of an average expert, at which its forms are timed
-FORMS = (
-    *(ExpertForm(0, "tiles", tiles) for tiles in (4, 2, 1)),
-    ExpertForm(0, "vectors"),
-    ExpertForm(0, "MLX"),
-)
+FORMS = (*(ExpertForm(0, "tiles", tiles) for tiles in (4, 2, 1)), ExpertForm(0, "vectors"))
+MLX_FORM = (ExpertForm(0, "MLX"),)
 SHAPES = tuple(AttendShape(*x) for x in ((16, 64, 8), (8, 64, 8), (8, 64, 16), (16, 64, 16)))
 PREFILL = (PrefillShape(8, 16), PrefillShape(16, 32))
 SPLITS = (24, 60, 120, 160)
@@ -86,12 +89,17 @@ class Note:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The end: how the kernels that run divide their work."""
+    """All that runs is right; how it divides its work, as far as measured."""
 
     tuning: Tuning
 
 
-Event = Trying | Off | Note | Chosen
+@dataclass(frozen=True)
+class Done:
+    """All has been measured."""
+
+
+Event = Trying | Off | Note | Chosen | Done
 
 
 class Probe:
@@ -108,34 +116,31 @@ class Probe:
         """`off`: kernels that are known not to run here, and why. `tell` is told as it goes."""
         self.off, self.limits, self.tell = dict(off), limits, tell
         self.tuning = default_tuning()
-        self._started = time.perf_counter()
         self.sample = Sample(config, dtype, limits)
         self._expected: dict[Case, list[mx.array]] = {}
-        self._allowed_of: dict[Case, float | None] = {}
+        self._allowed_in: dict[tuple[Case, mx.Dtype], float | None] = {}
         self._tried: set[tuple[str, tuple[Any, ...]]] = set()
+        self._is_trying = False
 
     def run(self) -> None:
-        """All of it; the last event is the choice."""
-        speeds: dict[tuple[str, ...], list[float]] = {}
-        for case in self._cases():
-            if self._is_late(str(case)):
-                break
-            operators = self._right(case)
-            for operator, ratio in self._speeds(case, operators):
-                speeds.setdefault(operator, []).append(ratio)
-        for operator, ratios in speeds.items():
-            if (mean := statistics.geometric_mean(ratios)) > FASTER:
-                self._turn_off(operator, f"MLX's operations are {mean:.2f} times as fast here")
-        for question in (self._forms, *self._questions()):
-            question()
+        """All of it, in order of what it costs to leave it out."""
+        operators = {case: self._right(case) for case in self._cases()}
         self.tell(Chosen(self.tuning))
+        if self.limits.repeats:
+            for question in self._questions():
+                question()
+                self.tell(Chosen(self.tuning))
+            self._leave_slow_ones(operators)
+            self._forms(MLX_FORM)
+            self.tell(Chosen(self.tuning))
+        self.tell(Done())
 
     # ------------------------------------------------------------------------- are they right?
     def _cases(self) -> Iterator[Case]:
         """Cases in which every kernel runs, as far as the model has its half of a layer."""
         most, chunked = self.limits.tokens, self.tuning.chunked_from
-        past = min(1024, self.limits.positions)
-        many = [n for n in (64, 512) if n <= most] or [most]
+        past = min(NEAR, self.limits.positions)
+        many = [n for n in (64, 200) if n <= most] or [most]
         cases = [
             *(Case("kda", n) for n in (1, min(7, chunked - 1), *many)),
             *(Case("mla", 1, past, packed) for packed in (False, True)),
@@ -145,70 +150,89 @@ class Probe:
         yield from (case for case in cases if case.half in self.sample.layers)
 
     def _right(self, case: Case) -> list[tuple[str, ...]]:
-        """Turn off what does not run or is wrong; the operators that do run."""
+        """Turn off what does not run or is wrong; the operators that do run.
+
+        In float32 first, where no rounding hides an error, then in the model's dtype.
+        """
+        for dtype in dict.fromkeys((mx.float32, self.sample.dtype)):
+            operators = self._right_in(case, dtype)
+        return operators
+
+    def _right_in(self, case: Case, dtype: mx.Dtype) -> list[tuple[str, ...]]:
+        run = partial(self.sample.plain, case, dtype)
         while True:
-            found, launched, refused = self._first_run(case, self._choices())
+            found, launched, refused = self._first_run(run, self._choices())
             if not refused:
                 break
             for kernel, message in refused.items():
                 self._turn_off(_operator_of(kernel), in_one_line(message), kernel)
         operators = list(dict.fromkeys(map(_operator_of, launched)))
-        allowed = self._allowed(case)
+        allowed = self._allowed(case, dtype)
         if allowed is None or found is None or not operators:
             return operators
         error = _error(found, self._expected[case])
         while operators and not error <= allowed:
-            errors = {o: self._error_without(case, o) for o in operators}
+            errors = {o: self._error_without(case, dtype, o) for o in operators}
             wrong = [o for o in operators if errors[o] <= allowed] or operators
             for operator in wrong[:1] if len(wrong) < len(operators) else wrong:
                 self._turn_off(operator, f"results are {error:.1e} off, more than {allowed:.1e}")
                 operators.remove(operator)
-            found, _, _ = self._first_run(case, self._choices())
+            found, _, _ = self._first_run(run, self._choices())
             error = _error(found, self._expected[case])
         return operators
 
     def _first_run(
-        self, case: Case, choices: Choices
+        self, run: Callable[[], list[mx.array]], choices: Choices
     ) -> tuple[list[mx.array], list[str], dict[str, str]]:
         """Results, the kernels that were launched, and those that cannot run: each by itself."""
         launched: list[str] = []
+        refused: dict[str, str] = {}
 
         def before(kernel: str, form: tuple[Any, ...]) -> None:
             launched.append(kernel)
             if (kernel, form) not in self._tried:
                 self._tried.add((kernel, form))
                 self.tell(Trying(kernel))
+                self._is_trying = True
 
-        with choices.use(), trying({}, before) as refused:
-            found = self.sample.run(case)
-            mx.eval(found)
-        self.tell(Trying(None))
+        def after() -> None:
+            if self._is_trying:
+                self.tell(Trying(None))
+                self._is_trying = False
+
+        try:
+            with choices.use(), trying(refused, before, after):
+                found = run()
+                mx.eval(found)
+        except RuntimeError:
+            for kernel, message in refused.items():  # (the GPU is lost: another child goes on)
+                self._turn_off([kernel], in_one_line(message))
+            raise
         return found, launched, refused
 
-    def _allowed(self, case: Case) -> float | None:
-        """The largest error that MLX's operations would not make; None: they give no numbers."""
-        if case not in self._allowed_of:
-            self._allowed_of[case] = self._measured(case)
-        return self._allowed_of[case]
+    def _allowed(self, case: Case, dtype: mx.Dtype) -> float | None:
+        """The largest error that counts as rounding; None: there is nothing to compare with."""
+        if (case, dtype) not in self._allowed_in:
+            self._allowed_in[case, dtype] = self._measured(case, dtype)
+        return self._allowed_in[case, dtype]
 
-    def _measured(self, case: Case) -> float | None:
-        with use_backend(None):
-            try:
-                expected = self.sample.run(case, in_float32=True)
-                plain = self.sample.run(case)
-                mx.eval(expected, plain)
-            except (RuntimeError, ValueError) as error:
-                self.tell(Note(f"{case}: MLX's operations do not run: {in_one_line(str(error))}"))
-                return None
-        if not all(bool(mx.isfinite(x).all().item()) for x in expected):
-            self.tell(Note(f"{case}: MLX's operations give no numbers, so nothing is compared"))
+    def _measured(self, case: Case, dtype: mx.Dtype) -> float | None:
+        try:
+            with use_backend(None):
+                if case not in self._expected:
+                    self._expected[case] = self.sample.plain(case, mx.float32)
+                found = self.sample.plain(case, dtype)
+        except (RuntimeError, ValueError) as error:
+            self.tell(Note(f"{case}: plain products do not run: {in_one_line(str(error))}"))
             return None
-        self._expected[case] = expected
-        return max(WORSE * _error(plain, expected), ROUNDING[self.sample.dtype])
+        if not all(bool(mx.isfinite(x).all().item()) for x in self._expected[case]):
+            self.tell(Note(f"{case}: plain products give no numbers, so nothing is compared"))
+            return None
+        return max(WORSE * _error(found, self._expected[case]), ROUNDING[dtype])
 
-    def _error_without(self, case: Case, operator: Sequence[str]) -> float:
+    def _error_without(self, case: Case, dtype: mx.Dtype, operator: Sequence[str]) -> float:
         choices = Choices(self.tuning, self.off | dict.fromkeys(operator, "for comparison"))
-        found, _, refused = self._first_run(case, choices)
+        found, _, refused = self._first_run(partial(self.sample.plain, case, dtype), choices)
         return float("inf") if refused else _error(found, self._expected[case])
 
     def _turn_off(self, operator: Iterable[str], why: str, named: str | None = None) -> None:
@@ -219,11 +243,25 @@ class Probe:
                 self.tell(Off(kernel, reason))
 
     # -------------------------------------------------------------------------- are they fast?
+    def _leave_slow_ones(self, operators: dict[Case, list[tuple[str, ...]]]) -> None:
+        """Turn off the operators that MLX's operations clearly beat over all cases, twice."""
+        candidates = dict.fromkeys(o for present in operators.values() for o in present)
+        for _ in range(2):
+            ratios: dict[tuple[str, ...], list[float]] = {}
+            for case, present in operators.items():
+                for operator, ratio in self._speeds(case, [o for o in present if o in candidates]):
+                    ratios.setdefault(operator, []).append(ratio)
+            means = {operator: statistics.geometric_mean(each) for operator, each in ratios.items()}
+            candidates = {operator: None for operator, mean in means.items() if mean > FASTER}
+        for operator in candidates:
+            mean = means[operator]
+            self._turn_off(operator, f"MLX's operations are {mean:.2f} times as fast here")
+
     def _speeds(
         self, case: Case, operators: Sequence[tuple[str, ...]]
     ) -> Iterator[tuple[tuple[str, ...], float]]:
         """For each operator how many times as fast the case is without its kernels."""
-        runs: dict[Any, Choices] = {(): self._choices()}
+        runs: dict[Any, Choices] = {(): self._choices()} if operators else {}
         for operator in operators:
             runs[operator] = Choices(self.tuning, self.off | dict.fromkeys(operator, "compared"))
         found = self._times(case, runs)
@@ -234,36 +272,43 @@ class Probe:
     def _times(self, case: Case, runs: dict[Any, Choices]) -> dict[Any, list[float]]:
         """Seconds of each, taken in turns; without those that MLX refuses."""
         found: dict[Any, list[float]] = {}
-        if not self.limits.repeats:
-            return found
+        queued, repeats = QUEUED, self.limits.repeats
         for name, choices in runs.items():
             try:
-                self._seconds(case, choices)  # (compiles what MLX compiles)
+                self._seconds(case, choices, 1)  # (compiles what MLX compiles)
                 found[name] = []
             except (RuntimeError, ValueError):
                 continue
-        for _ in range(self.limits.repeats):
+            if not name:
+                seconds = self._seconds(case, choices, 1)
+                queued = 1 if seconds > LONG else QUEUED
+                repeats = min(max(3, round(ENOUGH / (queued * seconds))), repeats)
+        for _ in range(repeats):
             for name, times in found.items():
-                times.append(self._seconds(case, runs[name]))
+                times.append(self._seconds(case, runs[name], queued))
         return found
 
-    def _seconds(self, case: Case, choices: Choices) -> float:
+    def _seconds(self, case: Case, choices: Choices, queued: int) -> float:
         with choices.use():
-            start = time.perf_counter()
-            runs = [self.sample.run(case) for _ in range(QUEUED)]
-            if case.tokens == 1:  # (in use its graph is compiled, and not built each time)
-                start = time.perf_counter()
+            runs = [self.sample.step(case) for _ in range(queued)]
+            start = time.perf_counter()  # (Python has built a graph while the GPU was busy, in use)
             mx.eval(runs)
-            return (time.perf_counter() - start) / QUEUED
+            return (time.perf_counter() - start) / queued
 
-    def _fastest(self, case: Case, others: dict[str, Tuning]) -> Tuning | None:
-        """One of these that clearly beats the present tuning: the first of those near the best."""
+    def _fastest(
+        self, case: Case, others: dict[str, Tuning], elsewhere: Sequence[Case] = ()
+    ) -> Tuning | None:
+        """One of these that clearly beats the present tuning: the first of those near the best.
+
+        It must do so twice, and not be slower `elsewhere`.
+        """
         runs: dict[Any, Choices] = {"": self._choices()}
+        tried = replace(case, past=min(case.past, NEAR))  # (float32 of a long context is large)
         for name, tuning in others.items():
             choices = Choices(tuning, self.off)
-            found, _, refused = self._first_run(case, choices)
-            allowed = self._allowed(case)
-            right = allowed is None or _error(found, self._expected[case]) <= allowed
+            found, _, refused = self._first_run(partial(self.sample.run, tried), choices)
+            allowed = self._allowed(tried, self.sample.dtype)
+            right = allowed is None or _error(found, self._expected[tried]) <= allowed
             if not refused and right:
                 runs[name] = choices
         times = self._times(case, runs)
@@ -273,54 +318,64 @@ class Probe:
         medians = {str(name): statistics.median(each) for name, each in times.items()}
         told = ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in medians.items())
         self.tell(Note(f"{case}: {statistics.median(own) * 1e3:.3f} ms; {told}"))
-        clear = {
-            name: median
-            for name, median in medians.items()
-            if median * FASTER < statistics.median(own) and median < min(own)
-        }
+        clear = {name: medians[name] for name in times if _clearly_beats(times[name], own)}
         if not clear:
             return None
         best = min(clear.values())
         chosen = next(name for name, median in clear.items() if median <= best * FASTER)
+        pair = {"": runs[""], chosen: runs[chosen]}
+        again = self._times(case, pair)
+        if not _clearly_beats(again[chosen], again[""]):
+            return None
+        for other in elsewhere:
+            present, there = map(statistics.median, self._times(other, pair).values())
+            if there > SLOWER * present:
+                slower = f"{there / present:.2f} times as slow for {other}"
+                self.tell(Note(f"{case}: {chosen} is not chosen, {slower}"))
+                return None
         self.tell(Note(f"{case}: {chosen} is chosen"))
         return others[chosen]
 
     # ---------------------------------------------------------------------------- what is better?
     def _questions(self) -> Iterator[Callable[[], None]]:
-        """Shapes and thresholds, each with the answers so far."""
+        """Forms, shapes and thresholds, each with the answers so far."""
+        yield partial(self._forms, FORMS)
         far, near = self.limits.positions, min(4096, self.limits.positions)
         most, tuning = self.limits.tokens, self.tuning
         middle = min(512, most)
-        candidates: list[tuple[Case, str, dict[str, Any]]] = [
-            (Case("mla", 1, far), "attend", {str(tuple(s)): s for s in SHAPES}),
-            (Case("mla", 1, far, True), "attend_packed", {str(tuple(s)): s for s in SHAPES}),
-            (Case("mla", 1, far), "splits", {f"{n} splits": n for n in SPLITS}),
-            (Case("mla", middle), "prefill", {str(tuple(s)): s for s in PREFILL}),
-            (Case("kda", middle), "columns", {f"columns of {n}": n for n in (8, 16)}),
+        long, packed = Case("mla", 1, far), Case("mla", 1, far, True)
+        short, short_packed = replace(long, past=near), replace(packed, past=near)
+        shapes = {str(tuple(shape)): shape for shape in SHAPES}
+        candidates: list[tuple[Case, Sequence[Case], str, dict[str, Any]]] = [
+            (long, [short], "attend", shapes),
+            (packed, [short_packed], "attend_packed", shapes),
+            (long, [packed, short], "splits", {f"{n} splits": n for n in SPLITS}),
+            (Case("mla", middle), [], "prefill", {str(tuple(s)): s for s in PREFILL}),
+            (Case("kda", middle), [], "columns", {f"columns of {n}": n for n in (8, 16)}),
             *(
-                (Case("kda", n), "chunked_from", {f"chunked from {m}": m})
+                (Case("kda", n), [], "chunked_from", {f"chunked from {m}": m})
                 for n, m in ((20, 20), (48, 64))
             ),
             *(
-                (Case("experts", n), "largest_batch", {f"sorted from {m + 1}": m})
+                (Case("experts", n), [], "largest_batch", {f"sorted from {m + 1}": m})
                 for n, m in ((6, 5), (12, 12))
             ),
             *(
-                (Case("mla", n, near), "expand_from", {f"expanded from {m}": m})
+                (Case("mla", n, near), [Case("mla", n)], "expand_from", {f"expanded from {m}": m})
                 for n, m in ((96, 96), (256, 512))
             ),
         ]
-        for case, name, values in candidates:
+        for case, elsewhere, name, values in candidates:
             present = getattr(tuning, name)
             others = {told: value for told, value in values.items() if value != present}
             if case.half in self.sample.layers and case.tokens <= most and others:
-                yield partial(self._ask, case, name, others)
+                yield partial(self._ask, case, elsewhere, name, others)
 
-    def _ask(self, case: Case, name: str, others: dict[str, Any]) -> None:
-        if self._is_late(f"{name} at {case}"):
-            return
+    def _ask(
+        self, case: Case, elsewhere: Sequence[Case], name: str, others: dict[str, Any]
+    ) -> None:
         tunings = {told: self.tuning._replace(**{name: value}) for told, value in others.items()}
-        self.tuning = self._fastest(case, tunings) or self.tuning
+        self.tuning = self._fastest(case, tunings, elsewhere) or self.tuning
 
     def _grid(self) -> list[int]:
         """Tokens whose average expert has PAIRS of them, beyond those without sorting."""
@@ -330,36 +385,28 @@ class Probe:
         tokens = [round(p * config.num_experts / config.num_experts_per_token) for p in PAIRS]
         return [n for n in tokens if self.tuning.largest_batch < n <= self.limits.tokens]
 
-    def _forms(self) -> None:
-        """The experts' form for each number of tokens of an average expert."""
-        config, default = self.sample.config, self.tuning.experts
+    def _forms(self, forms: Sequence[ExpertForm]) -> None:
+        """The experts' form for each number of tokens of an average expert: its own or of these."""
+        config, present = self.sample.config, self.tuning.experts
         chosen: list[tuple[float, ExpertForm]] = []
         for tokens in self._grid():
             case = Case("experts", tokens)
             pairs = tokens * config.num_experts_per_token / config.num_experts
-            own = form_at(default, pairs)
-            if self._is_late(f"forms of {case}"):
-                break
+            own = form_at(present, pairs)
             others = {
                 f"{form.kernels}{f' {form.tiles}' if form.tiles else ''}": self.tuning._replace(
                     experts=(form._replace(shared=own.shared),)
                 )
-                for form in FORMS
+                for form in forms
                 if form[1:3] != own[1:3]
             }
             if found := self._fastest(case, others):
                 chosen.append((pairs, found.experts[0]))
-        self.tuning = self.tuning._replace(experts=with_forms(default, chosen))
+        self.tuning = self.tuning._replace(experts=with_forms(present, chosen))
 
     # --------------------------------------------------------------------------------- helpers
     def _choices(self) -> Choices:
         return Choices(self.tuning, self.off)
-
-    def _is_late(self, what: str) -> bool:
-        late = time.perf_counter() - self._started > self.limits.seconds
-        if late:
-            self.tell(Note(f"{what}: not measured, {self.limits.seconds:.0f} s were over"))
-        return late
 
 
 def form_at(forms: Sequence[ExpertForm], pairs: float) -> ExpertForm:
@@ -387,6 +434,12 @@ def with_forms(
         if not found or found[-1][1:] != form[1:]:
             found.append(form)
     return tuple(found)
+
+
+def _clearly_beats(times: Sequence[float], own: Sequence[float]) -> bool:
+    wins = sum(one < other for one, other in zip(times, own, strict=True))
+    faster = statistics.median(times) * FASTER < statistics.median(own)
+    return faster and wins >= OFTEN * len(own)
 
 
 def _operator_of(kernel: str) -> tuple[str, ...]:

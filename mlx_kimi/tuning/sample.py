@@ -11,11 +11,13 @@ import mlx.core as mx
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import ALWAYS_FLOAT32, Join, Tensor, tensors
+from mlx_kimi.metal_kernels.matmul import plain_products
 from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache
 from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kimi_linear import DecoderLayer
 from mlx_kimi.model.random_weights import Arrays, random_tensor, stored_quantization
 from mlx_kimi.model.weights import Weights
+from mlx_kimi.tuning.reference import with_experts_one_by_one
 
 Half = Literal["kda", "mla", "experts"]
 Given = tuple[mx.array, mx.array, CacheEntry | None]
@@ -27,10 +29,9 @@ class Limits:
     """What is tried, and how long."""
 
     tokens: int = 2048  # of the longest prompt
-    positions: int = 131_072  # of the longest context
+    positions: int = 65_536  # of the longest context
     weights: int = 1 << 28  # bytes of a layer's routed experts: fewer of them, if more
-    repeats: int = 7  # of each time; 0: none is measured
-    seconds: float = 30.0  # from then on nothing more is measured
+    repeats: int = 31  # of each time, if it is short; 0: none is measured
 
 
 @dataclass(frozen=True)
@@ -50,48 +51,73 @@ class Case:
 
 
 class Sample:
-    """One layer for each half that the model has, in its dtype and in float32."""
+    """One layer for each half that the model has; the same to compare with, also in float32."""
 
     def __init__(self, config: ModelConfig, dtype: mx.Dtype, limits: Limits) -> None:
         self.dtype = dtype
         self.layers = dict(_layers(config))
-        self.config = replace(config, num_experts=_fewer_experts(config, self.layers, limits))
+        self.config = _with_fewer_experts(config, self.layers, limits.weights)
         stored: Arrays = {}
-        for tensor in self._tensors():
-            mx.random.seed(sum(tensor.name.encode()))
-            stored |= random_tensor(tensor, self.config, dtype)
-        self._own = self._made(stored, dtype)
-        self._made_for: dict[tuple[Case, mx.Dtype], list[Given]] = {}
-        self._float32 = self._own if dtype == mx.float32 else self._made(stored, mx.float32)
-
-    def _tensors(self) -> Iterator[Tensor]:
         for number in sorted(set(self.layers.values())):
-            start = f"model.layers.{number}."
-            yield from (x for x in tensors(self.config) if x.name.startswith(start))
+            for tensor in tensors(self._config_of(number)):
+                if tensor.name.startswith(f"model.layers.{number}."):
+                    mx.random.seed(sum(tensor.name.encode()))
+                    stored |= random_tensor(tensor, self.config, dtype)
+        self._in_use = self._made(stored, dtype)
+        self._plain = {
+            each: {
+                number: with_experts_one_by_one(layer)
+                for number, layer in self._made(stored, each).items()
+            }
+            for each in (dtype, mx.float32)
+        }
+        self._made_for: dict[tuple[Case, mx.Dtype], list[Given]] = {}
+
+    def _config_of(self, number: int) -> ModelConfig:
+        """A layer of which only the attention is tried has as few experts as it can."""
+        if number == self.layers.get("experts"):
+            return self.config
+        return _with_fewer_experts(self.config, self.layers, 0)
 
     def _made(self, stored: Arrays, dtype: mx.Dtype) -> dict[int, DecoderLayer]:
         arrays = {name: _in_dtype(name, array, dtype) for name, array in stored.items()}
-        weights = Weights(arrays, self.config)
-        layers = {
-            number: DecoderLayer(
-                self.config, self.config.layers[number], weights.at(f"model.layers.{number}")
-            )
-            for number in set(self.layers.values())
-        }
+        layers = {}
+        for number in set(self.layers.values()):
+            config = self._config_of(number)
+            weights = Weights(arrays, config).at(f"model.layers.{number}")
+            layers[number] = DecoderLayer(config, config.layers[number], weights)
         mx.eval([layer.parameters() for layer in layers.values()])
         return layers
 
-    def run(self, case: Case, in_float32: bool = False) -> list[mx.array]:
+    def run(self, case: Case) -> list[mx.array]:
         """x and residual [tokens, hidden] after the half, and a KDA layer's state."""
-        dtype = mx.float32 if in_float32 else self.dtype
-        made = self._float32 if in_float32 else self._own
+        return self._run(case, self._in_use, self.dtype)
+
+    def step(self, case: Case) -> list[mx.array]:
+        """The same, to be timed: one token goes on where the last one ended, as in use."""
+        return self._run(case, self._in_use, self.dtype, goes_on=case.tokens == 1)
+
+    def plain(self, case: Case, dtype: mx.Dtype) -> list[mx.array]:
+        """The same in the model's dtype or in float32, with plain products beside our kernels."""
+        with plain_products():
+            found = self._run(case, self._plain[dtype], dtype)
+            mx.eval(found)
+        return found
+
+    def _run(
+        self,
+        case: Case,
+        made: dict[int, DecoderLayer],
+        dtype: mx.Dtype,
+        goes_on: bool = False,  # (a snapshot would make each run copy the whole context)
+    ) -> list[mx.array]:
         layer, batch = made[self.layers[case.half]], ForwardBatch()
         found: list[list[mx.array]] = []
         for x, residual, before in self._given(case, dtype):
             if before is None:
                 found.append(list(layer.feed_forward(x, residual, batch)))
                 continue
-            entry = before.snapshot()
+            entry = before if goes_on else before.snapshot()
             found.append(list(layer.attention(x, residual, entry, batch)))
             if isinstance(entry, KDACache) and entry.state is not None:
                 found[-1].append(entry.state)
@@ -123,7 +149,7 @@ class Sample:
             return KDACache(lengths, tail.astype(self.dtype).astype(dtype), mx.random.normal(shape))
         entry = LatentCache(bits=8 if case.packed else None)
         if case.past:
-            latents = mx.random.normal((1, case.past, config.latent_width)).astype(self.dtype)
+            latents = mx.random.normal((1, case.past, config.latent_width), self.dtype)
             entry.append(latents.astype(dtype), None)
             entry.lengths = lengths
         return entry
@@ -141,21 +167,21 @@ def _layers(config: ModelConfig) -> Iterator[tuple[Half, int]]:
         yield "experts", experts[0]
 
 
-def _fewer_experts(config: ModelConfig, layers: dict[Half, int], limits: Limits) -> int:
-    """As many as `limits.weights` have room for: what is chosen depends on tokens an expert."""
+def _with_fewer_experts(config: ModelConfig, layers: dict[Half, int], size: int) -> ModelConfig:
+    """As many as `size` bytes have room for: what is chosen depends on tokens an expert."""
     E = config.num_experts
     if "experts" not in layers:
-        return E
+        return config
     start = f"model.layers.{layers['experts']}."
-    size = sum(
+    own = sum(
         _bytes(tensor, config)
         for tensor in tensors(config)
         if tensor.join is Join.STACK and tensor.name.startswith(start)
     )
     groups, k = config.num_expert_group, config.num_experts_per_token
-    while size > limits.weights and E % (2 * groups) == 0 and E // 2 >= 4 * max(k, groups):
-        E, size = E // 2, size // 2
-    return E
+    while own > size and E % (2 * groups) == 0 and E // 2 >= 4 * max(k, groups):
+        E, own = E // 2, own // 2
+    return replace(config, num_experts=E)
 
 
 def _bytes(tensor: Tensor, config: ModelConfig) -> int:

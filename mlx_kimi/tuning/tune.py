@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import subprocess
@@ -29,6 +30,7 @@ from mlx_kimi.tuning.worker import Request
 WORKER = (sys.executable, "-m", "mlx_kimi.tuning.worker")
 HANGS = 20.0  # seconds after which a kernel that was to run for the first time counts as hanging
 SILENCE = 120.0  # the same of MLX's own operations, some of which are compiled for long
+SECONDS = 30.0  # after which nothing more is measured at a first load
 RESTARTS = 13  # as many as there are operators: each loses at least one kernel
 
 _TUNING = TypeAdapter(Tuning)
@@ -68,6 +70,7 @@ def tune(
     dtype: mx.Dtype,
     show: Callable[[str], None],
     again: bool = False,
+    seconds: float = SECONDS,
     limits: Limits = Limits(),  # noqa: B008
     worker: Sequence[str] = WORKER,
 ) -> Stored:
@@ -76,6 +79,7 @@ def tune(
     Args:
         show: is told the kernel that is tried.
         again: forget what is known.
+        seconds: from then on nothing more is measured. All kernels are tried however long it takes.
         worker: the program that tries kernels; tests give one with planted faults.
     """
     key = key_of(config, dtype)
@@ -85,9 +89,10 @@ def tune(
     if stored.trying:
         why = "it did not return when it first ran here; `mlx_kimi tune` tries it again"
         stored.off[stored.trying], stored.trying = why, None
+    end = time.monotonic() + seconds
     for _ in range(RESTARTS + 1):
         request = Request(str(folder), str(dtype).removeprefix("mlx.core."), stored.off, limits)
-        if _one_worker(request, stored, show, worker):
+        if _one_worker(request, stored, show, worker, end):
             break
     else:
         stored.notes.append("the worker was started too often; what it found is kept")
@@ -97,37 +102,51 @@ def tune(
 
 
 def _one_worker(
-    request: Request, stored: Stored, show: Callable[[str], None], command: Sequence[str]
+    request: Request,
+    stored: Stored,
+    show: Callable[[str], None],
+    command: Sequence[str],
+    end: float,
 ) -> bool:
-    """Run one until it ends; whether it is of no use to start another."""
+    """Run one to its end, or until time is over; whether it is of no use to start another."""
     stored.notes.clear()
-    started = time.perf_counter()
+    started = time.monotonic()
     child = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        env=os.environ | {"MLX_ENABLE_TF32": "0"},  # (NVIDIA: else products of float32 are not)
         start_new_session=True,  # Ctrl-C is this process's to act on
     )
     assert child.stdin and child.stdout
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     reader = threading.Thread(target=_read, args=(child.stdout, lines), daemon=True)
     reader.start()
+    all_right = False  # all kernels have been tried, and what follows only measures
     try:
         child.stdin.write(json.dumps(asdict(request)).encode())
         child.stdin.close()
         while True:
             silent = HANGS if stored.trying else SILENCE
+            left = max(end - time.monotonic(), 0) if all_right else math.inf
             try:
-                line = lines.get(timeout=silent)
+                line = lines.get(timeout=min(silent, left))
             except queue.Empty:
+                if left < silent:
+                    stored.notes.append("time was over; what is not listed was not measured")
+                    return True
                 return _ended(stored, f"it did not return within {silent:.0f} s")
             if line is None:
                 code = child.wait()
                 how = f"signal {-code}" if code < 0 else f"exit code {code}"
                 return _ended(stored, f"its process ended with {how}")
-            if line.endswith(b"\n") and _take(json.loads(line), stored, show):
-                stored.notes.append(f"found out in {time.perf_counter() - started:.0f} s")
+            if not line.endswith(b"\n"):
+                continue
+            event = _take(json.loads(line), stored, show)
+            all_right |= event == "Chosen"
+            if event == "Done":
+                stored.notes.append(f"found out in {time.monotonic() - started:.0f} s")
                 return True
     except BrokenPipeError:
         return _ended(stored, "its process ended at once")
@@ -153,18 +172,19 @@ def _ended(stored: Stored, how: str) -> bool:
     if stored.trying is None:
         stored.notes.append(f"the worker did not finish: {how}")
         return True
-    stored.off[stored.trying], stored.trying = how, None
+    stored.off.setdefault(stored.trying, how)
+    stored.trying = None
     stored.write()
     return False
 
 
-def _take(event: dict[str, Any], stored: Stored, show: Callable[[str], None]) -> bool:
-    """Note what a worker tells; whether it was the last."""
-    name = event.pop("event")
+def _take(event: dict[str, Any], stored: Stored, show: Callable[[str], None]) -> str:
+    """Note what a worker tells; the event's name."""
+    name: str = event.pop("event")
     if name == "Trying":
         stored.trying = event["kernel"]
+        stored.write()  # before it runs: what never returns is known at the next start
         if stored.trying:
-            stored.write()  # first: what never returns is known at the next start
             show(stored.trying)
     elif name == "Off":
         stored.off[event["kernel"]] = event["why"]
@@ -173,5 +193,4 @@ def _take(event: dict[str, Any], stored: Stored, show: Callable[[str], None]) ->
         stored.notes.append(event["text"])
     elif name == "Chosen":
         stored.tuning = _TUNING.validate_python(event["tuning"])
-        return True
-    return False
+    return name

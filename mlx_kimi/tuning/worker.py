@@ -18,6 +18,8 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.tuning.probe import Event, Probe
 from mlx_kimi.tuning.sample import Limits
 
+CACHE = 1 << 26  # bytes of freed memory that MLX may keep, beside what is in use
+
 
 @dataclass(frozen=True)
 class Request:
@@ -34,6 +36,7 @@ def main() -> None:
     # What MLX or a compiler prints is no event.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    mx.set_cache_limit(CACHE)
     asked = json.load(sys.stdin)
     request = Request(**asked | {"limits": Limits(**asked["limits"])})
     config = ModelConfig.read(Path(request.folder))
