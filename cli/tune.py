@@ -28,9 +28,9 @@ from mlx_kimi.tuning.tune import tune
 def command(model: str | None, seconds: float) -> None:
     """Try each kernel on this GPU, and keep what is right and fastest for such a model.
 
-    Each is compiled, compared with MLX's operations and timed beside them, with random weights of
-    the model's shapes, in a process of its own. The first load of a model does it by itself, in up
-    to 30 seconds. Without MODEL, it is about the pocket model.
+    Each is compiled, compared with plain products and timed beside MLX's operations, with random
+    weights of the model's shapes, in a process of its own. The first load of a model does it by
+    itself, and measures no more after 30 seconds. Without MODEL, it is about the pocket model.
     """
     if backend() is None:
         raise KimiError("no kernels run here: there is no GPU, or MLX_KIMI_NO_KERNELS is set")
