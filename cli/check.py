@@ -19,6 +19,7 @@ from mlx_kimi.evaluation.machine import machine
 from mlx_kimi.evaluation.mlx_ops.case import Measurement
 from mlx_kimi.evaluation.mlx_ops.check import check_mlx
 from mlx_kimi.generation.generate import generate
+from mlx_kimi.loading.finite import not_finite_place
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import backend, refusals, use_backend
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -166,6 +167,8 @@ def _answers(
 ) -> Iterator[Finding]:
     answers = goldens.answers if goldens else {}
     ids = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
+    damaged = not_finite_place(network, matrices=True)
+    yield "weights are finite numbers", damaged and f"{damaged} has NaN or infinity"
     place = network.first_not_finite(mx.array([ids]))
     if place:
         yield "logits are finite numbers", f"NaN or infinity, first from {place}: damaged weights"

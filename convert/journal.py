@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class Journal:
         Raises:
             BlockingIOError: another process has it open.
             OSError: it cannot be opened, or the disk knows no locks.
+            ValueError: it is no journal.
         """
         self._path = path
         self._file = open(path, "a+b", opener=not_through_a_link)
@@ -61,15 +63,22 @@ class Journal:
         self._file.close()
 
     def _read(self) -> list[dict[str, Any]]:
-        records, end = [], 0
+        records: list[dict[str, Any]] = []
+        end = 0
         self._file.seek(0)
         for line in self._file:
             if not _is_whole(line):
+                if not records and not TORN.fullmatch(line):
+                    raise ValueError("no journal")
                 break
             records.append(json.loads(line[9:]))
             end += len(line)
         self._file.truncate(end)
         return records
+
+
+# A first line of which a power cut left a part, in zeros where nothing had been written.
+TORN = re.compile(rb"[0-9a-f]{0,8}|[0-9a-f]{8} ({.*)?|\0+|[0-9a-f]{8} {.*\0+", re.DOTALL)
 
 
 def first_record(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,8 +143,17 @@ def open_partial(out: Path, asked: Request) -> Iterator[Partial]:
         raise KimiError(_in_words(error, out, journal)) from None
     finally:
         if published or not _is_worth_keeping(out, journal):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         journal.close()
+
+
+def _remove(folder: Path) -> None:
+    """What a conversion made there, the journal last; a folder that holds more stays."""
+    for name in (MODEL, DOWNLOADS):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / JOURNAL).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _in_words(error: KimiError | OSError, out: Path, journal: Journal) -> str:
@@ -172,7 +181,7 @@ def check_out(out: Path) -> None:
     folder = partial_of(out)
     if os.path.lexists(out):
         if (folder / JOURNAL).is_file() and not (folder / MODEL).exists():
-            shutil.rmtree(folder, ignore_errors=True)  # killed after OUT had got its name
+            _remove(folder)  # killed after OUT had got its name
         raise KimiError(f"{out}: already exists; remove it or choose another name")
     if not out.parent.is_dir():
         raise KimiError(f"{out.parent}: no such folder, so that {out.name} cannot be made in it")
@@ -182,13 +191,16 @@ def _journal(out: Path, folder: Path) -> Journal:
     """The journal in `folder`, locked."""
     busy = KimiError(f"{folder}: another conversion is at work in it; wait or choose another name")
     path = folder / JOURNAL
+    foreign = KimiError(f"{folder}: exists and is no conversion's; remove it or rename it")
     try:
         folder.mkdir(exist_ok=True)
         if not path.exists() and any(folder.iterdir()):
-            raise KimiError(f"{folder}: exists and is no conversion's; remove it or rename it")
+            raise foreign
         journal = Journal(path)
     except BlockingIOError:
         raise busy from None
+    except ValueError:
+        raise foreign from None
     except OSError as error:
         raise KimiError(f"{folder}: cannot be made: {error.strerror}") from None
     try:

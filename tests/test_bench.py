@@ -328,6 +328,15 @@ def test_a_mistake_is_one_clear_line(talker: Path, arguments: tuple[str, ...], s
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_is_there_is_not_written_over(tmp_path: Path, option: str) -> None:
+    file = tmp_path / "speeds.png"
+    file.write_text("mine")
+    done = run("no-model", option, file)
+    assert done.returncode == 1 and file.read_text() == "mine"
+    assert f"{file}: already exists; remove it or choose another name" in done.stderr
+
+
 @pytest.mark.slow
 def test_without_matplotlib_one_line_says_what_to_install(talker: Path, tmp_path: Path) -> None:
     script = (

@@ -392,6 +392,32 @@ def test_a_folder_that_is_no_conversions_is_left_alone(source: Path, tmp_path: P
     assert (tmp_path / "out.partial" / "model.safetensors").read_text() == "theirs"
 
 
+@pytest.mark.parametrize("text", ["Monday\n", "0000000g {}\n", "12345678 [1]\n", "x"])
+def test_a_journal_of_somebody_else_is_left_alone(source: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "out.partial" / "model").mkdir(parents=True)
+    files = [tmp_path / "out.partial" / name for name in ("journal", "model/theirs")]
+    for file in files:
+        file.write_text(text)
+    refused(source, tmp_path / "out", "out.partial: exists and is no conversion's")
+    assert [file.read_text() for file in files] == [text, text]
+
+
+@pytest.mark.parametrize("torn", ["", "0", "0123abcd", '0123abcd {"the', "\0" * 40])
+def test_a_journal_that_a_power_cut_tore_is_begun_anew(
+    source: Path, tmp_path: Path, torn: str
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "journal").write_text(torn)
+    convert(source, tmp_path / "out", None)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_somebody_put_beside_the_journal_stays(source: Path, tmp_path: Path) -> None:
+    note = tmp_path / "out.partial" / "note"
+    convert(source, tmp_path / "out", None, progress=lambda *_: note.write_text("mine") and None)
+    assert note.read_text() == "mine" and not (tmp_path / "out.partial" / "journal").exists()
+
+
 def test_places_where_it_cannot_write(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path / "a" / "b", "a: no such folder, so that b cannot be made")
     refused(source, source / "out", "cannot lie inside its source")
@@ -536,6 +562,12 @@ def rewrite(file: Path, other: Path) -> None:
         opened.write(other.read_bytes())
 
 
+def rewrite_and_set_the_time_back(file: Path, other: Path) -> None:
+    before = file.stat().st_mtime_ns
+    rewrite(file, other)
+    os.utime(file, ns=(before, before))
+
+
 def replace_it(file: Path, other: Path) -> None:
     os.utime(other, ns=(0, file.stat().st_mtime_ns))
     os.replace(other, file)
@@ -546,6 +578,7 @@ def replace_it(file: Path, other: Path) -> None:
     ("change", "said"),
     [
         (rewrite, "was written to while it is being read"),
+        (rewrite_and_set_the_time_back, "was written to while it is being read"),
         (replace_it, "was (removed|replaced) while it is being read"),
     ],
 )

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_kimi.convert.convert import convert
+from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.errors import LONGEST, KimiError
 from mlx_kimi.loading.load import load, load_model
 from tests.assertions import assert_close
@@ -20,6 +23,7 @@ from tests.conftest import SEED
 from tests.processes import live_memory
 
 Header = dict[str, Any]
+loading = import_module("mlx_kimi.loading.load")  # (`mlx_kimi.loading.load` is its function, too)
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"  # [64, 64]
@@ -452,3 +456,60 @@ def test_16_bit_activations_stay_16_bit_whatever_single_tensors_are(
     # Eight bits of fraction through four layers and their residuals; rms, since logits near 0
     # carry the error of large ones.
     assert_close("logits", logits, wide(ids), np.inf, 3e-2)
+
+
+# ---------------------------------------------------------------------------------- no numbers
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        ("model.norm.weight", "norm.weight"),
+        ("model.layers.1.input_layernorm.weight", "layers.1.input_layernorm.weight"),
+        ("model.layers.0.self_attn.A_log", "layers.0.self_attn.A_log"),
+        ("model.layers.0.self_attn.q_conv1d.weight", "layers.0.self_attn.taps"),
+    ],
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_small_weight_that_is_no_number_is_named(
+    copy: Callable[..., Path], tensor: str, said: str, value: float
+) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[tensor].reshape(-1)[0] = value
+
+    folder = copy()
+    rewritten(folder / FILE, change)
+    assert refusal(folder) == f"{folder}: {said} has NaN or infinity: the weights are damaged"
+
+
+@pytest.mark.parametrize(
+    ("mode", "bad"), [("affine", np.nan), ("mxfp4", 0xFF), ("mxfp8", 0xFF), ("nvfp4", 0x7F)]
+)
+def test_a_scale_that_is_no_number_is_named(
+    tmp_path: Path, folder: Callable[..., Path], mode: str, bad: float
+) -> None:
+    out = tmp_path / "out"
+    convert(folder("tiny"), out, scheme(mode))
+    load_model(out)
+    name = next(iter(out.glob("*.safetensors")))
+    tensors = mx.load(str(name))
+    scales = np.array(tensors["model.layers.1.self_attn.o_proj.scales"])
+    scales[3, 0] = bad
+    tensors["model.layers.1.self_attn.o_proj.scales"] = mx.array(scales)
+    mx.eval(tensors)
+    mx.save_safetensors(str(name), tensors, {"format": "mlx"})
+    assert "layers.1.self_attn.o_proj.scales has NaN or infinity" in refusal(out)
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded_is_named(
+    tmp_path: Path, copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers were checked; the weights would be those of another model."""
+    folder = copy()
+    other = write_checkpoint(tmp_path / "other", TINY, seed=9)
+    own = loading._read_weights
+
+    def replaced(model: Any) -> None:
+        own(model)
+        os.replace(other / FILE, folder / FILE)
+
+    monkeypatch.setattr(loading, "_read_weights", replaced)
+    assert refusal(folder).startswith(f"{folder / FILE}: was replaced while the model was loaded")

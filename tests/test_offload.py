@@ -382,6 +382,12 @@ def write(file: Path) -> None:
         opened.write(b"other weights")
 
 
+def write_and_set_the_time_back(file: Path) -> None:
+    before = file.stat()
+    write(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "said"),
@@ -389,6 +395,7 @@ def write(file: Path) -> None:
         (os.remove, "was removed while the model is in use"),
         (cut, "was cut to 100,000 of "),
         (write, "was written to while the model is in use"),
+        (write_and_set_the_time_back, "was written to while the model is in use"),
     ],
 )
 def test_a_file_that_changes_ends_the_answer(
@@ -396,6 +403,21 @@ def test_a_file_that_changes_ends_the_answer(
 ) -> None:
     error = streaming_answer(pocket, damage, streamed)
     assert error.startswith(f"{pocket / 'model.safetensors'}: {said}")
+
+
+@pytest.mark.slow
+def test_another_name_or_other_rights_end_no_answer(
+    pocket: Path, streamed: Streamed, tmp_path: Path
+) -> None:
+    file = pocket / "model.safetensors"
+    _, tokenizer = load(pocket)
+    stream = stream_generate(streamed(pocket, 2), tokenizer, ids(20), max_tokens=20)
+    next(stream)
+    time.sleep(0.02)  # (times of files have a grain)
+    os.link(file, tmp_path / "another name")
+    next(stream)
+    file.chmod(0o600)
+    list(stream)
 
 
 @pytest.mark.alone

@@ -115,6 +115,21 @@ class Checkpoint:
         """
         return OpenFile(self._weights_folder / file, self.headers[file].version, use)
 
+    def refuse_changed(self, use: str) -> None:
+        """Refuse files that are no longer those whose headers were read.
+
+        Raises:
+            KimiError: one was removed, replaced or written to while `use`.
+        """
+        for file, header in self.headers.items():
+            path = self.folder / file
+            try:
+                now = FileVersion.of(path)
+            except OSError as error:
+                raise KimiError(f"{path}: was removed while {use}: {error.strerror}") from None
+            if header.version.is_written_to(now):
+                raise KimiError(f"{path}: was {header.version.change_to(now)} while {use}")
+
     def place(self, name: str) -> int:
         """The first byte of a tensor in its file."""
         stored = self.tensors[name]
@@ -219,7 +234,7 @@ def read_header(path: Path) -> Header:
                 now = FileVersion.of(again.fileno())
     except (SafetensorError, OSError) as error:
         raise KimiError(f"{path}: not a whole safetensors file: {error}") from None
-    if now != version:
+    if version.is_written_to(now):
         raise KimiError(f"{path}: was {version.change_to(now)} while its header was read")
     tensors = {
         name: Stored(

@@ -22,21 +22,34 @@ class FileVersion:
     inode: int
     size: int  # bytes
     modified: int  # nanoseconds since the epoch
-    has_name: bool = True  # False once it was removed or another file took its name
+    changed: int  # the same of anything about it: a writer may set `modified` back, but not this
+    names: int  # links; 0 once it was removed or another file took its name
+    rights: tuple[int, int, int]  # mode, user, group
 
     @staticmethod
-    def of(descriptor: int) -> FileVersion:
-        """Of an open file.
+    def of(file: int | Path) -> FileVersion:
+        """Of an open file, or of the one that has a name now.
 
         Raises:
             OSError: it cannot be asked for.
         """
-        s = os.fstat(descriptor)
-        return FileVersion(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_nlink > 0)
+        s = os.stat(file)
+        rights = (s.st_mode, s.st_uid, s.st_gid)
+        return FileVersion(
+            *(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_nlink, rights)
+        )
+
+    def is_written_to(self, now: FileVersion) -> bool:
+        """Whether `now` may hold other bytes. Another name or other rights explain `changed`."""
+        here = (self.device, self.inode, self.size, self.modified, self.names > 0)
+        if here != (now.device, now.inode, now.size, now.modified, now.names > 0):
+            return True
+        explained = (self.names, self.rights) != (now.names, now.rights)
+        return self.changed != now.changed and not explained
 
     def change_to(self, now: FileVersion) -> str:
         """What became of the file, in words."""
-        if not now.has_name:
+        if not now.names:
             return "removed"
         if (now.device, now.inode) != (self.device, self.inode):
             return "replaced"
@@ -90,9 +103,10 @@ class OpenFile:
 
     def _check(self) -> None:
         now = FileVersion.of(self._file.fileno())
-        if now != self._version:
+        if self._version.is_written_to(now):
             change = self._version.change_to(now)
             raise KimiError(f"{self.path}: was {change} while {self._use}")
+        self._version = now
 
     def _unreadable(self, error: OSError) -> KimiError:
         return KimiError(f"{self.path}: cannot be read while {self._use}: {error.strerror}")

@@ -15,6 +15,7 @@ from mlx_kimi.checkpoint.tensors import ALWAYS_FLOAT32, Join, tensors
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.budget import Budget, slots_for
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
+from mlx_kimi.loading.finite import not_finite_place
 from mlx_kimi.loading.match import TensorMatcher
 from mlx_kimi.loading.memory import refuse_what_does_not_fit, wire
 from mlx_kimi.loading.warm_up import warm_up
@@ -93,17 +94,29 @@ def load_model(
     caches = offload.expert_caches if offload else {}
     weights = Weights(arrays, config, first_expert=first_expert, expert_caches=caches)
     model = KimiLinear(config, weights, reduce, offload, choices)
+    checkpoint = matcher.checkpoint
     # Fused matrices are copies: their parts must not outlive each layer.
     del arrays, weights, matcher
     if lazy:
         return model
+    try:
+        _read_weights(model)
+    except RuntimeError as error:  # MLX's own, of a file that was cut
+        checkpoint.refuse_changed("the model was loaded")
+        raise KimiError(f"{folder}: its weights cannot be read: {error}") from None
+    checkpoint.refuse_changed("the model was loaded")
+    if (place := not_finite_place(model)) is not None:
+        raise KimiError(f"{folder}: {place} has NaN or infinity: the weights are damaged")
+    if is_traced():  # (a GPU's own backend: an emulator compiles nothing ahead)
+        warm_up(model)
+    return model
+
+
+def _read_weights(model: KimiLinear) -> None:
     mx.eval(model.embed_tokens.parameters())
     for layer in model.layers:
         mx.eval(layer.parameters())
     mx.eval(model.parameters())
-    if is_traced():  # (a GPU's own backend: an emulator compiles nothing ahead)
-        warm_up(model)
-    return model
 
 
 def _choices(folder: Path, config: ModelConfig, dtype: mx.Dtype, lazy: bool, ranks: int) -> Choices:
