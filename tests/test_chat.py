@@ -4,8 +4,10 @@ import base64
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,6 +122,48 @@ def test_history_lasts_from_one_run_to_the_next(start, talker, folder) -> None:
     second.wait_for("^> about pears$")
     second.type(ENTER)
     second.wait_until(lambda: texts(folder) == ["about pears"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["a pipe", "a link", "a folder"])
+def test_no_history_file_can_be_kept_and_the_chat_goes_on(start, talker, folder, place) -> None:
+    """A pipe would block whoever opens it, and what a link leads to is not ours."""
+    folder.mkdir()
+    history, victim = folder / "history", folder / "victim"
+    match place:
+        case "a pipe":
+            os.mkfifo(history)
+        case "a link":
+            victim.write_text("mine")
+            history.symlink_to(victim)
+        case "a folder":
+            history.mkdir()
+    terminal = start(*talker_options(talker))
+    terminal.say("about apples")
+    terminal.wait_until(lambda: saved(folder).tokens)
+    terminal.wait_for_prompt()
+    terminal.type(UP)
+    terminal.wait_for("^> about apples$")
+    assert place != "a link" or victim.read_text() == "mine"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process that runs")
+def test_a_disk_that_fills_up_ends_no_chat(start, talker, folder) -> None:
+    """From then on no file grows: the history, the session and its states."""
+    terminal = start(*talker_options(talker))
+    terminal.say("about apples")
+    terminal.wait_until(lambda: saved(folder).tokens)
+    terminal.wait_for_prompt()
+    resource.prlimit(terminal.pid, resource.RLIMIT_FSIZE, (0, 0))
+    terminal.say("about pears")
+    terminal.wait_for("File too large")
+    terminal.wait_for_prompt()
+    assert texts(folder)[:1] == ["about apples"], "what was saved is still there"
+    terminal.type(UP)
+    terminal.wait_for("^> about pears$")
+    terminal.type(CTRL_C + CTRL_D)
+    assert terminal.wait_for_end() == 0 and b"Traceback" not in terminal.raw
 
 
 @pytest.mark.slow

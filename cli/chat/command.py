@@ -34,7 +34,6 @@ from mlx_kimi.cli.options import (
     utf8,
 )
 from mlx_kimi.defaults import SNAPSHOT_MEMORY
-from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.loading.load import load
 
@@ -126,9 +125,6 @@ def command(
 def _on_terminal(chat: Chat, markdown: bool) -> Loop:
     screen = TerminalScreen(lambda stats: status(chat, stats), markdown)
     history = chat.sessions.folder / "history"
-    try:
-        editor = LineEditor(history, CommandCompleter(chat.sessions), lambda: toolbar(loop))
-    except OSError as error:
-        raise KimiError(f"{history}: {error.strerror}") from None
+    editor = LineEditor(history, CommandCompleter(chat.sessions), lambda: toolbar(loop))
     loop = Loop(chat, screen, editor)
     return loop

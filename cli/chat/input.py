@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +17,7 @@ from prompt_toolkit.completion import Completer
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.formatted_text import FormattedText
-from prompt_toolkit.history import FileHistory
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.styles import Style
 
@@ -63,14 +66,38 @@ class PipedLines:
         return False
 
 
+class _KeptHistory(FileHistory):
+    """What was typed before, in a file. A disk that keeps none of it ends no chat."""
+
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            yield from super().load_history_strings()
+        except OSError:
+            return
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError, UnicodeError):  # (full, read-only; a pasted lone surrogate)
+            super().store_string(string)
+
+
+def _history(file: Path) -> History:
+    """That of a file, made if need be; where none can be kept, of this chat alone."""
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        is_ours = stat.S_ISREG(file.lstat().st_mode)  # nothing is written through a link
+    except OSError:
+        is_ours = False
+    return _KeptHistory(file) if is_ours else InMemoryHistory()
+
+
 class LineEditor:
     """Keys as in a shell. Enter sends, Alt-Enter or Ctrl-J breaks the line, a paste is one text."""
 
     def __init__(self, history: Path, completer: Completer, status: Callable[[], str]) -> None:
-        history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        history.touch(mode=0o600)
         self._session: PromptSession[str] = PromptSession(
-            history=FileHistory(history),
+            history=_history(history),
             completer=completer,
             key_bindings=_keys(),
             multiline=True,
