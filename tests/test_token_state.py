@@ -1,12 +1,15 @@
 """Contexts: what is kept, what may be gone back to, and what that costs."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from mlx_kimi import load
+from mlx_kimi.errors import KimiError
 from mlx_kimi.generation.generate import stream_generate
 from mlx_kimi.generation.token_state import TokenState, common_prefix
 from mlx_kimi.model import cache as caches
@@ -97,3 +100,42 @@ def test_a_state_gone_back_to_is_that_of_its_tokens(loaded) -> None:
     hidden = state.read(ids[len(state.ids) :])
     # float32, and splits of a sequence differ by rounding alone
     assert_close("logits", model.logits(hidden[:, -1]), model(mx.array([ids]))[:, -1], 1e-4)
+
+
+# ----------------------------------------------------------------------------- whose turn it is
+def test_an_answer_ends_where_another_has_begun_in_its_state(talker: Path) -> None:
+    """It went on with the other's tokens, without a word."""
+    model, tokenizer = load(talker)
+    state = TokenState(model)
+    options: dict[str, Any] = {"max_tokens": 6, "state": state}
+    first = stream_generate(model, tokenizer, "about apples", **options)
+    next(first)
+    # (The same prompt once more begins with the same snapshot.)
+    for prompt in ("about pears", "about pears"):
+        second = stream_generate(model, tokenizer, prompt, **options)
+        next(second)
+        with pytest.raises(KimiError, match="another answer has begun in this state"):
+            list(first)
+        first = second
+    alone = stream_generate(model, tokenizer, "about pears", max_tokens=6)
+    assert [c.token for c in second] == [c.token for c in alone][1:]
+
+
+def test_threads_on_one_state_wait_or_are_told(talker: Path) -> None:
+    model, tokenizer = load(talker)
+    prompts = [f"about {n} pears" for n in range(24)]
+
+    def answer(prompt: str, state: TokenState | None) -> list[int] | None:
+        try:
+            stream = stream_generate(model, tokenizer, prompt, max_tokens=5, state=state)
+            return [chunk.token for chunk in stream]
+        except KimiError as error:
+            assert "another answer has begun" in str(error)
+            return None
+
+    expected = [answer(prompt, None) for prompt in prompts]
+    state = TokenState(model)
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda prompt: answer(prompt, state), prompts))
+    assert [one or two for one, two in zip(found, expected, strict=True)] == expected
+    assert any(found), "some answers end"

@@ -28,14 +28,16 @@ def prefill(
         KimiError: `step` is out of range.
     """
     check_prefill_step(step)
-    hidden = state.rewind_to_prefix_of(ids)
-    cached = len(state.ids)
-    state.take_snapshot(hidden)  # where the turn begins
-    while hidden is None:
-        done = len(state.ids)
-        if progress:
-            progress(done, len(ids))
-        hidden = state.read(ids[done : done + step], output_wanted=done + step >= len(ids))
+    with state.turn:
+        hidden = state.rewind_to_prefix_of(ids)
+        cached = len(state.ids)
+        state.take_snapshot(hidden)  # where the turn begins
+        while hidden is None:
+            done = len(state.ids)
+            if progress:
+                progress(done, len(ids))
+            hidden = state.read(ids[done : done + step], output_wanted=done + step >= len(ids))
+        state.answering = hidden = hidden[...]  # a new array: the same prompt may be asked again
     return hidden, cached
 
 
@@ -53,21 +55,27 @@ def decode(state: TokenState, hidden: mx.array, sampler: Sampler, limit: int) ->
     asks for the next.
 
     Args:
-        hidden: [1, 1, hidden], the final hidden state of the last token of `state`.
+        hidden: of `prefill`.
 
     Raises:
-        KimiError: the model's logits have NaN or +infinity.
+        KimiError: the model's logits have NaN or +infinity, or another answer has begun in `state`.
     """
     waits_for_files = state.model.offload is not None
     try:
-        draw = state.draw(hidden, sampler)
+        with state.turn_of(hidden):
+            draw = state.draw(hidden, sampler)
         for _ in range(limit - 1):
             if waits_for_files:
-                token, draw = state.awaited(draw, sampler)
+                with state.turn_of(hidden):
+                    token, draw = state.awaited(draw, sampler)
                 yield token
-            token, draw = state.step(draw, sampler)
+            with state.turn_of(hidden):
+                token, draw = state.step(draw, sampler)
             if not waits_for_files:
                 yield token
-        yield state.awaited(draw, sampler)[0]
+        with state.turn_of(hidden):
+            token, _ = state.awaited(draw, sampler)
+        yield token
     finally:
-        state.settle()
+        if state.answering is hidden:
+            state.settle()

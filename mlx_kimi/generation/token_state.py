@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import RLock
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlx_kimi.defaults import SNAPSHOT_EVERY, SNAPSHOT_MEMORY
+from mlx_kimi.errors import KimiError
 from mlx_kimi.generation.faults import leave_out_what_failed
 from mlx_kimi.generation.not_finite import not_finite
 from mlx_kimi.generation.sample import Draw, Sampler
@@ -51,9 +53,11 @@ class Drawn(NamedTuple):
 
 @dataclass
 class TokenState:
-    """A cache, the tokens it has read, and snapshots of it.
+    """A cache, the tokens it has read, and snapshots of it. It serves one answer at a time.
 
     Attributes:
+        answering: the final hidden state of the prompt that is being answered, [1, 1, hidden].
+        turn: is held by whoever changes it; a second thread waits.
         latent_bits: of `KimiLinear.make_cache`.
         snapshot_every: tokens between two snapshots within a turn; None takes none there.
         snapshot_memory: bytes that snapshots may take above the cache; the newest always stays.
@@ -71,6 +75,8 @@ class TokenState:
     snapshots: list[Snapshot] = field(default_factory=list)
     host_time: float = 0.0
     computed_by: set[str] = field(default_factory=set)
+    answering: mx.array | None = None
+    turn: RLock = field(default_factory=RLock, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.entries = self.entries or self._empty()
@@ -79,6 +85,18 @@ class TokenState:
 
     def _empty(self) -> list[CacheEntry]:
         return self.model.make_cache(self.latent_bits)
+
+    @contextmanager
+    def turn_of(self, answered: mx.array) -> Iterator[None]:
+        """Within, nobody else changes the state.
+
+        Raises:
+            KimiError: another prompt than `answered`, a `prefill`'s result, is answered by now.
+        """
+        with self.turn:
+            if self.answering is not answered:
+                raise KimiError("another answer has begun in this state, which ends this one")
+            yield
 
     # ------------------------------------------------------------------------------- moving on
     def read(self, ids: Sequence[int], output_wanted: bool = True) -> mx.array | None:
