@@ -252,3 +252,15 @@ def test_nothing_is_computed_at_import_but_constants() -> None:
     for _, path in FILES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert not any(isinstance(node, ast.Global) for node in ast.walk(tree)), path
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    """docs/reliability.md: `file.py`: `part of a test's name`, ..."""
+    text = (ROOT / "docs/reliability.md").read_text()
+    named = 0
+    for file, parts in re.findall(r"`(test_\w+\.py)`(?::((?:\s*`\w+`,?)+))?", text):
+        names = re.findall(r"def (test_\w+)", (ROOT / "tests" / file).read_text())
+        for part in re.findall(r"`(\w+)`", parts):
+            named += 1
+            assert any(part in name for name in names), f"{file} has no test of {part}"
+    assert named > 25
