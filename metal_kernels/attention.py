@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_kimi.metal_kernels.fused import fused
 from mlx_kimi.metal_kernels.matmul import times_transposed
 
 # Lower than any score, and finite: a query that has met no key yet must not compute inf - inf.
@@ -171,12 +172,12 @@ def _softmax(scores: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
     return _probs(scores, lse, values), lse
 
 
-@mx.compile
+@fused()
 def _probs(scores: mx.array, lse: mx.array, values: mx.array) -> mx.array:
     return mx.exp(scores - lse).astype(values.dtype)
 
 
-@mx.compile
+@fused()
 def merge_attention(
     lse: mx.array, output: mx.array, other_lse: mx.array, other_output: mx.array
 ) -> tuple[mx.array, mx.array]:

@@ -17,6 +17,7 @@ from math import gcd
 import mlx.core as mx
 
 from mlx_kimi.metal_kernels.add_norm import naive_add_norm
+from mlx_kimi.metal_kernels.fused import fused
 from mlx_kimi.metal_kernels.kernel import Kernel, not_running
 from mlx_kimi.metal_kernels.matmul import gather_times_transposed
 from mlx_kimi.metal_kernels.matrix import Matrix, with_scales
@@ -77,7 +78,7 @@ def add_norm_scores(
 
 
 # -------------------------------------------------------------------------------------- the choice
-@mx.compile
+@fused()
 def naive_expert_select(
     logits: mx.array,
     bias: mx.array,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import mlx.core as mx
+
+from mlx_kimi.metal_kernels.fused import fused
 
 GATES = ("softplus",)
 
@@ -27,7 +27,7 @@ def forget_gate(
     return _softplus_gate(f, A_log, dt_bias)
 
 
-@partial(mx.compile, shapeless=True)
+@fused(shapeless=True)
 def _softplus_gate(f: mx.array, A_log: mx.array, dt_bias: mx.array) -> mx.array:
     rate = mx.exp(A_log.astype(mx.float32))[:, None]
     return mx.exp(-rate * mx.logaddexp(f.astype(mx.float32) + dt_bias, 0.0))

@@ -9,13 +9,12 @@ The kernels round once, where they store. The ops form rounds after each step in
 
 from __future__ import annotations
 
-from functools import partial
 from math import gcd
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 
+from mlx_kimi.metal_kernels.fused import fused, silu
 from mlx_kimi.metal_kernels.kda_gate import forget_gate
 from mlx_kimi.metal_kernels.kernel import Kernel, not_running
 
@@ -99,7 +98,7 @@ def naive_kda_finish(o: mx.array, g: mx.array, norm: mx.array, eps: float) -> mx
     return y.astype(g.dtype).reshape(g.shape)
 
 
-@partial(mx.compile, shapeless=True)
+@fused(shapeless=True)
 def _gated(o: mx.array, gate: mx.array) -> mx.array:
     return o * mx.sigmoid(gate.astype(mx.float32))
 
@@ -129,7 +128,7 @@ def short_convolution(
         y = window[:, :T] * taps[0]
         for tap in range(1, keep + 1):
             y = y + window[:, tap : tap + T] * taps[tap]
-    return nn.silu(y), _last_valid(window, keep, T, lengths)
+    return silu(y), _last_valid(window, keep, T, lengths)
 
 
 def _last_valid(window: mx.array, keep: int, T: int, lengths: mx.array | None) -> mx.array:

@@ -12,6 +12,7 @@ from math import gcd
 
 import mlx.core as mx
 
+from mlx_kimi.metal_kernels.fused import fused
 from mlx_kimi.metal_kernels.kernel import Kernel
 
 ROWS = 8  # of the state, of a lane, which has 4 elements of each
@@ -45,7 +46,7 @@ def naive_kda(
     return mx.stack(outputs, axis=1), state
 
 
-@mx.compile
+@fused()
 def kda_step(
     q: mx.array,
     k: mx.array,

@@ -1,5 +1,6 @@
 """Prompts to streams: stop conditions, contexts that are read once, and what is refused."""
 
+import inspect
 import os
 import signal
 import threading
@@ -7,14 +8,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any, get_type_hints
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
-from mlx_kimi import load
+import mlx_kimi
+from mlx_kimi import load, load_model
+from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generation.answer import Chunk, StopStrings
-from mlx_kimi.generation.generate import generate, prompt_ids, stream_generate
+from mlx_kimi.generation.generate import Options, generate, prompt_ids, stream_generate
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
@@ -288,3 +293,62 @@ def test_the_context_window_ends_an_answer(loaded) -> None:
     limit = loaded[0].config.model_max_length
     chunks = list(stream_generate(*loaded, [1] * (limit - 3), max_tokens=50))
     assert len(chunks) == 3 and chunks[-1].finish_reason == "length"
+
+
+# ------------------------------------------------------------------------------------ the library
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (b"bytes", "the prompt must be text, messages or token ids but is of type bytes"),
+        ({"role": "user"}, "the prompt must be text, messages or token ids but is of type dict"),
+        (7, "the prompt must be text, messages or token ids but is of type int"),
+        ([1, 2.0], "token 1 of the prompt must be an integer but is of type float"),
+        ([True], "token 0 of the prompt must be an integer but is of type bool"),
+        ([1, "a"], "token 1 of the prompt must be an integer but is of type str"),
+        ([{"role": "human", "content": "x"}], "message 0 of the prompt must have a role of system"),
+        ([{"role": "user"}], "message 0 of the prompt must have content, a string, but has None"),
+        (
+            [{"role": "user", "content": "x"}, "y"],
+            "message 1 of the prompt must be a dict but is of type str",
+        ),
+        (
+            [{"role": "user", "content": b"x"}],
+            "message 0 of the prompt must have content, a string, but has of type bytes",
+        ),
+        ([], "the prompt is empty"),
+        (mx.array([1.0]), "token 0 of the prompt must be an integer but is of type float"),
+    ],
+)
+def test_what_is_no_prompt_is_named(talker: Path, prompt: Any, said: str) -> None:
+    with pytest.raises(KimiError) as error:
+        generate(*load(talker), prompt, max_tokens=1)
+    assert str(error.value).startswith(said)
+
+
+def test_prompts_may_be_arrays_and_a_stop_one_string(talker: Path) -> None:
+    model, tokenizer = load(talker)
+    ids = [5, 6, 7]
+    expected = generate(model, tokenizer, ids, max_tokens=20)
+    assert generate(model, tokenizer, mx.array(ids), max_tokens=20) == expected
+    assert generate(model, tokenizer, list(np.array(ids)), max_tokens=20) == expected
+    part = expected[2:5]
+    stopped = generate(model, tokenizer, ids, max_tokens=20, stop=part)
+    assert stopped == generate(model, tokenizer, ids, max_tokens=20, stop=[part])
+    assert stopped == expected[: expected.index(part)]
+
+
+def test_options_are_those_of_stream_generate() -> None:
+    typed = set(get_type_hints(Options))
+    named = inspect.signature(stream_generate).parameters.values()
+    assert typed == {p.name for p in named if p.kind is p.KEYWORD_ONLY}
+
+
+def test_the_package_exports_what_a_program_needs() -> None:
+    for name in mlx_kimi.__all__:
+        assert getattr(mlx_kimi, name).__name__ == name
+    assert (Path(mlx_kimi.__file__).parent / "py.typed").is_file()
+
+
+def test_without_a_folder_the_pocket_model_is_loaded() -> None:
+    model, _ = load()
+    assert model.config == load_model(pocket_folder(), lazy=True).config

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from operator import index
+from typing import Any, TypedDict
+
+import mlx.core as mx
+from typing_extensions import Unpack
 
 from mlx_kimi.defaults import MAX_TOKENS, PREFILL_STEP
 from mlx_kimi.errors import ContextFull, KimiError, beyond_budget
@@ -14,10 +18,31 @@ from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
 
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | mx.array
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def generate(model: KimiLinear, tokenizer: Tokenizer, prompt: Prompt, **options: Any) -> str:
+class Options(TypedDict, total=False):
+    """Those of `stream_generate`, which explains them."""
+
+    max_tokens: int
+    temp: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: str | Sequence[str]
+    tools: Sequence[dict[str, Any]] | None
+    prefill_step: int
+    latent_bits: int | None
+    progress: Callable[[int, int], None] | None
+    state: TokenState | None
+
+
+def generate(
+    model: KimiLinear, tokenizer: Tokenizer, prompt: Prompt, **options: Unpack[Options]
+) -> str:
     """The whole answer of `stream_generate`, which explains the options and errors."""
     return "".join(chunk.text for chunk in stream_generate(model, tokenizer, prompt, **options))
 
@@ -34,7 +59,7 @@ def stream_generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     tools: Sequence[dict[str, Any]] | None = None,
     prefill_step: int = PREFILL_STEP,
     latent_bits: int | None = None,
@@ -44,10 +69,11 @@ def stream_generate(
     """Answer a prompt, one chunk a token.
 
     Args:
-        prompt: text (the chat template is applied), a list of messages, or token ids (as they are).
+        prompt: text (the chat template is applied), a list of messages, each with a role and
+            content, or token ids (as they are).
         max_tokens: the answer's length at most; the context window may end it earlier.
         temp, top_k, top_p, min_p, repetition_penalty, seed: see `sample.Sampling`.
-        stop: strings that end the answer; they are not part of it.
+        stop: a string, or several, that end the answer; they are not part of it.
         tools: JSON schemas of functions that the model may call, for the chat template.
         prefill_step: prompt tokens read at once, 65,536 at most. More is faster and takes memory.
         latent_bits: 8 keeps the latents of MLA layers in 8 bits; ignored if `state` is given.
@@ -65,6 +91,7 @@ def stream_generate(
     limit = min(max_tokens, model.config.model_max_length - len(ids))
     state = state or TokenState(model, latent_bits, snapshot_every=None)
     sampler = Sampler(sampling, ids, model.config.vocab_size)
+    stop = (stop,) if isinstance(stop, str) else stop
     answer = Answer(tokenizer, stop, limit, len(ids), sampler.seed, state)
 
     hidden, answer.cached_tokens = prefill(state, ids, prefill_step, progress)
@@ -81,14 +108,26 @@ def prompt_ids(
     prompt: Prompt,
     tools: Sequence[dict[str, Any]] | None = None,
 ) -> list[int]:
-    """The tokens of a prompt, checked against the model's context and vocabulary."""
+    """The tokens of a prompt, checked against the model's context and vocabulary.
+
+    Raises:
+        KimiError: it is empty, too long, or neither text, messages nor ids.
+    """
     if isinstance(prompt, str):
-        if not prompt:
-            raise KimiError("the prompt is empty")
-        prompt = [{"role": "user", "content": prompt}]
-    ids: list[Any] = list(prompt)
-    if ids and isinstance(ids[0], Mapping):
-        ids = tokenizer.apply_chat_template(ids, list(tools) if tools else None)
+        prompt = [{"role": "user", "content": prompt}] if prompt else []
+    if isinstance(prompt, mx.array):
+        prompt = prompt.tolist()  # type: ignore[assignment]
+    if isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Sequence):
+        raise KimiError(f"the prompt must be text, messages or token ids but is {kind(prompt)}")
+    if not prompt:
+        raise KimiError("the prompt is empty")
+    if isinstance(prompt[0], Mapping):
+        messages: list[Any] = list(prompt)
+        for number, message in enumerate(messages):
+            _check_message(number, message)
+        ids = tokenizer.apply_chat_template(messages, list(tools) if tools else None)
+    else:
+        ids = [_token_id(number, token) for number, token in enumerate(prompt)]
     if not ids:
         raise KimiError("the prompt is empty")
     limit, vocab = model.config.model_max_length, model.config.vocab_size
@@ -103,6 +142,36 @@ def prompt_ids(
     if outside is not None:
         raise KimiError(f"token ids must be from 0 to {vocab - 1} but the prompt has {outside}")
     return ids
+
+
+def _check_message(number: int, message: Any) -> None:
+    where = f"message {number} of the prompt"
+    if not isinstance(message, Mapping):
+        raise KimiError(f"{where} must be a dict but is {kind(message)}")
+    if message.get("role") not in ROLES:
+        raise KimiError(
+            f"{where} must have a role of {', '.join(ROLES)} but has {message.get('role')!r}"
+        )
+    content = message.get("content")
+    is_empty = content is None and message.get("tool_calls")
+    if not (isinstance(content, (str, list)) or is_empty):
+        raise KimiError(f"{where} must have content, a string, but has {kind(content)}")
+
+
+def _token_id(number: int, token: Any) -> int:
+    try:
+        if isinstance(token, bool):
+            raise TypeError
+        return index(token)
+    except TypeError:
+        raise KimiError(
+            f"token {number} of the prompt must be an integer but is {kind(token)}"
+        ) from None
+
+
+def kind(value: Any) -> str:
+    """The type of a value, for an error."""
+    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def check_lengths(max_tokens: int, prefill_step: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.checkpoint.hub import local_folder
@@ -28,18 +29,21 @@ from mlx_kimi.offload.offload import ExpertOffload
 from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
 
 
-def load(path_or_hub_id: str | Path, budget: Budget | None = None) -> tuple[KimiLinear, Tokenizer]:
+def load(
+    path_or_hub_id: str | Path | None = None, budget: Budget | None = None
+) -> tuple[KimiLinear, Tokenizer]:
     """Load a model and its tokenizer.
 
     Args:
         path_or_hub_id: a folder (published, converted, or written by transformers 5), or a name
-            such as `moonshotai/Kimi-Linear-48B-A3B-Instruct`, which is downloaded first.
+            such as `moonshotai/Kimi-Linear-48B-A3B-Instruct`, which is downloaded first. None: the
+            pocket model that ships inside.
         budget: see `load_model`.
 
     Raises:
         KimiError: the folder does not hold a whole Kimi Linear model.
     """
-    folder = local_folder(path_or_hub_id)
+    folder = pocket_folder() if path_or_hub_id is None else local_folder(path_or_hub_id)
     tokenizer = load_tokenizer(folder)  # first: it fails in milliseconds
     return load_model(folder, budget=budget), tokenizer
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_kimi.metal_kernels.add_norm import add_norm
+from mlx_kimi.metal_kernels.fused import fused, silu
 from mlx_kimi.model.linear import FusedLinear
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ class RMSNorm(nn.Module):
         return normed, total
 
 
-@partial(mx.compile, shapeless=True)
+@fused(shapeless=True)
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """`silu(gate) * up`."""
-    return nn.silu(gate) * up
+    return silu(gate) * up
 
 
 class MLP(nn.Module):
