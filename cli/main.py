@@ -61,7 +61,7 @@ class Commands(click.Group):
             where, why = error.filename or "stdout", error.strerror or error
             raise click.ClickException(f"{where}: {why}") from None
         except RuntimeError as error:
-            if "metal" not in str(error):
+            if "metal" not in str(error).lower():
                 raise
             # MLX compiles a kernel when its result is first needed, and the compiler may refuse.
             first = str(error).strip().splitlines()[0]

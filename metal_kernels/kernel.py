@@ -92,6 +92,8 @@ Backend = Callable[[Kernel], Launch]
 _CHOSEN: ContextVar[tuple[Backend | None, bool] | None] = ContextVar("kernel backend", default=None)
 _REFUSED: dict[str, str] = {}  # kernels that cannot run on this GPU, and the message: by `trying`
 _OFF: ContextVar[Mapping[str, str]] = ContextVar("kernels off", default={})  # noqa: B039
+# In what MLX says where memory is short.
+NO_MEMORY = ("Insufficient Memory", "OutOfMemory", "out of memory", "Unable to allocate")
 NO_BACKEND = "nothing runs kernels here"  # why an operator uses its ops form
 NARROW_SIZE = 1 << 31  # elements that an index of 32 bits does not reach
 OFF = "MLX_KIMI_NO_KERNELS"  # set in the environment, every operator uses its ops form
@@ -134,6 +136,11 @@ def without(off: Mapping[str, str]) -> Iterator[None]:
         _OFF.reset(token)
 
 
+def refused() -> frozenset[str]:
+    """The kernels that `trying` refused."""
+    return frozenset(_REFUSED)
+
+
 def refusals() -> list[str]:
     """Of every kernel that `trying` refused, in one line each."""
     return [_refusal(name) for name in _REFUSED]
@@ -165,8 +172,8 @@ def trying(
 
     Args:
         refused: takes them instead, and they are not refused afterwards.
-        before: is told the kernel's name before each launch, and the values of its template and
-            the types of its outputs: MLX compiles each such form once. Its inputs are there then.
+        before: is told the kernel's name before each launch, and its form: the values of its
+            template, its grid, its outputs' types and shapes. Its inputs are there then.
         after: is called once a launch has ended or thrown.
     """
     refused = _REFUSED if refused is None else refused
@@ -176,11 +183,14 @@ def trying(
     def attempt(kernel: Kernel) -> Launch:
         def launch(**how: Any) -> list[mx.array]:
             mx.eval([x for x in how["inputs"] if isinstance(x, mx.array)])
-            before(kernel.name, (*how["template"], *how["output_dtypes"]))
+            sizes = (how["grid"], *map(tuple, how["output_shapes"]))
+            before(kernel.name, (*how["template"], *how["output_dtypes"], *sizes))
             try:
                 outputs = build(kernel)(**how)
                 mx.eval(outputs)
             except (RuntimeError, ValueError) as error:
+                if any(sign in str(error) for sign in NO_MEMORY):
+                    raise  # which says nothing of the kernel
                 refused[kernel.name] = str(error)
                 mx.eval(mx.zeros(1) + 1)
                 pairs = zip(how["output_shapes"], how["output_dtypes"], strict=True)

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.kernel import backend, without
+from mlx_kimi.metal_kernels.kernel import backend, refused, without
 
 
 class AttendShape(NamedTuple):
@@ -117,7 +117,8 @@ class Choices:
     @property
     def digest(self) -> str:
         """The same for two that compute the same bits: without kernels, all of them."""
-        return _digest(self.tuning, tuple(sorted(self.off))) if backend() else NO_KERNELS
+        off = tuple(sorted({*self.off, *refused()}))
+        return _digest(self.tuning, off) if backend() else NO_KERNELS
 
     @contextmanager
     def use(self) -> Iterator[None]:

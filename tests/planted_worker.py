@@ -29,6 +29,8 @@ def planted(kernel: Kernel) -> Launch:
                 raise RuntimeError(
                     "[metal::Device] Unable to build:\nprogram:3:1: error: no such 'x'"
                 )
+            case "no memory":
+                raise RuntimeError("[malloc] Unable to allocate 7 bytes.")
             case "hangs":
                 time.sleep(1000)
             case "crashes":

@@ -7,13 +7,14 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_kimi import load
+from mlx_kimi import load, load_model
 from mlx_kimi.chat.chat import Chat
 from mlx_kimi.chat.session import read_session
 from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.errors import GpuLost, KimiError
 from mlx_kimi.generation.generate import stream_generate
 from mlx_kimi.generation.token_state import TokenState
+from mlx_kimi.loading.budget import Budget
 from mlx_kimi.metal_kernels import tuning
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.metal_kernels.tuning import Choices
@@ -166,11 +167,65 @@ def test_a_failure_of_no_known_kernel_lets_the_next_start_try_all_again(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = key_of(loaded[0].config, mx.float32)
-    Stored.new(key).write()
+    before = Stored.new(key)
+    before.complete, before.off["mla_attend"] = True, "it hung"
+    before.write()
     fails(monkeypatch, "hidden", 2, HANG)
     with pytest.raises(GpuLost):
         answered(loaded, TokenState(loaded[0]))
-    assert Stored.read(key) is None
+    found = Stored.read(key)
+    assert found and not found.complete and found.off == {"mla_attend": "it hung"}
+
+
+@pytest.mark.parametrize("name", ["logits", "hidden"])
+def test_several_kernels_may_fail_one_after_another(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    expected = answered(loaded, TokenState(loaded[0]))
+    for at, kernel in enumerate(("kda_decode", "mla_attend", "expert_down"), start=1):
+        fails(monkeypatch, name, at, NOT_BUILT.replace("kda_decode", kernel))
+    state = TokenState(loaded[0])
+    assert answered(loaded, state) == expected and state.ids == PROMPT + expected[:-1]
+    assert {*loaded[0].choices.off} == {"kda_decode", "mla_attend", "expert_down"}
+
+
+def test_a_kernel_that_is_off_already_ends_the_answer(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be tried for ever."""
+
+    def always(*_: Any) -> Any:
+        raise RuntimeError(NOT_BUILT)
+
+    monkeypatch.setattr(KimiLinear, "logits", always)
+    with pytest.raises(RuntimeError, match="kda_decode"):
+        answered(loaded, TokenState(loaded[0]))
+
+
+@pytest.mark.parametrize("name", ["hidden", "token_of"])
+@pytest.mark.parametrize("at", [2, 3, 4, 5])
+@pytest.mark.parametrize("budget", [None, Budget(8 * 10**9)])
+def test_what_was_said_is_what_the_state_has_read(
+    loaded: Loaded,
+    talker: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    budget: Budget | None,
+    name: str,
+    at: int,
+) -> None:
+    """Other kernels round otherwise, here by a lot: a token that was told is not drawn anew."""
+    model = load_model(talker, budget=budget)
+    calls = fails(monkeypatch, name, at, NOT_BUILT)
+    logits = KimiLinear.logits
+
+    def otherwise(self: KimiLinear, hidden: mx.array) -> mx.array:
+        found = logits(self, hidden)
+        return found[..., ::-1] if calls[0] >= at else found
+
+    monkeypatch.setattr(KimiLinear, "logits", otherwise)
+    state = TokenState(model)
+    said = answered((model, loaded[1]), state)
+    assert calls[0] > at and state.ids == PROMPT + said[:-1]
 
 
 def test_a_chat_keeps_what_was_said_though_the_states_are_lost(

@@ -121,6 +121,24 @@ def test_an_answer_ends_where_another_has_begun_in_its_state(talker: Path) -> No
     assert [c.token for c in second] == [c.token for c in alone][1:]
 
 
+def test_an_interrupted_prompt_ends_the_answer_before_it(talker: Path) -> None:
+    """It went on behind the half of the other prompt that had been read."""
+    model, tokenizer = load(talker)
+    state = TokenState(model)
+    first = stream_generate(model, tokenizer, "about apples", max_tokens=6, state=state)
+    next(first)
+
+    def interrupt(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"state": state, "prefill_step": 4, "progress": interrupt}
+    with pytest.raises(KeyboardInterrupt):
+        next(stream_generate(model, tokenizer, "about pears and other fruit", **options))
+    with pytest.raises(KimiError, match="another answer has begun in this state"):
+        list(first)
+
+
 def test_threads_on_one_state_wait_or_are_told(talker: Path) -> None:
     model, tokenizer = load(talker)
     prompts = [f"about {n} pears" for n in range(24)]

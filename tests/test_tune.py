@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -40,6 +43,11 @@ from tests.emulated import emulator
 from tests.processes import run
 from tests.test_metal_texts import NAMES
 
+EVENTS = (
+    """read request; echo '{"event": "Trying", "kernel": "add_norm"}'; read go;"""
+    """ echo '{"event": "Trying", "kernel": null}';"""
+    f""" echo '{json.dumps({"event": "Chosen", "tuning": BASE})}'; echo '{{"event": "Done"}}'"""
+)
 SMALL = Limits(tokens=16, positions=40, repeats=0)
 CONFIG = ModelConfig.from_json(TINY)
 
@@ -84,7 +92,7 @@ def test_a_kernel_with_a_fault_is_off_and_all_others_run(
     again = Stored.read(found.key)
     assert again == found, "the second start reads a file"
     assert time.perf_counter() - start < 0.1
-    assert tried(folder("tiny"), "crashes", "kda_decode", again=False) != found, "it tries anew"
+    assert tried(folder("tiny"), "crashes", "kda_decode") == found, "nothing is tried again"
 
 
 @pytest.mark.slow
@@ -164,13 +172,115 @@ def test_measuring_ends_when_time_is_over_and_keeps_what_was_chosen(
     assert Stored.read(found.key) == found
 
 
-def test_a_worker_that_cannot_start_costs_nothing_but_a_note(folder: Callable[..., Path]) -> None:
-    found = tune.tune(
-        *(folder("tiny"), CONFIG, mx.float32, lambda _: None),
-        worker=[sys.executable, "-c", "raise SystemExit(3)"],
+@pytest.mark.parametrize(
+    "command", [[sys.executable, "-c", "raise SystemExit(3)"], ["/no/such/program"]]
+)
+def test_a_worker_that_cannot_run_is_said_and_tried_at_the_next_starts(
+    folder: Callable[..., Path], command: list[str]
+) -> None:
+    for attempt in range(1, 4):
+        found = tune.tune(*(folder("tiny"), CONFIG, mx.float32, lambda _: None), worker=command)
+        assert not found.off and not found.proven and found.complete == (attempt == 3)
+        assert any("its process ended" in note or "cannot be st" in note for note in found.notes)
+
+
+def test_a_kernel_runs_only_once_its_mark_is_on_the_disk(folder: Callable[..., Path]) -> None:
+    """A worker that names kernels without end is held at the first."""
+    seen = []
+
+    def show(kernel: str) -> None:
+        known = Stored.read(key_of(CONFIG, mx.float32))
+        seen.append((kernel, known and known.trying))
+
+    program = (
+        "import json, sys\n"
+        "for i in range(20):\n"
+        "    print(json.dumps({'event': 'Trying', 'kernel': f'k{i}'}), flush=True)\n"
+        "    open(sys.argv[1], 'a').write(sys.stdin.readline() and 'x')\n"
+        "print(json.dumps({'event': 'Done'}), flush=True)"
     )
-    assert found.complete and not found.off
-    assert any("did not finish: its process ended" in note for note in found.notes)
+    told = folder("tiny").parent / "told"
+    tune.tune(
+        *(folder("tiny"), CONFIG, mx.float32, show),
+        worker=[sys.executable, "-c", program, str(told)],
+    )
+    assert seen == [(f"k{i}", f"k{i}") for i in range(20)]
+    assert len(told.read_text()) == 20  # (the request is the first of these lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_closed_terminal_blames_no_kernel_and_leaves_no_child(
+    folder: Callable[..., Path], number: int, tmp_path: Path
+) -> None:
+    program = (
+        "import sys, mlx.core as mx; from pathlib import Path; from tests.test_tune import *\n"
+        "tried(Path(sys.argv[1]), 'hangs', 'add_norm')"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program, str(folder("tiny"))])
+    key, limit = key_of(CONFIG, mx.float32), time.monotonic() + 60
+    while not ((known := Stored.read(key)) and known.trying) and time.monotonic() < limit:
+        time.sleep(0.05)
+    (child,) = psutil.Process(parent.pid).children()
+    parent.send_signal(number)
+    assert parent.wait(20) == 128 + number
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    known = Stored.read(key)
+    assert known and not known.trying and not known.off and not known.complete
+
+
+def test_a_child_without_a_parent_ends_even_in_a_kernel_that_hangs(
+    folder: Callable[..., Path],
+) -> None:
+    request = {"folder": str(folder("tiny")), "dtype": "float32", "off": {}}
+    request["limits"] = dataclasses.asdict(SMALL)
+    child = subprocess.Popen(
+        worker("hangs", "add_norm"), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdin and child.stdout
+    child.stdin.write(json.dumps(request).encode() + b"\n\n")
+    child.stdin.flush()
+    assert json.loads(child.stdout.readline())["kernel"] == "add_norm"
+    child.stdin.close()
+    assert child.wait(20) == 1
+    child.stdout.close()
+
+
+def test_two_at_once_wait_for_each_other(folder: Callable[..., Path]) -> None:
+    """The second took the first one's mark for a kernel that had never returned."""
+    first_began, result = threading.Event(), []
+
+    def show(kernel: str) -> None:
+        first_began.set()
+        time.sleep(0.5)
+
+    def first() -> None:
+        result.append(
+            tune.tune(*(folder("tiny"), CONFIG, mx.float32, show), worker=["sh", "-c", EVENTS])
+        )
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    first_began.wait()
+    second = tune.tune(
+        *(folder("tiny"), CONFIG, mx.float32, lambda _: None), worker=["/no/such/program"]
+    )
+    thread.join()
+    assert second == result[0] and second.proven and not second.off
+
+
+def test_lack_of_memory_blames_no_kernel(folder: Callable[..., Path]) -> None:
+    found = tried(folder("tiny"), "no memory", "kda_decode")
+    assert not found.off and not found.proven and not found.complete
+    assert found.notes == ["[malloc] Unable to allocate 7 bytes."]
+
+
+def test_what_has_not_returned_does_not_run_without_tuning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = Stored.new(key_of(CONFIG, mx.float32))
+    before.trying = "kda_decode"
+    before.write()
+    assert list(tune.known_choices(CONFIG, mx.float32).off) == ["kda_decode"]
 
 
 # ------------------------------------------------------------------------------------- the file

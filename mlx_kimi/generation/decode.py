@@ -29,6 +29,8 @@ def prefill(
     """
     check_prefill_step(step)
     with state.turn:
+        state.answering = None  # whatever ends this: another answer in this state is over
+        state.settle()
         hidden = state.rewind_to_prefix_of(ids)
         cached = len(state.ids)
         state.take_snapshot(hidden)  # where the turn begins
@@ -63,19 +65,20 @@ def decode(state: TokenState, hidden: mx.array, sampler: Sampler, limit: int) ->
     waits_for_files = state.model.offload is not None
     try:
         with state.turn_of(hidden):
-            draw = state.draw(hidden, sampler)
+            draw = state.first_draw(hidden, sampler)
         for _ in range(limit - 1):
             if waits_for_files:
                 with state.turn_of(hidden):
                     token, draw = state.awaited(draw, sampler)
                 yield token
             with state.turn_of(hidden):
-                token, draw = state.step(draw, sampler)
+                token, draw = state.step(draw, sampler, is_known=waits_for_files)
             if not waits_for_files:
                 yield token
         with state.turn_of(hidden):
             token, _ = state.awaited(draw, sampler)
         yield token
     finally:
-        if state.answering is hidden:
-            state.settle()
+        with state.turn:
+            if state.answering is hidden:
+                state.settle()

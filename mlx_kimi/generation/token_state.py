@@ -107,12 +107,12 @@ class TokenState:
         without it: `faults.py`.
         """
         length, entries = len(self.ids), caches.snapshot(self.entries)
-        try:
-            return self._read(ids, output_wanted)
-        except RuntimeError as error:
-            leave_out_what_failed(self.model, error)
-            self._go_back(length, entries)
-            return self._read(ids, output_wanted)
+        while True:
+            try:
+                return self._read(ids, output_wanted)
+            except RuntimeError as error:
+                leave_out_what_failed(self.model, error)
+                self._go_back(length, entries)
 
     def _read(self, ids: Sequence[int], output_wanted: bool) -> mx.array | None:
         hidden = None
@@ -141,17 +141,32 @@ class TokenState:
         mx.async_eval(*draw, *caches.arrays(self.entries))
         return draw
 
-    def step(self, draw: Draw, sampler: Sampler) -> tuple[int, Draw]:
+    def first_draw(self, hidden: mx.array, sampler: Sampler) -> Draw:
+        """`draw`, made again without the kernels that fail."""
+        try:
+            return self.draw(hidden, sampler)
+        except RuntimeError as error:
+            return self._draw_again(self._drawn, sampler, error)
+
+    def step(self, draw: Draw, sampler: Sampler, is_known: bool = False) -> tuple[int, Draw]:
         """Read a drawn token, queue the drawing of the next, and wait for the first one's id.
 
         Interrupted meanwhile, tokens and cache stay as they were. Where a kernel fails, the state
         goes back to what has certainly been computed, and goes on from there without it.
+
+        Args:
+            is_known: the caller has the token from `awaited` already: it stays what it is.
         """
-        drawn = self._drawn
-        try:
-            return self._step(draw, sampler)
-        except RuntimeError as error:
-            return self._step(self._draw_again(drawn, sampler, error), sampler)
+        while True:
+            drawn, before = self._drawn, dict(vars(sampler))
+            try:
+                return self._step(draw, sampler)
+            except RuntimeError as error:
+                if not is_known:
+                    draw = self._draw_again(drawn, sampler, error)
+                    continue
+                leave_out_what_failed(self.model, error)
+                vars(sampler).update(before)
 
     def awaited(self, draw: Draw, sampler: Sampler) -> tuple[int, Draw]:
         """A token that was drawn, and its draw: another where a kernel failed meanwhile.
@@ -159,23 +174,27 @@ class TokenState:
         Raises:
             KimiError: its logits have NaN or +infinity.
         """
-        try:
-            return self.token_of(draw), draw
-        except RuntimeError as error:
-            draw = self._draw_again(self._drawn, sampler, error)
-            return self.token_of(draw), draw
+        while True:
+            try:
+                return self.token_of(draw), draw
+            except RuntimeError as error:
+                draw = self._draw_again(self._drawn, sampler, error)
 
     def _draw_again(self, drawn: Drawn | None, sampler: Sampler, error: RuntimeError) -> Draw:
-        leave_out_what_failed(self.model, error)
         assert drawn is not None, "what is awaited has been drawn"
-        vars(sampler).update(drawn.sampler)
-        if drawn.hidden is not None:
-            return self.draw(drawn.hidden, sampler)
         unread = self.ids[drawn.length :]
-        self._go_back(drawn.length, drawn.entries)
-        hidden = self._read(unread, output_wanted=True)
-        assert hidden is not None
-        return self.draw(hidden, sampler)
+        while True:
+            leave_out_what_failed(self.model, error)
+            vars(sampler).update(drawn.sampler)
+            try:
+                hidden = drawn.hidden
+                if hidden is None:
+                    self._go_back(drawn.length, drawn.entries)
+                    hidden = self._read(unread, output_wanted=True)
+                    assert hidden is not None
+                return self.draw(hidden, sampler)
+            except RuntimeError as another:
+                error = another
 
     def settle(self) -> None:
         """Nothing that was drawn will be asked for any more: hold no state to draw it again."""

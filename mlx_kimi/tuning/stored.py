@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -17,22 +20,24 @@ from pydantic import TypeAdapter, ValidationError
 import mlx_kimi.metal_kernels as kernels
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import tensors
-from mlx_kimi.durable import write_durably
+from mlx_kimi.durable import not_through_a_link, write_durably
 from mlx_kimi.metal_kernels.tuning import Choices, Tuning, default_tuning
 from mlx_kimi.model.random_weights import stored_quantization
 from mlx_kimi.user_cache import cache_folder
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
 class Stored:
-    """What is known so far. `complete`: all that was to be tried has been."""
+    """What is known so far. `complete`: it is not tried again."""
 
     key: dict[str, str]
     tuning: Tuning
     format: int = FORMAT
     complete: bool = False
+    proven: bool = False  # all kernels that are not off have run, and were right
+    attempts: int = 0
     trying: str | None = None  # a kernel that was about to run: it counts as bad until it has
     off: dict[str, str] = field(default_factory=dict)  # kernels that do not run, and why
     notes: list[str] = field(default_factory=list)  # what was measured
@@ -40,7 +45,8 @@ class Stored:
     @property
     def choices(self) -> Choices:
         """What runs: the defaults, as far as nothing else is known."""
-        return Choices(self.tuning, self.off)
+        trying = {self.trying: "it has not returned yet"} if self.trying else {}
+        return Choices(self.tuning, trying | self.off)
 
     @staticmethod
     def new(key: dict[str, str]) -> Stored:
@@ -65,6 +71,21 @@ class Stored:
             write_durably(path, lambda file: _write(file, text))
         except OSError:
             return
+
+
+@contextmanager
+def alone(key: dict[str, str]) -> Iterator[None]:
+    """Within, no other process finds out about this key; one that is at it is waited for."""
+    path = path_of(key).with_suffix(".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a", opener=not_through_a_link)
+    except OSError:  # nothing can be kept there, and nobody can disturb it
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 _ADAPTER = TypeAdapter(Stored)

@@ -1,5 +1,7 @@
 """The child process that tries kernels: a request on stdin, one event a line on stdout.
 
+A kernel that is new waits for a line on stdin, which says that its name is on the disk.
+
 `python -m mlx_kimi.tuning.worker`. What hangs or crashes here takes nobody with it.
 """
 
@@ -7,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import sys
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -15,7 +19,9 @@ from typing import TextIO
 import mlx.core as mx
 
 from mlx_kimi.checkpoint.config import ModelConfig
-from mlx_kimi.tuning.probe import Event, Probe
+from mlx_kimi.errors import KimiError
+from mlx_kimi.metal_kernels.kernel import in_one_line
+from mlx_kimi.tuning.probe import Event, Failed, Probe, Trying
 from mlx_kimi.tuning.sample import Limits
 
 CACHE = 1 << 26  # bytes of freed memory that MLX may keep, beside what is in use
@@ -37,11 +43,29 @@ def main() -> None:
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     mx.set_cache_limit(CACHE)
-    asked = json.load(sys.stdin)
+    asked = json.loads(sys.stdin.readline())
+    allowed: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(allowed,), daemon=True).start()
     request = Request(**asked | {"limits": Limits(**asked["limits"])})
-    config = ModelConfig.read(Path(request.folder))
-    dtype = getattr(mx, request.dtype)
-    Probe(config, dtype, request.off, request.limits, lambda event: _tell(events, event)).run()
+
+    def tell(event: Event) -> None:
+        _tell(events, event)
+        if isinstance(event, Trying) and event.kernel:
+            allowed.get()  # until the kernel's name is on the disk
+
+    try:
+        config = ModelConfig.read(Path(request.folder))
+        dtype = getattr(mx, request.dtype)
+        Probe(config, dtype, request.off, request.limits, tell).run()
+    except (KimiError, RuntimeError, ValueError) as error:
+        _tell(events, Failed(in_one_line(str(error))))
+
+
+def _listen(allowed: queue.SimpleQueue[str]) -> None:
+    """Take the parent's leave to go on; without a parent nothing goes on, not even what hangs."""
+    for line in sys.stdin:
+        allowed.put(line)
+    os._exit(1)
 
 
 def _tell(events: TextIO, event: Event) -> None:
