@@ -13,7 +13,7 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
 from mlx_kimi.loading.load import dtype_of
 from mlx_kimi.metal_kernels.kernel import backend
-from mlx_kimi.tuning.stored import path_of
+from mlx_kimi.tuning.stored import Stored, path_of
 from mlx_kimi.tuning.tune import tune
 
 
@@ -48,4 +48,5 @@ def command(model: str | None, seconds: float) -> None:
         )
     for line in lines(stored):
         click.echo(line)
-    click.echo(f"kept in {path_of(stored.key)}")
+    if Stored.read(stored.key) == stored:
+        click.echo(f"kept in {path_of(stored.key)}")

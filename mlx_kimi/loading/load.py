@@ -20,7 +20,7 @@ from mlx_kimi.loading.finite import not_finite_place
 from mlx_kimi.loading.match import TensorMatcher
 from mlx_kimi.loading.memory import refuse_what_does_not_fit, wire
 from mlx_kimi.loading.warm_up import warm_up
-from mlx_kimi.metal_kernels.kernel import is_traced
+from mlx_kimi.metal_kernels.kernel import in_one_line, is_traced
 from mlx_kimi.metal_kernels.tuning import Choices
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.weights import Weights
@@ -112,7 +112,11 @@ def load_model(
     if (place := not_finite_place(model)) is not None:
         raise KimiError(f"{folder}: {place} has NaN or infinity: the weights are damaged")
     if is_traced():  # (a GPU's own backend: an emulator compiles nothing ahead)
-        warm_up(model)
+        try:
+            warm_up(model)
+        except RuntimeError as error:
+            said = in_one_line(str(error))
+            raise KimiError(f"the GPU failed when kernels were first run: {said}") from error
     return model
 
 

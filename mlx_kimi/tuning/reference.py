@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.metal_kernels.experts import expert_combine
-from mlx_kimi.metal_kernels.kernel import use_backend
-from mlx_kimi.metal_kernels.matmul import plain_products
 from mlx_kimi.model.kimi_linear import DecoderLayer
 from mlx_kimi.model.moe import Experts, MixtureOfExperts
 
@@ -44,10 +39,3 @@ def with_experts_one_by_one(layer: DecoderLayer) -> DecoderLayer:
     if isinstance(layer.mlp, MixtureOfExperts):
         layer.mlp.switch_mlp = OneByOne(layer.mlp.switch_mlp)
     return layer
-
-
-@contextmanager
-def naive() -> Iterator[None]:
-    """Within, no kernels of ours run, and no quantized products of MLX."""
-    with use_backend(None), plain_products():
-        yield

@@ -62,7 +62,7 @@ class Stored:
             return None
         return found if found.key == key and found.format == FORMAT else None
 
-    def write(self) -> None:
+    def write(self) -> bool:
         """Keep it. A folder that cannot be written costs only that it is found out again."""
         path = path_of(self.key)
         text = json.dumps(asdict(self), indent=1)
@@ -70,7 +70,8 @@ class Stored:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(path, lambda file: _write(file, text))
         except OSError:
-            return
+            return False
+        return True
 
 
 @contextmanager

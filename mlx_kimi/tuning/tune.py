@@ -26,7 +26,7 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.defaults import NO_TUNE
 from mlx_kimi.metal_kernels.tuning import Choices, Tuning
 from mlx_kimi.tuning.sample import Limits
-from mlx_kimi.tuning.stored import Stored, alone, key_of
+from mlx_kimi.tuning.stored import Stored, alone, key_of, path_of
 from mlx_kimi.tuning.worker import Request
 
 WORKER = (sys.executable, "-m", "mlx_kimi.tuning.worker")
@@ -66,6 +66,8 @@ def choices_for(folder: Path, config: ModelConfig, dtype: mx.Dtype) -> Choices:
         said = [f"{kernel} is off: {why}" for kernel, why in stored.off.items()]
         if not stored.proven:
             said += [f"the kernels were not all tried: {note}" for note in stored.notes]
+        elif "cannot be written" in stored.notes[-1]:
+            said.append(stored.notes[-1])
         for line in said:
             console.print(line, highlight=False, markup=False)
     return stored.choices
@@ -111,7 +113,8 @@ def tune(
         stored.trying = None
         stored.attempts += 1
         stored.complete = stored.proven or stored.attempts >= ATTEMPTS
-        stored.write()
+        if not stored.write():
+            stored.notes.append(f"{path_of(key)}: cannot be written; the next start tries again")
     return stored
 
 
