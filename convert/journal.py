@@ -11,6 +11,8 @@ from typing import Any
 
 from mlx_kimi.durable import not_through_a_link, sync
 
+LINE_BYTES = 1 << 20  # of a record at most; it names the files that were written since the last
+
 
 class Journal:
     """Records, each a line with its CRC-32. A torn line and all after it do not count.
@@ -63,10 +65,11 @@ class Journal:
     def _read(self) -> list[dict[str, Any]]:
         records, end = [], 0
         self._file.seek(0)
-        for line in self._file:
-            if not _is_whole(line):
+        while line := self._file.readline(LINE_BYTES):
+            record = _record(line)
+            if record is None:
                 break
-            records.append(json.loads(line[9:]))
+            records.append(record)
             end += len(line)
         self._file.truncate(end)
         return records
@@ -75,12 +78,19 @@ class Journal:
 def first_record(path: Path) -> dict[str, Any] | None:
     """The first record of a journal that another process may have open; None if there is none."""
     try:
-        with open(path, "rb") as file:
-            line = file.readline()
+        with open(path, "rb", opener=not_through_a_link) as file:
+            line = file.readline(LINE_BYTES)
     except OSError:
         return None
-    return json.loads(line[9:]) if _is_whole(line) else None
+    return _record(line)
 
 
-def _is_whole(line: bytes) -> bool:
-    return line.endswith(b"\n") and line[:9] == b"%08x " % zlib.crc32(line[9:-1])
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None if it is torn, or was no record."""
+    if not line.endswith(b"\n") or line[:9] != b"%08x " % zlib.crc32(line[9:-1]):
+        return None
+    try:
+        record = json.loads(line[9:])
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from mlx_kimi.checkpoint.fields import read_json
 from mlx_kimi.checkpoint.weight_file import FileVersion, OpenFile
 from mlx_kimi.errors import KimiError
+from mlx_kimi.user_files import JSON_BYTES, is_there, only_regular, parsed_json
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16")
@@ -171,7 +171,7 @@ def _files(folder: Path) -> list[str]:
 
 def _weight_map(folder: Path, there: Collection[str]) -> dict[str, str]:
     """The index's tensor -> file, empty when the folder has no index."""
-    if not (folder / INDEX).exists():
+    if not is_there(folder / INDEX):
         return {}
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -209,15 +209,20 @@ def read_header(path: Path) -> Header:
         KimiError: it is not a whole safetensors file, or changed while it was read.
     """
     try:
-        with path.open("rb") as weights:
+        with open(path, "rb", opener=only_regular) as weights:
             version = FileVersion.of(weights.fileno())
+            size = int.from_bytes(weights.read(8), "little")
+            if size > min(JSON_BYTES, version.size):
+                raise KimiError(
+                    f"{path}: not a whole safetensors file: its header may have {JSON_BYTES} "
+                    f"bytes, and the file has {version.size}, but the header {size}"
+                )
             with safe_open(str(path), framework="numpy") as opened:  # checks all of it
                 names = list(opened.keys())
-            size = int.from_bytes(weights.read(8), "little")
-            fields = json.loads(weights.read(size))
-            with path.open("rb") as again:
+            fields = parsed_json(weights.read(size), path)
+            with open(path, "rb", opener=only_regular) as again:
                 now = FileVersion.of(again.fileno())
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:  # (the last: it cannot be mapped)
         raise KimiError(f"{path}: not a whole safetensors file: {error}") from None
     if now != version:
         raise KimiError(f"{path}: was {version.change_to(now)} while its header was read")

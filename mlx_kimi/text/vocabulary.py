@@ -45,14 +45,35 @@ class Vocabulary:
     size: int
 
 
+# Every message of a chat is searched for the names.
+LONGEST_NAME = 1024  # characters; published names have 30
+ALL_NAMES = 1 << 18  # characters of all names together
+
+
+def is_text(name: str) -> bool:
+    """Whether it can be written as UTF-8: JSON can spell half a surrogate pair, which cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def check_names(names: Mapping[int, str]) -> None:
-    """Refuse names of which two ids have one.
+    """Refuse names of which two ids have one, and more of them than a chat is searched for.
 
     Raises:
         KimiError: so it is.
     """
     ids: dict[str, int] = {}
+    together = sum(map(len, names.values()))
+    if together > ALL_NAMES:
+        raise KimiError(
+            f"the names of control tokens may have {ALL_NAMES} characters together, but have "
+            f"{together}"
+        )
     for id, name in names.items():
+        if len(name) > LONGEST_NAME:
+            raise KimiError(
+                f"the name of control token {id} may have {LONGEST_NAME} characters, but "
+                f"{shown(name)} has {len(name)}"
+            )
         if name in ids:
             raise KimiError(
                 f"tokenizer_config.json: added_tokens_decoder: a name must have one id, "
