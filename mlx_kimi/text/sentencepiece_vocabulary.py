@@ -10,7 +10,7 @@ import sentencepiece
 
 from mlx_kimi.errors import KimiError
 from mlx_kimi.text.control_tokens import ControlTokens
-from mlx_kimi.text.vocabulary import Pieces, Vocabulary, check_names
+from mlx_kimi.text.vocabulary import MOST_IDS, Pieces, Vocabulary, check_names
 from mlx_kimi.user_files import read_bytes
 
 
@@ -27,6 +27,8 @@ def load_sentencepiece(file: Path, added: Mapping[int, str]) -> Vocabulary:
     model = read_bytes(file)
     processor = _processor(file, model)
     size = processor.get_piece_size()
+    if size > MOST_IDS:
+        raise KimiError(f"{file}: may have {MOST_IDS} pieces, but has {size}")
     try:
         kinds, spec = _piece_kinds(model), _normalizer(model)
         spelled = [str(processor.id_to_piece(id)) for id in range(size)]

@@ -45,8 +45,9 @@ class Vocabulary:
     size: int
 
 
-# Every message of a chat is searched for the names.
-LONGEST_NAME = 1024  # characters; published names have 30
+MOST_IDS = 1 << 20  # of text; the published vocabulary has 163,584
+# Every message of a chat is searched for the names of control tokens.
+MOST_NAMES, LONGEST_NAME = 4096, 1024  # published: 256 of at most 30 characters
 ALL_NAMES = 1 << 18  # characters of all names together
 
 
@@ -63,10 +64,10 @@ def check_names(names: Mapping[int, str]) -> None:
     """
     ids: dict[str, int] = {}
     together = sum(map(len, names.values()))
-    if together > ALL_NAMES:
+    if len(names) > MOST_NAMES or together > ALL_NAMES:
         raise KimiError(
-            f"the names of control tokens may have {ALL_NAMES} characters together, but have "
-            f"{together}"
+            f"there may be {MOST_NAMES} control tokens with {ALL_NAMES} characters of names, but "
+            f"there are {len(names)} with {together}"
         )
     for id, name in names.items():
         if len(name) > LONGEST_NAME:

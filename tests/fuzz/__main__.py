@@ -51,8 +51,8 @@ def main() -> int:
         total[outcome] += number
     print(shares(counts))
     print(
-        f"{total.total()} cases: {total['answer']} answers, {total['error']} one-line errors, "
-        f"{total['violation']} violations"
+        f"{total.total()} cases: {total['answer']} answers, {total['noted']} after a note, "
+        f"{total['error']} one-line errors, {total['violation']} violations"
     )
     return 1 if total["violation"] else 0
 

@@ -25,10 +25,16 @@ HOSTILE: tuple[Json, ...] = (
 
 
 class Damage(NamedTuple):
-    """What was done, and whether an answer must be the one of before all the same."""
+    """What was done to a folder.
+
+    Attributes:
+        same: an answer must be that of the sound folder, or of the same text read anew.
+        is_noted: what was damaged was not used, and a note says so.
+    """
 
     what: str
     same: bool = False
+    is_noted: bool = False
 
 
 Mutator = Callable[[Random, Path], Damage]

@@ -8,6 +8,8 @@ from collections import Counter
 from typing import Any
 
 Found = dict[str, Any]
+# An answer; one after a note that something was not used; one line of error; anything else.
+OUTCOMES = ("answer", "noted", "error", "violation")
 
 
 class Runner:
@@ -17,7 +19,7 @@ class Runner:
         self._child: subprocess.Popen[str] | None = None
 
     def run(self, target: str, seed: int) -> Found:
-        """The outcome of one case: `outcome` is `answer`, `error` or `violation`."""
+        """The outcome of one case: `outcome` is one of OUTCOMES."""
         child = self._child or self._start()
         assert child.stdin and child.stdout
         try:
@@ -64,9 +66,8 @@ def shown(found: Found) -> str:
 def shares(outcomes: Counter[tuple[str, str, str]]) -> str:
     """Of each target and mutator how often it ended in which way."""
     rows = sorted({(target, mutator) for target, mutator, _ in outcomes})
-    kinds = ("answer", "error", "violation")
     return "\n".join(
         f"{target:8} {mutator:16} "
-        + "  ".join(f"{kind} {outcomes[target, mutator, kind]:5}" for kind in kinds)
+        + "  ".join(f"{kind} {outcomes[target, mutator, kind]:5}" for kind in OUTCOMES)
         for target, mutator in rows
     )

@@ -166,7 +166,7 @@ def load_damaged(world: World, rng: Random, damage: Mutator) -> Damage:
     expected = world.sound_answer(sound)
     copy = Path(shutil.copytree(sound, world.scratch / "model"))
     done = damage(rng, copy)
-    budget = Budget(64 << 20, 256, prefill_step=64) if rng.random() < 0.2 else None
+    budget = Budget(1 << 30, 256, prefill_step=64) if rng.random() < 0.2 else None
     with saying(done):
         model, tokenizer = load(copy, budget)
         try:
@@ -228,7 +228,7 @@ def resume(world: World, rng: Random, damage: Mutator) -> Damage:
             refuse_another_text(done, notes, read, sound, damage)
             anew = answer(*world.loaded, read.messages)
             refuse_another(done, given, anew[-len(given) :])
-    return done
+    return done._replace(is_noted=bool(notes))
 
 
 def use_prompt_cache(world: World, rng: Random, damage: Mutator) -> Damage:
@@ -237,12 +237,12 @@ def use_prompt_cache(world: World, rng: Random, damage: Mutator) -> Damage:
     done = damage(rng, copy)
     with saying(done):
         state = TokenState(world.loaded[0], None, snapshot_every=None)
-        conversation, _ = read_session(copy, world.fingerprint, state)
+        conversation, notes = read_session(copy, world.fingerprint, state)
         conversation.say(NEXT)
         given = answer(*world.loaded, conversation.messages, state=state)
         if done.same:
             refuse_another(done, given, answer(*world.loaded, conversation.messages))
-    return done
+    return done._replace(is_noted=bool(notes))
 
 
 def conversation_of(world: World, folder: Path) -> Conversation:

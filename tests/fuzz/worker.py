@@ -30,7 +30,7 @@ def outcome(world: Any, target: str, seed: int) -> dict[str, Any]:
     before = peak()
     try:
         done = TARGETS[target].read(world, rng, mutator)
-        found |= {"outcome": "answer", "what": done.what}
+        found |= {"outcome": "noted" if done.is_noted else "answer", "what": done.what}
     except KimiError as error:
         done = getattr(error, "done", None)
         found |= {"outcome": "error", "what": done.what if done else "", "said": str(error)}
