@@ -215,6 +215,15 @@ def test_quantization_that_the_file_contradicts_is_named(
     assert "more like these" in message
 
 
+def test_groups_that_do_not_divide_a_row_are_named(quantized_copy: Path) -> None:
+    """Of rows of 64 weights a group of 128 leaves nothing: scales of no element would fit."""
+    path = quantized_copy / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization"]["group_size"] = 128
+    path.write_text(json.dumps(config))
+    assert "groups of 128 weights must divide its rows of 64" in refusal(quantized_copy)
+
+
 def test_scales_without_quantization_in_the_config_are_named(quantized_copy: Path) -> None:
     path = quantized_copy / "config.json"
     config = json.loads(path.read_text())
@@ -258,6 +267,11 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
     "shape_huge": lambda path: write(path, one(shape=(2**62, 4)), bytes(4)),
     "shape_negative": lambda path: write(path, one(shape=(-1,)), bytes(4)),
     "shape_text": lambda path: write(path, one(shape="1"), bytes(4)),
+    "twice": lambda path: write(
+        path, json.dumps(one())[:-1].encode() + b", " + json.dumps(one())[1:].encode(), bytes(4)
+    ),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "device": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
     "dtype_unknown": lambda path: write(path, one(dtype="F31"), bytes(4)),
     "dtype_number": lambda path: write(path, one(dtype=32), bytes(4)),
     "directory": lambda path: (path.unlink(), path.mkdir()),

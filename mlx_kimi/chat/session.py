@@ -180,6 +180,8 @@ def _read(
         refuse_longer(folder, fingerprint, state.model.config.model_max_length)
     about, conversation, note = read_text(folder)
     notes = [note] if note else []
+    if not about:  # only turns could be read
+        return conversation, [], notes
     unlike = differences(about.get("identity", {}), fingerprint)
     if unlike:
         return conversation, [], [*notes, f"the text is read again, since {unlike} changed"]
@@ -330,9 +332,7 @@ def _rescued(path: Path) -> Conversation:
         try:
             value = json.loads(line)
             if "system" in value:
-                if not isinstance(value["system"], str | None):
-                    break
-                found.system = value["system"]
+                found.system = value["system"] if isinstance(value["system"], str) else None
             else:
                 found.turns.append(read_turn(value))
         except (ValueError, KeyError, TypeError, RecursionError):
