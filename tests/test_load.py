@@ -436,6 +436,34 @@ def test_a_config_that_asks_for_more_than_the_files_hold_fails_at_once(
     assert mx.get_active_memory() - before < 1 << 20  # bytes; one of those matrices is 64 TB
 
 
+@pytest.mark.parametrize(
+    ("moment", "change", "said"),
+    [
+        (0, lambda path: os.truncate(path, 9000), "was cut to 9,000 of"),
+        (1, lambda path: os.truncate(path, 9000), "was cut to 9,000 of"),
+        (0, os.unlink, "cannot be read while the model was loaded: No such file"),
+        (1, lambda path: os.utime(path, ns=(0, 0)), "was written to while the model was loaded"),
+    ],
+)
+def test_a_file_that_changes_before_mlx_reads_it_is_named(
+    copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, moment: int, change: Any, said: str
+) -> None:
+    """The reason was MLX's own, and weights that another program wrote were taken in silence."""
+    load: Any = mx.load
+
+    def meanwhile(path: str, **options: Any) -> Any:
+        if moment == 0:
+            change(path)
+        arrays = load(path, **options)
+        if moment == 1:
+            change(path)
+        return arrays
+
+    monkeypatch.setattr(mx, "load", meanwhile)
+    message = refusal(copy())
+    assert f"{FILE}: " in message and said in message
+
+
 def test_a_refused_folder_leaves_no_file_open(copy: Callable[..., Path]) -> None:
     folder = copy()
     (folder / "config.json").write_text(json.dumps({**TINY, "vocab_size": 257}))

@@ -120,11 +120,27 @@ class Checkpoint:
         stored = self.tensors[name]
         return self.headers[stored.file].end + stored.offset
 
+    def refuse_changed(self, use: str) -> None:
+        """Check that every file is still the one whose header was read; `use` as of `open`.
+
+        Raises:
+            KimiError: one is not.
+        """
+        for file in self.headers:
+            self.open(file, use).close()
+
     def sample(self, file: str) -> bytes:
-        """The middle of a file, by which to know it again without reading it."""
-        with (self.folder / file).open("rb") as weights:
-            weights.seek((self.folder / file).stat().st_size // 2)
-            return weights.read(SAMPLE)
+        """The middle of a file, by which to know it again without reading it.
+
+        Raises:
+            KimiError: it cannot be read.
+        """
+        try:
+            with open(self.folder / file, "rb", opener=only_regular) as weights:
+                weights.seek(FileVersion.of(weights.fileno()).size // 2)
+                return weights.read(SAMPLE)
+        except OSError as error:
+            raise KimiError(f"{self.folder / file}: cannot be read: {error.strerror}") from None
 
     def array(self, name: str) -> mx.array:
         """The tensor, read when it is evaluated."""
@@ -134,6 +150,7 @@ class Checkpoint:
     def _arrays(self) -> dict[str, dict[str, Any]]:
         # On the CPU stream: files are read by the host, whatever computes later.
         load: Any = mx.load
+        self.refuse_changed("it was opened")  # MLX would wait for a pipe in a file's place
         return {file: load(str(self.folder / file), stream=mx.cpu) for file in self.files}
 
 

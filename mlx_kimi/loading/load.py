@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,8 +75,10 @@ def load_model(
         raise KimiError(f"a memory budget is for a whole model, not one of {shard[1]} ranks")
     folder = Path(folder)
     config = ModelConfig.read(folder)
-    matcher = TensorMatcher(config, Checkpoint(folder), shard)
-    arrays = matcher.arrays()
+    checkpoint = Checkpoint(folder)
+    matcher = TensorMatcher(config, checkpoint, shard)
+    with _unchanged(checkpoint):
+        arrays = matcher.arrays()
     dtype = compute_dtype(arrays)
     arrays = {name: _in_dtype(name, array, dtype) for name, array in arrays.items()}
     offload = None
@@ -97,13 +100,29 @@ def load_model(
     del arrays, weights, matcher
     if lazy:
         return model
-    mx.eval(model.embed_tokens.parameters())
-    for layer in model.layers:
-        mx.eval(layer.parameters())
-    mx.eval(model.parameters())
+    with _unchanged(checkpoint):
+        mx.eval(model.embed_tokens.parameters())
+        for layer in model.layers:
+            mx.eval(layer.parameters())
+        mx.eval(model.parameters())
     if is_traced():  # (a GPU's own backend: an emulator compiles nothing ahead)
         warm_up(model)
     return model
+
+
+@contextmanager
+def _unchanged(checkpoint: Checkpoint) -> Iterator[None]:
+    """Within, MLX reads files by their names. It says little of one that changed, or nothing.
+
+    Raises:
+        KimiError: a file is no longer the one whose header was checked.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError):
+        checkpoint.refuse_changed("the model was loaded")
+        raise
+    checkpoint.refuse_changed("the model was loaded")
 
 
 def _choices(folder: Path, config: ModelConfig, dtype: mx.Dtype, lazy: bool, ranks: int) -> Choices:

@@ -153,7 +153,7 @@ def header_length(rng: Random, folder: Path) -> Damage:
     else:
         data = b""
     put_header(file, text, data, size)
-    return Damage(f"{file.name}: {kind} {size if size is not None else ''}")
+    return Damage(f"{file.name}: {kind} {size or ''}", same=kind == "spaces")
 
 
 def weight_bytes(rng: Random, folder: Path) -> Damage:

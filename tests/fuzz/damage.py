@@ -217,24 +217,31 @@ class AtOpen:
     """Something that happens to a file when Python opens it, after whatever was checked before."""
 
     def __init__(self) -> None:
-        self._path, self._count, self._do = "", 0, is_nothing
+        self._path, self._count, self._do, self._is_pipe = "", 0, is_nothing, False
         sys.addaudithook(self._hook)
 
-    def arm(self, path: Path, count: int, do: Callable[[Path], None]) -> None:
-        """Let `do` happen at the opening number `count` of `path`, from 0."""
-        self._path, self._count, self._do = str(path), count, do
+    def arm(
+        self, path: Path, count: int, do: Callable[[Path], None], is_pipe: bool = False
+    ) -> None:
+        """Let `do`, which may put a pipe there, happen at opening `count` of `path`, from 0."""
+        self._path, self._count, self._do, self._is_pipe = str(path), count, do, is_pipe
 
     def disarm(self) -> None:
         self._path = ""
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event != "open" or not self._path or arguments[0] != self._path:
+        if event == "open" and self._path:
+            self.opened(arguments[0])
+
+    def opened(self, path: Any, waits: bool = False) -> None:
+        """Be told that `path` is opened; `waits`: by what would wait for a pipe for ever."""
+        if not self._path or path != self._path or (waits and self._is_pipe):
             return
         if self._count:
             self._count -= 1
             return
-        path, self._path = Path(self._path), ""
-        self._do(path)
+        self._path = ""
+        self._do(Path(path))
 
 
 at_open = AtOpen()
@@ -246,7 +253,7 @@ def cut_to_half(file: Path) -> None:
 
 def race(rng: Random, folder: Path) -> Damage:
     """A file becomes another between a check and its reading."""
-    file, count = rng.choice(files_of(folder)), rng.choice((0, 0, 1, 2))
+    file, count = rng.choice(files_of(folder)), rng.choice((0, 0, 1, 2, 3, 4, 5, 6))
     kind = rng.choice((cut_to_half, *FAULTS))
 
     def happens(path: Path) -> None:
@@ -254,5 +261,5 @@ def race(rng: Random, folder: Path) -> Damage:
             path.unlink(missing_ok=True)
         kind(path)
 
-    at_open.arm(file, count, happens)
+    at_open.arm(file, count, happens, is_pipe=kind is is_fifo)
     return Damage(f"{file.name} {kind.__name__} at opening {count}")

@@ -61,6 +61,23 @@ def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
 
 
+def watch_loads() -> None:
+    """Let files change before and after MLX opens them, too."""
+    import mlx.core as mx
+
+    from tests.fuzz.damage import at_open
+
+    load: Any = mx.load
+
+    def watched(path: str, **options: Any) -> Any:
+        at_open.opened(path, waits=True)
+        arrays = load(path, **options)
+        at_open.opened(path, waits=True)
+        return arrays
+
+    mx.load = watched  # type: ignore[assignment]
+
+
 def main() -> None:
     """Answer until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -74,6 +91,7 @@ def main() -> None:
         faulthandler.enable()
         world.loaded, world.session, world.packed, world.pieces  # noqa: B018 (made before limits)
         limit_memory()
+        watch_loads()
         for line in sys.stdin:
             target, seed = line.split()
             faulthandler.dump_traceback_later(SECONDS, exit=True)
