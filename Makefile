@@ -1,12 +1,13 @@
 # `make demo`, `make quick` and `make test` each set up everything they need on a fresh clone.
 PYTHON ?= python3
 JOBS ?= 2
+MINUTES ?= 5
 VENV := .venv
 BACKEND := $(if $(filter Darwin,$(shell uname -s)),,cpu)
 comma := ,
 PYTEST := $(VENV)/bin/python -m pytest -q
 
-.PHONY: demo test quick check fix clean
+.PHONY: demo test quick fuzz check fix clean
 
 demo: $(VENV)/.runtime
 	@echo "== asking the pocket model that ships inside the package =="
@@ -21,6 +22,10 @@ test: check
 quick: check
 	@echo "== running the tests that are quick, $(JOBS) at a time =="
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "not alone and not slow"
+
+fuzz: $(VENV)/.dev
+	@echo "== reading damaged files for $(MINUTES) minutes =="
+	$(VENV)/bin/python -m tests.fuzz --minutes $(MINUTES) --jobs $(JOBS)
 
 check: $(VENV)/.dev
 	@echo "== checking style and types =="

@@ -19,6 +19,7 @@ from mlx_kimi.generation.generate import check_lengths
 from mlx_kimi.generation.sample import Sampling
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.model.cache import check_latent_bits
+from mlx_kimi.user_files import read_bytes
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -64,7 +65,7 @@ def read_prompt(prompt: str) -> str:
 def read_text(file: Path) -> str:
     """The text of a file that an option names."""
     try:
-        return file.read_text(encoding="utf-8")
+        return read_bytes(file).decode("utf-8")
     except UnicodeDecodeError as error:
         raise KimiError(f"{file} is not UTF-8 at byte {error.start}") from None
 

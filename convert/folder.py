@@ -14,6 +14,7 @@ from mlx_kimi.checkpoint.files import INDEX
 from mlx_kimi.checkpoint.hub import BESIDE_WEIGHTS
 from mlx_kimi.convert.quantize import Scheme
 from mlx_kimi.errors import KimiError
+from mlx_kimi.user_files import is_there, read_bytes
 
 # Fields of ModelConfig that config.json spells otherwise.
 _NOT_PUBLISHED = {
@@ -33,10 +34,7 @@ def small_files(source: Path) -> dict[str, bytes]:
         KimiError: a file cannot be read.
     """
     names = ("config.json", INDEX, *BESIDE_WEIGHTS)
-    try:
-        return {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
-    except OSError as error:
-        raise KimiError(f"{error.filename}: {error.strerror}") from None
+    return {name: read_bytes(source / name) for name in names if is_there(source / name)}
 
 
 def copied_files(small: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from mlx_kimi.durable import not_through_a_link, sync
 
+LINE_BYTES = 1 << 20  # of a record at most; it names the files that were written since the last
+
 
 class Journal:
     """Records, each a line with its CRC-32. A torn line and all after it do not count.
@@ -66,12 +68,13 @@ class Journal:
         records: list[dict[str, Any]] = []
         end = 0
         self._file.seek(0)
-        for line in self._file:
-            if not _is_whole(line):
+        while line := self._file.readline(LINE_BYTES):
+            record = _record(line)
+            if record is None:
                 if not records and not TORN.fullmatch(line):
                     raise ValueError("no journal")
                 break
-            records.append(json.loads(line[9:]))
+            records.append(record)
             end += len(line)
         self._file.truncate(end)
         return records
@@ -84,12 +87,19 @@ TORN = re.compile(rb"[0-9a-f]{0,8}|[0-9a-f]{8} ({.*)?|\0+|[0-9a-f]{8} {.*\0+", r
 def first_record(path: Path) -> dict[str, Any] | None:
     """The first record of a journal that another process may have open; None if there is none."""
     try:
-        with open(path, "rb") as file:
-            line = file.readline()
+        with open(path, "rb", opener=not_through_a_link) as file:
+            line = file.readline(LINE_BYTES)
     except OSError:
         return None
-    return json.loads(line[9:]) if _is_whole(line) else None
+    return _record(line)
 
 
-def _is_whole(line: bytes) -> bool:
-    return line.endswith(b"\n") and line[:9] == b"%08x " % zlib.crc32(line[9:-1])
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None if it is torn, or was no record."""
+    if not line.endswith(b"\n") or line[:9] != b"%08x " % zlib.crc32(line[9:-1]):
+        return None
+    try:
+        record = json.loads(line[9:])
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None

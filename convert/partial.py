@@ -15,11 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_kimi.convert.journal import Journal, first_record
 from mlx_kimi.convert.request import Request, difference
 from mlx_kimi.durable import sync
 from mlx_kimi.errors import KimiError
+from mlx_kimi.user_files import shown
 
 JOURNAL, MODEL, DOWNLOADS = "journal", "model", "source"
 
@@ -36,7 +38,9 @@ def downloads_of(out: Path) -> Path:
 
 def interrupted_request(out: Path) -> Request | None:
     """What an interrupted conversion to `out` was asked to do."""
-    return first_record(partial_of(out) / JOURNAL)
+    record = first_record(partial_of(out) / JOURNAL)
+    is_request = record is not None and all(isinstance(value, str) for value in record.values())
+    return record if is_request else None
 
 
 def begun_otherwise(out: Path, changed: str) -> str:
@@ -111,6 +115,11 @@ class Partial:
             raise KimiError(begun_otherwise(self.out, changed))
         sizes: dict[str, int] = {}
         for record in self._journal.records[1:]:
+            if not _is_position(record):
+                raise KimiError(
+                    f"{partial_of(self.out) / JOURNAL}: must hold steps, rows and files, but holds "
+                    f"{shown(record)}; delete {self.folder.parent} to begin anew"
+                )
             sizes |= record["files"]
         for name, size in sizes.items():
             path = self.folder / name
@@ -118,6 +127,15 @@ class Partial:
                 raise KimiError(
                     f"{path}: has lost what was written; delete {self.folder.parent} to begin anew"
                 )
+
+
+def _is_position(record: dict[str, Any]) -> bool:
+    """Whether it has the form of what `Partial.record` writes."""
+    files = record.get("files")
+    if not isinstance(files, dict):
+        return False
+    numbers = (record.get("step"), record.get("rows"), *files.values())
+    return all(type(number) is int and number >= 0 for number in numbers)
 
 
 @contextmanager

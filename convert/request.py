@@ -80,7 +80,7 @@ def difference(stored: Mapping[str, str], present: Mapping[str, str]) -> str | N
 def begun_revision(begun: Request, name: str) -> str | None:
     """The commit of model `name`, if the interrupted run converted it and deleted its shards."""
     same = begun.get(DELETING) == "yes" and begun.get(SOURCE) == name
-    return begun[REVISION] if same else None
+    return begun.get(REVISION) if same else None
 
 
 def other_deleting(begun: Request, deleting: bool) -> str | None:

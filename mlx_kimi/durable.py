@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlx_kimi.errors import KimiError
+from mlx_kimi.user_files import only_regular
 
 # On macOS fsync hands the data to the drive, which may still lose it with the power.
 FULL_SYNC = getattr(fcntl, "F_FULLFSYNC", None)
@@ -47,9 +48,9 @@ def not_through_a_link(path: str, flags: int) -> int:
     """An `opener` for files of ours in a folder of ours: a link there leads to what is not ours.
 
     Raises:
-        OSError: the last part of `path` is a symbolic link.
+        OSError: the last part of `path` is a symbolic link, or no regular file.
     """
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    return only_regular(path, flags | os.O_NOFOLLOW)
 
 
 def finished_name(name: str) -> str:
@@ -61,7 +62,7 @@ def finished_name(name: str) -> str:
 def checksum(path: Path) -> int:
     """CRC-32 of a file. It finds damage, not forgery."""
     crc = 0
-    with path.open("rb") as file:
+    with open(path, "rb", opener=only_regular) as file:
         while block := file.read(BLOCK):
             crc = zlib.crc32(block, crc)
     return crc

@@ -1,17 +1,25 @@
 """The exception for what a user can act on."""
 
 LONGEST = 2400  # characters: 30 lines of 80
+CUT = " … "
 
 
 class KimiError(Exception):
     """A failure whose message is one line: the thing, the rule and the value that broke it."""
 
     def __init__(self, message: str) -> None:
-        if len(message) > LONGEST:  # names of files and of tensors have any length
-            half = LONGEST // 2
-            message = f"{message[:half]} … {message[-half:]}"
-        # Names come from files: no line break or terminal code in them may reach the screen.
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        # Names come from files: no line break or terminal code in them may reach the screen. They
+        # have any length, and are cut before they are spelled out, which makes them longer.
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in _cut(message))
+        super().__init__(_cut(shown))
+
+
+def _cut(text: str) -> str:
+    """At most LONGEST characters: the beginning and the end."""
+    if len(text) <= LONGEST:
+        return text
+    half = (LONGEST - len(CUT)) // 2
+    return text[:half] + CUT + text[-half:]
 
 
 class ContextFull(KimiError):

@@ -1,8 +1,15 @@
-"""Small files that anyone may have written: bytes and JSON, with errors that show what is wrong."""
+"""Files that anyone may have written: bytes and JSON, with errors that show what is wrong.
+
+Only regular files are opened: a pipe would be waited for, and a device may have no end. No more of
+them is read than a bound: JSON takes up to thirty times its size in memory.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,32 +18,66 @@ from mlx_kimi.errors import KimiError
 
 Json = Any  # what json.dumps takes
 FILE_BYTES = 64 << 20  # the published tiktoken.model has 2.8 MB
+JSON_BYTES = 16 << 20  # the published index and all headers of weights have 3 MB each
 
 
-def read_bytes(file: Path) -> bytes:
-    """What a file of at most `FILE_BYTES` holds.
+def is_there(file: Path) -> bool:
+    """Whether a folder has this name in it, whatever it is: a link to nothing is no absent file."""
+    return os.path.lexists(file)
+
+
+def only_regular(path: str, flags: int) -> int:
+    """An `opener` that opens regular files and, without waiting, nothing else.
 
     Raises:
-        KimiError: it is larger, or cannot be read.
+        OSError: it is something else, or cannot be opened.
     """
-    if file.stat().st_size > FILE_BYTES:
-        raise KimiError(f"{file}: may have {FILE_BYTES} bytes, but has {file.stat().st_size}")
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        raise OSError(errno.EINVAL, "Not a regular file", path)
+    return descriptor
+
+
+def read_bytes(file: Path, most: int = FILE_BYTES) -> bytes:
+    """What a file of at most `most` bytes holds.
+
+    Raises:
+        KimiError: it is larger, no regular file, or cannot be read.
+    """
     try:
-        return file.read_bytes()
+        with open(file, "rb", opener=only_regular) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            if size > most:
+                raise KimiError(f"{file}: may have {most} bytes, but has {size}")
+            data = opened.read(most + 1)
     except OSError as error:
         raise KimiError(f"{file}: cannot be read: {error.strerror}") from None
+    if len(data) > most:
+        raise KimiError(f"{file}: may have {most} bytes, but has more")
+    return data
 
 
-def read_json(file: Path) -> dict[str, Json]:
+def read_json_if_there(file: Path) -> dict[str, Json]:
     """The object in `file`, empty without the file.
 
     Raises:
         KimiError: it is no JSON object, names a key twice or nests too deeply.
     """
-    if not file.is_file():
-        return {}
+    return parsed_json(read_bytes(file, JSON_BYTES), file) if is_there(file) else {}
+
+
+def parsed_json(text: bytes, file: Path) -> dict[str, Json]:
+    """The object that `text`, of `file`, spells.
+
+    Raises:
+        KimiError: it is no JSON object, names a key twice or nests too deeply.
+    """
     try:
-        value = json.loads(read_bytes(file).decode(), object_pairs_hook=_object_without_doubles)
+        value = json.loads(text.decode(), object_pairs_hook=_object_without_doubles)
     except UnicodeDecodeError as error:
         raise KimiError(f"{file}: must be UTF-8, but byte {error.start} is not") from None
     except RecursionError:

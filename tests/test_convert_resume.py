@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -282,6 +283,42 @@ def test_memory_stays_under_what_is_stated(
     print(f"{plan}; took {peak / 1e6:.0f} MB")
     stated = float(plan.split(" free on that disk; at most ")[1].split(" GB of memory")[0])
     assert stated <= most and 50e6 < peak < stated * 1e9
+
+
+FORGED = {
+    "no object": b"5",
+    "no JSON": b"{",
+    "too deep": b"[" * 100_000,
+    "no step": b'{"rows": 0, "files": {}}',
+    "a step that is no number": b'{"step": "1", "rows": 0, "files": {}}',
+    "a negative number of rows": b'{"step": 1, "rows": -1, "files": {}}',
+    "files that are no names": b'{"step": 1, "rows": 0, "files": [["a", 1]]}',
+    "a size that is no number": b'{"step": 1, "rows": 0, "files": {"x": [1]}}',
+}
+
+
+@pytest.mark.parametrize("text", FORGED.values(), ids=FORGED)
+def test_a_record_of_another_form_is_one_line_or_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes
+) -> None:
+    monkeypatch.setattr(output, "SYNC", 1 << 16)
+    source, out = write_checkpoint(tmp_path / "source", TINY), tmp_path / "out"
+    journal = tmp_path / "out.partial" / "journal"
+    line = b"%08x %s\n" % (zlib.crc32(text), text)
+    journal.parent.mkdir()
+    journal.write_bytes(line)
+    first = partial.interrupted_request(out)
+    assert first is None, "a request has words alone"
+    shutil.rmtree(journal.parent)
+    interrupted(source, out)
+    records = journal.read_bytes().count(b"\n")
+    journal.write_bytes(journal.read_bytes() + line)
+    if text.startswith(b'{"'):
+        with pytest.raises(KimiError, match="journal: must hold steps, rows and files"):
+            convert(source, out, scheme())
+    else:
+        convert(source, out, scheme())
+        assert records > 2 and out.is_dir()
 
 
 @pytest.mark.parametrize("target", ["there", "not there"])

@@ -219,6 +219,15 @@ def test_quantization_that_the_file_contradicts_is_named(
     assert "more like these" in message
 
 
+def test_groups_that_do_not_divide_a_row_are_named(quantized_copy: Path) -> None:
+    """Of rows of 64 weights a group of 128 leaves nothing: scales of no element would fit."""
+    path = quantized_copy / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization"]["group_size"] = 128
+    path.write_text(json.dumps(config))
+    assert "groups of 128 weights must divide its rows of 64" in refusal(quantized_copy)
+
+
 def test_scales_without_quantization_in_the_config_are_named(quantized_copy: Path) -> None:
     path = quantized_copy / "config.json"
     config = json.loads(path.read_text())
@@ -262,6 +271,11 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
     "shape_huge": lambda path: write(path, one(shape=(2**62, 4)), bytes(4)),
     "shape_negative": lambda path: write(path, one(shape=(-1,)), bytes(4)),
     "shape_text": lambda path: write(path, one(shape="1"), bytes(4)),
+    "twice": lambda path: write(
+        path, json.dumps(one())[:-1].encode() + b", " + json.dumps(one())[1:].encode(), bytes(4)
+    ),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "device": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
     "dtype_unknown": lambda path: write(path, one(dtype="F31"), bytes(4)),
     "dtype_number": lambda path: write(path, one(dtype=32), bytes(4)),
     "directory": lambda path: (path.unlink(), path.mkdir()),
@@ -424,6 +438,34 @@ def test_a_config_that_asks_for_more_than_the_files_hold_fails_at_once(
     before = live_memory()
     assert "model.embed_tokens.weight" in refusal(folder)
     assert mx.get_active_memory() - before < 1 << 20  # bytes; one of those matrices is 64 TB
+
+
+@pytest.mark.parametrize(
+    ("moment", "change", "said"),
+    [
+        (0, lambda path: os.truncate(path, 9000), "was cut to 9,000 of"),
+        (1, lambda path: os.truncate(path, 9000), "was cut to 9,000 of"),
+        (0, os.unlink, "cannot be read while the model was loaded: No such file"),
+        (1, lambda path: os.utime(path, ns=(0, 0)), "was written to while the model was loaded"),
+    ],
+)
+def test_a_file_that_changes_before_mlx_reads_it_is_named(
+    copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, moment: int, change: Any, said: str
+) -> None:
+    """The reason was MLX's own, and weights that another program wrote were taken in silence."""
+    load: Any = mx.load
+
+    def meanwhile(path: str, **options: Any) -> Any:
+        if moment == 0:
+            change(path)
+        arrays = load(path, **options)
+        if moment == 1:
+            change(path)
+        return arrays
+
+    monkeypatch.setattr(mx, "load", meanwhile)
+    message = refusal(copy())
+    assert f"{FILE}: " in message and said in message
 
 
 def test_a_refused_folder_leaves_no_file_open(copy: Callable[..., Path]) -> None:

@@ -23,6 +23,7 @@ from mlx_kimi.chat.conversation import Conversation
 from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.session import LOCK, PREVIOUS, RETURN_POINTS, TEXT, Session
 from mlx_kimi.chat.sessions import Sessions
+from mlx_kimi.durable import checksum
 from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.generation.generate import prompt_ids, stream_generate
 from mlx_kimi.generation.token_state import TokenState
@@ -500,18 +501,58 @@ FORGED = {
 }
 
 
+ABOUT: dict[str, dict[str, Any]] = {
+    "an identity of another kind": {"identity": 5},
+    "an identity of words": {"identity": ["model"]},
+    "kernels of another kind": {"kernels": 5},
+    "states of another kind": {"states": {"file": "x"}},
+    "a system message of another kind": {"system": 5},
+}
+
+
+@pytest.mark.parametrize("field", ABOUT.values(), ids=ABOUT)
+def test_a_forged_description_is_damage(loaded, sessions, field: dict[str, Any]) -> None:
+    chat = new_chat(loaded, sessions)
+    talk(chat, "one")
+    assert chat.session
+    _forge(chat.session.folder, field)
+    (chat.session.folder / PREVIOUS).unlink()
+    again, notes = reopened(loaded, chat)
+    assert again.state.ids == [] and again.conversation.system is None
+    assert notes == ["damaged: 1 turns could be read"]
+
+
+def test_states_that_another_checksum_hides_are_checked_before_mlx_reads_them(
+    loaded, sessions
+) -> None:
+    """MLX takes a header's word for where arrays lie."""
+    chat = new_chat(loaded, sessions)
+    talk(chat, "one")
+    assert chat.session
+    (file,) = chat.session.folder.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-64])
+    stored = {"file": file.name, "start": 0, "end": len(chat.state.ids)}
+    _forge(chat.session.folder, {"states": [stored | {"checksum": checksum(file)}]})
+    again, notes = reopened(loaded, chat)
+    assert again.state.ids == [] and "a file of states is damaged" in notes[0]
+
+
+def _forge(folder: Path, field: dict[str, Any]) -> None:
+    """Change the line about the session, with its checksum."""
+    text = folder / TEXT
+    head, about, *turns = text.read_text().splitlines()
+    body = "".join(line + "\n" for line in (json.dumps(json.loads(about) | field), *turns))
+    head = json.dumps(json.loads(head) | {"checksum": zlib.crc32(body.encode())})
+    text.write_text(head + "\n" + body)
+
+
 @pytest.mark.parametrize("field", FORGED.values(), ids=FORGED)
 def test_forged_names_of_files_are_never_read(loaded, sessions, field: dict[str, Any]) -> None:
     chat = new_chat(loaded, sessions)
     talk(chat, "one")
     assert chat.session
-    text = chat.session.folder / TEXT
-    head, about, *turns = text.read_text().splitlines()
-    changed = json.loads(about)
-    changed["states"][0] |= field
-    body = "".join(line + "\n" for line in (json.dumps(changed), *turns))
-    head = json.dumps(json.loads(head) | {"checksum": zlib.crc32(body.encode())})
-    text.write_text(head + "\n" + body)
+    about = json.loads((chat.session.folder / TEXT).read_text().splitlines()[1])
+    _forge(chat.session.folder, {"states": [about["states"][0] | field]})
     again, _ = reopened(loaded, chat)
     assert again.state.ids == [] and again.conversation.turns[0].text == "one"
 

@@ -421,6 +421,20 @@ def test_a_strange_sentencepiece_model(sentence_folder: Path, tmp_path: Path) ->
         load_tokenizer(tmp_path)
 
 
+def test_a_sentencepiece_that_is_no_utf8(sentence_folder: Path, tmp_path: Path) -> None:
+    model = (sentence_folder / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(model.replace(b"\xe2\x96\x81a", b"\xff\xfe\xfda", 1))
+    with pytest.raises(KimiError, match="tokenizer.model: must be a plain sentencepiece model"):
+        load_tokenizer(tmp_path)
+
+
+def test_more_lines_than_any_vocabulary_has_are_refused_at_once(tmp_path: Path) -> None:
+    lines = b"".join(GOOD) + b"".join(b"%s %d\n" % (b"AAAA" * 3, i) for i in range(10))
+    (tmp_path / "tiktoken.model").write_bytes(lines + b"\n" * (1 << 20) + b"AAAA 1\n")
+    with pytest.raises(KimiError, match="tiktoken.model: "):
+        load_tokenizer(tmp_path)
+
+
 def test_a_broken_sentencepiece_model(tmp_path: Path) -> None:
     for content in (b"", b"abc", b"\x0a\xff\xff\xff"):
         (tmp_path / "tokenizer.model").write_bytes(content)
@@ -498,6 +512,22 @@ BAD_SETTINGS = {
     ),
     "no_name": ("tokenizer_config.json", {"added_tokens_decoder": added({258: ""})}, "258 must be"),
     "short": ("tokenizer_config.json", {"added_tokens_decoder": added({258: "x"})}, "two char"),
+    "surrogate": (
+        "tokenizer_config.json", {"added_tokens_decoder": added({258: "x\ud800"})}, "surrogate",
+    ),
+    "long": (
+        "tokenizer_config.json", {"added_tokens_decoder": added({258: "x" * 50_000})},
+        "the name of control token 258 may have 1024 characters, but 'xxx",
+    ),
+    "longer": (
+        "tokenizer_config.json", {"added_tokens_decoder": added({258: "x" * 10**6})},
+        "4096 control tokens with 262144 characters of names, but there are 1 with 1000000",
+    ),
+    "many": (
+        "tokenizer_config.json",
+        {"added_tokens_decoder": added({id: f"<{id}>" for id in range(258, 5000)})},
+        "there may be 4096 control tokens",
+    ),
     "too_low": (
         "tokenizer_config.json", {"added_tokens_decoder": added({5: "<a>"})},
         f"{DECODER}: '<a>' must have an id in 257..512",

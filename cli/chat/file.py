@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mlx_kimi.errors import KimiError
+from mlx_kimi.user_files import read_bytes
 
 FILE_BYTES = 16 << 20  # more than the longest context holds
 
@@ -21,14 +22,10 @@ def file_message(path: str) -> str:
     file = Path(path).expanduser()
     if not file.is_file():
         raise KimiError(f"{file}: no such file")
-    if file.stat().st_size > FILE_BYTES:
-        raise KimiError(f"{file}: may have {FILE_BYTES:,} bytes but has {file.stat().st_size:,}")
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = read_bytes(file, FILE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise KimiError(f"{file}: must be UTF-8, but byte {error.start} is not") from None
-    except OSError as error:
-        raise KimiError(f"{file}: {error.strerror}") from None
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{file.name}:\n{fence}\n{text.rstrip()}\n{fence}"

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_kimi.checkpoint.digests import Progress, digests
 from mlx_kimi.checkpoint.files import Checkpoint
+from mlx_kimi.user_files import is_there, read_bytes
 
 # What decides how ids are made and what a state means, beside the weights.
 FILES = (
@@ -80,8 +81,8 @@ def _weights_hash(checkpoint: Checkpoint, progress: Progress | None) -> str:
 def _model_hash(folder: Path, checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for name in FILES:
-        if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
+        if is_there(folder / name):
+            digest.update(name.encode() + read_bytes(folder / name))
     for name, stored in sorted(checkpoint.tensors.items()):
         digest.update(repr((name, stored.dtype, stored.shape)).encode())
     for file in checkpoint.files:

@@ -28,9 +28,11 @@ from mlx_kimi.chat.state_files import StateFile
 from mlx_kimi.durable import finished_name, not_through_a_link, write_durably
 from mlx_kimi.errors import KimiError, beyond_budget
 from mlx_kimi.generation.token_state import TokenState, common_prefix
+from mlx_kimi.user_files import read_bytes
 
 TEXT, PREVIOUS, LOCK = "chat.jsonl", "chat.previous.jsonl", "lock"
 FORMAT = 1
+TEXT_BYTES = 6 << 23  # more characters, in JSON, than a template may render
 RETURN_POINTS = 8  # turn ends whose KDA states stay on disk, 41 MiB each for the 48B
 
 
@@ -95,6 +97,8 @@ class Session:
         }
         body = _lines(about, *map(asdict, conversation.turns))
         text = _lines({"mlx_kimi_session": FORMAT, "checksum": zlib.crc32(body)}) + body
+        if len(text) > TEXT_BYTES:
+            raise KimiError(f"{self.folder}: may have {TEXT_BYTES} bytes of text, not {len(text)}")
         self._keep_previous()
         write_durably(self.folder / TEXT, lambda made: _write(made, text))
         self._remove_unused()
@@ -143,7 +147,7 @@ class Session:
         used = {stored.file for stored in self._files}
         try:
             used |= {stored.file for stored in _listed(_parse(self.folder / PREVIOUS)[0])}
-        except (OSError, ValueError):
+        except (KimiError, ValueError):
             pass
         for path in self.folder.iterdir():
             if states.is_state_file(path.name) and path.name not in used:
@@ -176,6 +180,8 @@ def _read(
         refuse_longer(folder, fingerprint, state.model.config.model_max_length)
     about, conversation, note = read_text(folder)
     notes = [note] if note else []
+    if not about:  # only turns could be read
+        return conversation, [], notes
     unlike = differences(about.get("identity", {}), fingerprint)
     if unlike:
         return conversation, [], [*notes, f"the text is read again, since {unlike} changed"]
@@ -201,8 +207,8 @@ def read_text(folder: Path) -> tuple[dict[str, Any], Conversation, str]:
     for name in (TEXT, PREVIOUS):
         try:
             about, conversation = _parse(folder / name)
-        except (OSError, ValueError) as error:
-            problems.append(f"{name}: {error}")
+        except (KimiError, ValueError) as error:
+            problems.append(str(error) if isinstance(error, KimiError) else f"{name}: {error}")
             continue
         note = "its last change is lost: the file is damaged" if problems else ""
         return about, conversation, note
@@ -286,8 +292,9 @@ def _parse(path: Path) -> tuple[dict[str, Any], Conversation]:
 
     Raises:
         ValueError: it is not whole.
+        KimiError: it cannot be read.
     """
-    first, _, body = path.read_bytes().partition(b"\n")
+    first, _, body = read_bytes(path, TEXT_BYTES).partition(b"\n")
     try:
         header = json.loads(first)
         if header["mlx_kimi_session"] != FORMAT:
@@ -295,21 +302,37 @@ def _parse(path: Path) -> tuple[dict[str, Any], Conversation]:
         if header["checksum"] != zlib.crc32(body):
             raise ValueError("damaged")
         about, *turns = map(json.loads, body.splitlines())
-        if not isinstance(about["system"], str | None):
+        if not _describes(about):
             raise ValueError("damaged")
         return about, Conversation(about["system"], [read_turn(turn) for turn in turns])
-    except (KeyError, TypeError, RecursionError):
+    except (AttributeError, KeyError, TypeError, RecursionError):
         raise ValueError("damaged") from None
+
+
+def _describes(about: Any) -> bool:
+    """Whether the line about a session has the form of one."""
+    kernels = about.get("kernels") or []
+    return (
+        isinstance(about["system"], str | None)
+        and isinstance(about.get("identity", {}), dict)
+        and isinstance(about.get("states", []), list)
+        and isinstance(kernels, list)
+        and all(isinstance(digest, str) for digest in kernels)
+    )
 
 
 def _rescued(path: Path) -> Conversation:
     """The turns of a damaged text that are whole, up to the first that is not."""
     found = Conversation()
-    for line in path.read_bytes().splitlines()[1:]:
+    try:
+        lines = read_bytes(path, TEXT_BYTES).splitlines()[1:]
+    except KimiError:
+        return found
+    for line in lines:
         try:
             value = json.loads(line)
             if "system" in value:
-                found.system = value["system"]
+                found.system = value["system"] if isinstance(value["system"], str) else None
             else:
                 found.turns.append(read_turn(value))
         except (ValueError, KeyError, TypeError, RecursionError):

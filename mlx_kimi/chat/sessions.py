@@ -94,9 +94,9 @@ def _listed(folder: Path) -> Listed | None:
         return None
     try:
         _, conversation, _ = read_text(folder)
-    except KimiError:
+        changed = text.stat().st_mtime
+    except (KimiError, OSError):
         return None
     turns = conversation.turns
     opening = turns[0].text if turns else ""
-    changed = text.stat().st_mtime
     return Listed(folder.name, changed, len(turns), conversation.tokens, opening)

@@ -19,8 +19,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.files import read_header
 from mlx_kimi.durable import checksum, write_durably
-from mlx_kimi.errors import KimiError
+from mlx_kimi.errors import KimiError, in_words
 from mlx_kimi.generation.token_state import Snapshot, TokenState
 from mlx_kimi.metal_kernels.latents import is_packed, pack
 from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
@@ -95,14 +96,22 @@ def whole_part(folder: Path, files: Sequence[StateFile]) -> list[StateFile]:
     """The files from the first on that are undamaged and follow each other."""
     whole: list[StateFile] = []
     for stored in files:
-        path = folder / stored.file
         follows = stored.start == (whole[-1].end if whole else 0)
-        if not (follows and path.is_file() and checksum(path) == stored.checksum):
+        if not (follows and _is_whole(folder / stored.file, stored.checksum)):
             break
         whole.append(stored)
     while whole and not whole[-1].has_kda:
         whole.pop()
     return whole
+
+
+def _is_whole(path: Path, stored: int) -> bool:
+    """Whether it is a file of arrays that has this checksum."""
+    try:
+        read_header(path)  # first: it bounds what is read
+        return checksum(path) == stored
+    except (KimiError, OSError):
+        return False
 
 
 def restore_states(state: TokenState, folder: Path, files: Sequence[StateFile]) -> None:
@@ -115,9 +124,12 @@ def restore_states(state: TokenState, folder: Path, files: Sequence[StateFile]) 
     """
     if not files:
         return
-    state.ids, entries = _read(state, folder, files)
-    mx.eval([array for entry in entries for array in entry.arrays()])
-    state.entries = entries
+    try:
+        ids, entries = _read(state, folder, files)
+        mx.eval([array for entry in entries for array in entry.arrays()])
+    except RuntimeError as error:  # MLX's own, for a file that was cut meanwhile
+        raise KimiError(f"{folder}: its states cannot be read: {in_words(error)}") from None
+    state.ids, state.entries = ids, entries
     for count, stored in enumerate(files[:-1], start=1):
         if stored.has_kda:
             load = partial(_load_again, state, folder, files[:count])
@@ -162,6 +174,7 @@ def _latents_since(entry: LatentCache, start: int) -> Arrays:
 
 def _load(path: Path) -> Arrays:
     load: Any = mx.load
+    read_header(path)  # MLX checks less of it
     try:
         return load(str(path), stream=mx.cpu)
     except (RuntimeError, ValueError, OSError) as error:

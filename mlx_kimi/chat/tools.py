@@ -28,6 +28,9 @@ class Toolbox:
 
     def run(self, call: Call) -> str:
         """The result for the model; what goes wrong is a result, too, and begins with `error`."""
+        return _cut(self._result(call))
+
+    def _result(self, call: Call) -> str:
         function = self._functions.get(call.name)
         if function is None:
             return f"error: there is no tool {call.name}, only {', '.join(self._functions)}"
@@ -97,7 +100,10 @@ def _untitled(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _cut(text: str) -> str:
     if len(text) > RESULT_CHARACTERS:
         return f"{text[:RESULT_CHARACTERS]}\n(cut after {RESULT_CHARACTERS:,} characters)"
     return text

@@ -331,7 +331,7 @@ def _one_quantization(value: Json, where: str) -> Quantization:
     found: dict[str, Any] = {}
     for name, allowed in (("group_size", group_sizes), ("bits", bits)):
         found[name] = value.get(name)
-        if isinstance(found[name], bool) or found[name] not in allowed:
+        if type(found[name]) is not int or found[name] not in allowed:  # (64.0 == 64, True == 1)
             raise KimiError(
                 f"config.json: {where}.{name} must be one of {', '.join(map(str, allowed))} "
                 f"for mode {mode} but is {shown_json(found[name])}"

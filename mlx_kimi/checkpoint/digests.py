@@ -18,7 +18,7 @@ from pathlib import Path
 from mlx_kimi.durable import write_durably
 from mlx_kimi.errors import KimiError
 from mlx_kimi.user_cache import cache_folder
-from mlx_kimi.user_files import read_json
+from mlx_kimi.user_files import only_regular, read_json_if_there
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 Known = dict[str, list[str]]  # path -> what `_mark` says of it, and the digest
@@ -67,7 +67,7 @@ def _read(paths: Sequence[Path], progress: Progress | None) -> dict[Path, tuple[
 def _digest(path: Path) -> tuple[list[str], str]:
     before, digest = _mark(path), hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=only_regular) as file:
             for block in _blocks(file.fileno()):
                 digest.update(block)
     except OSError as error:
@@ -103,7 +103,7 @@ def _file() -> Path:
 def _known() -> Known:
     """What is remembered; nothing of it if the file is damaged."""
     try:
-        known = read_json(_file())
+        known = read_json_if_there(_file())
     except (KimiError, OSError):
         return {}
     lists = all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in known.values())

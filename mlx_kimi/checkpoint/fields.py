@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_kimi.errors import KimiError
+from mlx_kimi.user_files import is_there, read_json_if_there
 
 Json = Mapping[str, Any]
 
@@ -127,19 +128,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-        KimiError: the file is missing, unreadable, not UTF-8 JSON, or not an object.
+        KimiError: the file is missing, or `read_json_if_there` refuses it.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise KimiError(f"{path}: no such file") from None
-    except OSError as error:
-        raise KimiError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise KimiError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise KimiError(f"{path}: must hold a JSON object but holds {shown_json(value)}")
-    return value
+    if not is_there(path):
+        raise KimiError(f"{path}: no such file")
+    return read_json_if_there(path)
 
 
 def shown_json(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from mlx_kimi.checkpoint.fields import read_json
 from mlx_kimi.checkpoint.weight_file import FileVersion, OpenFile
 from mlx_kimi.errors import KimiError
+from mlx_kimi.user_files import JSON_BYTES, is_there, only_regular, parsed_json
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16")
@@ -115,31 +115,32 @@ class Checkpoint:
         """
         return OpenFile(self._weights_folder / file, self.headers[file].version, use)
 
-    def refuse_changed(self, use: str) -> None:
-        """Refuse files that are no longer those whose headers were read.
-
-        Raises:
-            KimiError: one was removed, replaced or written to while `use`.
-        """
-        for file, header in self.headers.items():
-            path = self.folder / file
-            try:
-                now = FileVersion.of(path)
-            except OSError as error:
-                raise KimiError(f"{path}: was removed while {use}: {error.strerror}") from None
-            if header.version.is_written_to(now):
-                raise KimiError(f"{path}: was {header.version.change_to(now)} while {use}")
-
     def place(self, name: str) -> int:
         """The first byte of a tensor in its file."""
         stored = self.tensors[name]
         return self.headers[stored.file].end + stored.offset
 
+    def refuse_changed(self, use: str) -> None:
+        """Check that every file is still the one whose header was read; `use` as of `open`.
+
+        Raises:
+            KimiError: one is not.
+        """
+        for file in self.headers:
+            self.open(file, use).close()
+
     def sample(self, file: str) -> bytes:
-        """The middle of a file, by which to know it again without reading it."""
-        with (self.folder / file).open("rb") as weights:
-            weights.seek((self.folder / file).stat().st_size // 2)
-            return weights.read(SAMPLE)
+        """The middle of a file, by which to know it again without reading it.
+
+        Raises:
+            KimiError: it cannot be read.
+        """
+        try:
+            with open(self.folder / file, "rb", opener=only_regular) as weights:
+                weights.seek(FileVersion.of(weights.fileno()).size // 2)
+                return weights.read(SAMPLE)
+        except OSError as error:
+            raise KimiError(f"{self.folder / file}: cannot be read: {error.strerror}") from None
 
     def array(self, name: str) -> mx.array:
         """The tensor, read when it is evaluated."""
@@ -149,6 +150,7 @@ class Checkpoint:
     def _arrays(self) -> dict[str, dict[str, Any]]:
         # On the CPU stream: files are read by the host, whatever computes later.
         load: Any = mx.load
+        self.refuse_changed("it was opened")  # MLX would wait for a pipe in a file's place
         return {file: load(str(self.folder / file), stream=mx.cpu) for file in self.files}
 
 
@@ -186,7 +188,7 @@ def _files(folder: Path) -> list[str]:
 
 def _weight_map(folder: Path, there: Collection[str]) -> dict[str, str]:
     """The index's tensor -> file, empty when the folder has no index."""
-    if not (folder / INDEX).exists():
+    if not is_there(folder / INDEX):
         return {}
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -224,15 +226,20 @@ def read_header(path: Path) -> Header:
         KimiError: it is not a whole safetensors file, or changed while it was read.
     """
     try:
-        with path.open("rb") as weights:
+        with open(path, "rb", opener=only_regular) as weights:
             version = FileVersion.of(weights.fileno())
+            size = int.from_bytes(weights.read(8), "little")
+            if size > min(JSON_BYTES, version.size):
+                raise KimiError(
+                    f"{path}: not a whole safetensors file: its header may have {JSON_BYTES} "
+                    f"bytes, and the file has {version.size}, but the header {size}"
+                )
             with safe_open(str(path), framework="numpy") as opened:  # checks all of it
                 names = list(opened.keys())
-            size = int.from_bytes(weights.read(8), "little")
-            fields = json.loads(weights.read(size))
-            with path.open("rb") as again:
+            fields = parsed_json(weights.read(size), path)
+            with open(path, "rb", opener=only_regular) as again:
                 now = FileVersion.of(again.fileno())
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:  # (the last: it cannot be mapped)
         raise KimiError(f"{path}: not a whole safetensors file: {error}") from None
     if version.is_written_to(now):
         raise KimiError(f"{path}: was {version.change_to(now)} while its header was read")

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_kimi.errors import KimiError
+from mlx_kimi.user_files import only_regular
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -69,7 +70,7 @@ class OpenFile:
         """
         self.path, self._version, self._use = path, version, use
         try:
-            self._file = open(path, "rb", buffering=0)
+            self._file = open(path, "rb", buffering=0, opener=only_regular)
         except OSError as error:
             raise self._unreadable(error) from None
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,8 +80,10 @@ def load_model(
         raise KimiError(f"a memory budget is for a whole model, not one of {shard[1]} ranks")
     folder = Path(folder)
     config = ModelConfig.read(folder)
-    matcher = TensorMatcher(config, Checkpoint(folder), shard)
-    arrays = matcher.arrays()
+    checkpoint = Checkpoint(folder)
+    matcher = TensorMatcher(config, checkpoint, shard)
+    with _unchanged(checkpoint):
+        arrays = matcher.arrays()
     dtype = compute_dtype(arrays)
     arrays = {name: _in_dtype(name, array, dtype) for name, array in arrays.items()}
     offload = None
@@ -103,12 +106,8 @@ def load_model(
     del arrays, weights, matcher
     if lazy:
         return model
-    try:
+    with _unchanged(checkpoint):
         _read_weights(model)
-    except RuntimeError as error:  # MLX's own, of a file that was cut
-        checkpoint.refuse_changed("the model was loaded")
-        raise KimiError(f"{folder}: its weights cannot be read: {error}") from None
-    checkpoint.refuse_changed("the model was loaded")
     if (place := not_finite_place(model)) is not None:
         raise KimiError(f"{folder}: {place} has NaN or infinity: the weights are damaged")
     if is_traced():  # (a GPU's own backend: an emulator compiles nothing ahead)
@@ -125,6 +124,21 @@ def _read_weights(model: KimiLinear) -> None:
     for layer in model.layers:
         mx.eval(layer.parameters())
     mx.eval(model.parameters())
+
+
+@contextmanager
+def _unchanged(checkpoint: Checkpoint) -> Iterator[None]:
+    """Within, MLX reads files by their names. It says little of one that changed, or nothing.
+
+    Raises:
+        KimiError: a file is no longer the one whose header was checked.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError):
+        checkpoint.refuse_changed("the model was loaded")
+        raise
+    checkpoint.refuse_changed("the model was loaded")
 
 
 def _choices(folder: Path, config: ModelConfig, dtype: mx.Dtype, lazy: bool, ranks: int) -> Choices:

@@ -114,6 +114,11 @@ class TensorMatcher:
                 f"{module}.scales is there but config.json gives no quantization for it"
             )
             return {}
+        if shape[-1] % quantization.group_size:
+            self.wrong.append(
+                f"{module}: groups of {quantization.group_size} weights must divide its rows of "
+                f"{shape[-1]}; config.json gives them"
+            )
         floats = FLOATS if quantization.mode == "affine" else ("U8",)
         shapes = quantization.packed(shape)
         for part, packed in shapes.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlx_kimi.errors import KimiError
 from mlx_kimi.text.template_renderer import Renderer
-from mlx_kimi.user_files import Json, shown
+from mlx_kimi.user_files import Json, is_there, read_bytes, shown
 
 TEMPLATE_BYTES = 1 << 20  # published templates are below 40 kB
 
@@ -126,7 +126,7 @@ def load_chat_template(folder: Path, config: Mapping[str, Json]) -> ChatTemplate
         KimiError: the file is not text, or the entry is neither text nor a list of templates.
     """
     file = folder / "chat_template.jinja"
-    if file.is_file():
+    if is_there(file):
         return ChatTemplate(file.name, {"default": _read(file)}, special_tokens(config))
     if config.get("chat_template") is not None:
         templates = _templates(config["chat_template"])
@@ -136,10 +136,9 @@ def load_chat_template(folder: Path, config: Mapping[str, Json]) -> ChatTemplate
 
 
 def _read(file: Path) -> str:
-    if file.stat().st_size > TEMPLATE_BYTES:
-        raise KimiError(f"{file}: a template may have {TEMPLATE_BYTES} bytes, this one has more")
     try:
-        return file.read_text(encoding="utf-8")
+        text = read_bytes(file, TEMPLATE_BYTES).decode("utf-8")
+        return text.replace("\r\n", "\n").replace("\r", "\n")  # as files of text are read
     except UnicodeDecodeError as error:
         raise KimiError(f"{file}: must be UTF-8, but byte {error.start} is not") from None
 

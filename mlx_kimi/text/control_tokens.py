@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
@@ -43,8 +44,8 @@ class ControlTokens:
         self._spelling_in_any_case = re.compile(pattern, re.IGNORECASE)
         lower = [name.lower() for name in longest_first]
         self._joined = "\0".join(lower)
-        self._starts = {name[:end] for name in lower for end in range(1, len(name))}
-        self._ends = {name[start:] for name in lower for start in range(1, len(name))}
+        self._starts = _Beginnings(lower)
+        self._ends = _Beginnings(name[::-1] for name in lower)
         self._longest = max(map(len, lower), default=0)
         self._break_short = lru_cache(REMEMBERED)(self._break_anew)
 
@@ -107,7 +108,7 @@ class ControlTokens:
         first = len(text) - len(text.lstrip())
         last = first + len(core)
         shortened = range(1, min(self._longest, len(core) + 1))
-        if any(core[:n].lower() in self._ends for n in shortened):
+        if any(core[:n].lower()[::-1] in self._ends for n in shortened):
             places.add(first)
         if any(core[-n:].lower() in self._starts for n in shortened):
             places.add(last)
@@ -115,6 +116,18 @@ class ControlTokens:
         if is_short and not whole_middles and core.lower() in self._joined:
             places.add(last)
         return _with_marks(text, mark, sorted(places)) if places else text
+
+
+class _Beginnings:
+    """What names begin with and go on after. Takes the memory of the names."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._sorted = sorted(names)
+
+    def __contains__(self, text: str) -> bool:
+        # What is greater than `text` and begins with it follows it at once.
+        at = bisect_right(self._sorted, text)
+        return at < len(self._sorted) and self._sorted[at].startswith(text)
 
 
 def _places_inside(spelling: re.Pattern[str], text: str) -> list[int]:

@@ -10,7 +10,7 @@ import sentencepiece
 
 from mlx_kimi.errors import KimiError
 from mlx_kimi.text.control_tokens import ControlTokens
-from mlx_kimi.text.vocabulary import Pieces, Vocabulary, check_names
+from mlx_kimi.text.vocabulary import MOST_IDS, Pieces, Vocabulary, check_names
 from mlx_kimi.user_files import read_bytes
 
 
@@ -27,13 +27,16 @@ def load_sentencepiece(file: Path, added: Mapping[int, str]) -> Vocabulary:
     model = read_bytes(file)
     processor = _processor(file, model)
     size = processor.get_piece_size()
+    if size > MOST_IDS:
+        raise KimiError(f"{file}: may have {MOST_IDS} pieces, but has {size}")
     try:
         kinds, spec = _piece_kinds(model), _normalizer(model)
-    except (IndexError, KeyError, TypeError, ValueError):
+        spelled = [str(processor.id_to_piece(id)) for id in range(size)]
+        text = [_piece_text(processor, id) for id in range(size)]
+    except (IndexError, KeyError, TypeError, ValueError):  # (of these: a piece that is no UTF-8)
         kinds = []
     if len(kinds) != size:
         raise KimiError(f"{file}: must be a plain sentencepiece model, but cannot be read as one")
-    spelled = [str(processor.id_to_piece(id)) for id in range(size)]
     control = {id: name for id, name in enumerate(spelled) if kinds[id] == CONTROL}
     user_defined = {
         id: name
@@ -43,7 +46,6 @@ def load_sentencepiece(file: Path, added: Mapping[int, str]) -> Vocabulary:
     control.update(user_defined)
     control.update(added)
     check_names(control)
-    text = [_piece_text(processor, id) for id in range(size)]
     spaced = [id for id, name in enumerate(spelled) if name.startswith("\u2581")]
     pieces = Pieces(text, control, frozenset(spaced if any(spec) else ()), drops_more=spec[1])
     inside = _processor(file, model + INSIDE)

@@ -11,7 +11,7 @@ from pathlib import Path
 import tiktoken
 
 from mlx_kimi.errors import KimiError
-from mlx_kimi.text.vocabulary import Pieces, Vocabulary, check_names
+from mlx_kimi.text.vocabulary import MOST_IDS, Pieces, Vocabulary, check_names
 from mlx_kimi.user_files import read_bytes, shown
 
 # How Kimi models cut text before merging bytes. The class intersection `&&` is understood by the
@@ -96,6 +96,8 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
     for number, line in enumerate(read_bytes(file).splitlines(), start=1):
         if not line.strip():
             continue
+        if number > MOST_IDS:
+            raise KimiError(f"{file}: may have {MOST_IDS} lines, but has more")
         where = f"{file}: line {number}"
         token, rank = _parse_rank(where, line)
         if rank in lines:

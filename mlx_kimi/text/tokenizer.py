@@ -21,8 +21,8 @@ from mlx_kimi.text.control_tokens import REMEMBERED, SHORT, ControlTokens
 from mlx_kimi.text.detokenize import StreamingDetokenizer
 from mlx_kimi.text.sentencepiece_vocabulary import load_sentencepiece
 from mlx_kimi.text.tiktoken_vocabulary import load_tiktoken
-from mlx_kimi.text.vocabulary import Vocabulary, check_names
-from mlx_kimi.user_files import Json, read_json, shown
+from mlx_kimi.text.vocabulary import Vocabulary, check_names, is_text
+from mlx_kimi.user_files import Json, is_there, read_json_if_there, shown
 
 STOP_NAMES = ("[EOS]", "<|im_end|>", "[EOT]")
 SOURCE = "moonshotai/Kimi-Linear-48B-A3B-Instruct"
@@ -116,14 +116,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         KimiError: a file is missing, cannot be read or contradicts another.
     """
     folder = Path(folder)
-    settings = read_json(folder / "tokenizer_config.json")
-    config = read_json(folder / "config.json")
+    settings = read_json_if_there(folder / "tokenizer_config.json")
+    config = read_json_if_there(folder / "config.json")
     vocabulary = _load_vocabulary(folder, settings)
     _check_size(vocabulary, config)
     stops = set(_stop_ids(vocabulary, settings))
     for name, values in (
         ("config.json", config),
-        ("generation_config.json", read_json(folder / "generation_config.json")),
+        ("generation_config.json", read_json_if_there(folder / "generation_config.json")),
     ):
         stops.update(_eos_ids(name, values, vocabulary.size))
     return Tokenizer(vocabulary, stops, load_chat_template(folder, settings))
@@ -131,9 +131,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def _load_vocabulary(folder: Path, settings: Mapping[str, Json]) -> Vocabulary:
     added = _added_tokens(settings)
-    if (folder / "tiktoken.model").is_file():
+    if is_there(folder / "tiktoken.model"):
         return load_tiktoken(folder / "tiktoken.model", added)
-    if (folder / "tokenizer.model").is_file():
+    if is_there(folder / "tokenizer.model"):
         return load_sentencepiece(folder / "tokenizer.model", added)
     instead = " (tokenizer.json does not say how Kimi splits text)"
     raise KimiError(
@@ -154,10 +154,10 @@ def _added_tokens(settings: Mapping[str, Json]) -> dict[int, str]:
         if not key.isascii() or not key.isdigit() or len(key) > 9:
             raise KimiError(f"{where}: keys must be ids, but one is {shown(key)}")
         name = entry.get("content") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or len(name) < 2:
+        if not isinstance(name, str) or len(name) < 2 or not is_text(name):
             raise KimiError(
                 f"{where}: {key} must be an object whose content is a name of two characters or "
-                f"more, but is {shown(entry)}"
+                f"more, and no half of a surrogate pair, but is {shown(entry)}"
             )
         if int(key) in added:
             raise KimiError(

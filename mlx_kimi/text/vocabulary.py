@@ -45,14 +45,36 @@ class Vocabulary:
     size: int
 
 
+MOST_IDS = 1 << 20  # of text; the published vocabulary has 163,584
+# Every message of a chat is searched for the names of control tokens.
+MOST_NAMES, LONGEST_NAME = 4096, 1024  # published: 256 of at most 30 characters
+ALL_NAMES = 1 << 18  # characters of all names together
+
+
+def is_text(name: str) -> bool:
+    """Whether it can be written as UTF-8: JSON can spell half a surrogate pair, which cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def check_names(names: Mapping[int, str]) -> None:
-    """Refuse names of which two ids have one.
+    """Refuse names of which two ids have one, and more of them than a chat is searched for.
 
     Raises:
         KimiError: so it is.
     """
     ids: dict[str, int] = {}
+    together = sum(map(len, names.values()))
+    if len(names) > MOST_NAMES or together > ALL_NAMES:
+        raise KimiError(
+            f"there may be {MOST_NAMES} control tokens with {ALL_NAMES} characters of names, but "
+            f"there are {len(names)} with {together}"
+        )
     for id, name in names.items():
+        if len(name) > LONGEST_NAME:
+            raise KimiError(
+                f"the name of control token {id} may have {LONGEST_NAME} characters, but "
+                f"{shown(name)} has {len(name)}"
+            )
         if name in ids:
             raise KimiError(
                 f"tokenizer_config.json: added_tokens_decoder: a name must have one id, "

@@ -21,9 +21,11 @@ import mlx_kimi.metal_kernels as kernels
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.durable import not_through_a_link, write_durably
+from mlx_kimi.errors import KimiError
 from mlx_kimi.metal_kernels.tuning import Choices, Tuning, default_tuning
 from mlx_kimi.model.random_weights import stored_quantization
 from mlx_kimi.user_cache import cache_folder
+from mlx_kimi.user_files import read_bytes
 
 FORMAT = 2
 
@@ -57,8 +59,8 @@ class Stored:
     def read(key: dict[str, str]) -> Stored | None:
         """What a file says of this key; None: there is none, or it is damaged, foreign or older."""
         try:
-            found = _ADAPTER.validate_json(path_of(key).read_bytes(), strict=False)
-        except (OSError, ValidationError):
+            found = _ADAPTER.validate_json(read_bytes(path_of(key)), strict=False)
+        except (KimiError, ValidationError):
             return None
         return found if found.key == key and found.format == FORMAT else None
 
