@@ -18,7 +18,7 @@ from mlx_kimi.errors import KimiError
 
 Json = Any  # what json.dumps takes
 FILE_BYTES = 64 << 20  # the published tiktoken.model has 2.8 MB
-JSON_BYTES = 16 << 20  # the published index and all headers of weights have 3 MB each
+JSON_BYTES = 16 << 20  # an index of 20,000 tensors has 2 MB, and so have the headers of its files
 
 
 def is_there(file: Path) -> bool:

@@ -100,6 +100,14 @@ def test_a_file_that_vanishes_before_it_is_read_is_named(tmp_path: Path) -> None
         read_json(tmp_path / "file")
 
 
+@pytest.mark.timeout(20)
+def test_no_more_of_a_file_is_summed_than_it_had(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    before = checksum(tmp_path / "file")
+    is_huge(tmp_path / "huge")
+    assert checksum(tmp_path / "huge", 3) != before == checksum(tmp_path / "file", 3)
+
+
 def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
     """The latter counted in silence."""
     (tmp_path / "config.json").write_text('{"vocab_size": 1, "vocab_size": 2}')

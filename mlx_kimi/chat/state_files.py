@@ -108,8 +108,8 @@ def whole_part(folder: Path, files: Sequence[StateFile]) -> list[StateFile]:
 def _is_whole(path: Path, stored: int) -> bool:
     """Whether it is a file of arrays that has this checksum."""
     try:
-        read_header(path)  # first: it bounds what is read
-        return checksum(path) == stored
+        size = read_header(path).version.size  # which bounds what is read
+        return checksum(path, size) == stored
     except (KimiError, OSError):
         return False
 
