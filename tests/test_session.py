@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 
 from mlx_kimi import load, load_model
+from mlx_kimi.chat import session as session_module
 from mlx_kimi.chat import state_files as states
 from mlx_kimi.chat.chat import Chat
 from mlx_kimi.chat.conversation import Conversation
@@ -29,6 +33,7 @@ from mlx_kimi.generation.generate import prompt_ids, stream_generate
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.model import cache as caches
+from mlx_kimi.text.tokenizer import Tokenizer
 from tests.assertions import assert_close
 from tests.checkpoints import TINY, write_checkpoint
 from tests.processes import live_memory
@@ -754,6 +759,41 @@ def test_50_turns_keep_memory_flat(loaded, sessions) -> None:
     settled = held[15:]
     # How many tokens the snapshots' tails hold, up to 256 each, varies from turn to turn.
     assert max(settled) - min(settled) < 300_000, held
+
+
+def test_a_turn_encodes_and_writes_its_own_messages_alone(loaded, sessions, monkeypatch) -> None:
+    """Pieces of text that are encoded and JSON that is made or read, turn by turn."""
+    done: Counter[str] = Counter()
+
+    def counted(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+
+        def counting(*args: Any, **options: Any) -> Any:
+            done[name] += 1
+            return call(*args, **options)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    monkeypatch.setattr(session_module, "json", SimpleNamespace(**vars(json)))
+    counted(Tokenizer, "_encode_from")
+    counted(session_module.json, "dumps")
+    counted(session_module.json, "loads")
+    chat, turns = new_chat(loaded, sessions, options={"max_tokens": 2}), []
+    for number in range(20):
+        done.clear()
+        talk(chat, f"turn number {number}")
+        turns.append(Counter(done))
+    for name in turns[-1]:
+        # What a text shares with the one before is taken but for its last few control tokens.
+        assert turns[-1][name] <= turns[4][name] + 8, (name, [turn[name] for turn in turns])
+    assert chat.state.ids == _prompt_anew(chat)[: len(chat.state.ids)]
+
+
+def _prompt_anew(chat: Chat) -> list[int]:
+    """The tokens of the conversation, by a tokenizer that has encoded nothing before."""
+    tokenizer = copy(chat.tokenizer)
+    tokenizer._latest = type(tokenizer._latest)()
+    return tokenizer.apply_chat_template(chat.conversation.messages)
 
 
 @pytest.fixture(autouse=True)

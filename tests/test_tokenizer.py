@@ -219,6 +219,24 @@ def test_trusted_control_tokens_are_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_with_control("") == []
 
 
+def test_what_was_encoded_before_changes_no_ids(tmp_path: Path) -> None:
+    """Random texts that grow, shrink and change, with names that begin with each other."""
+    first = len(trained_tokens())
+    names = {first: "<a", first + 1: "<ab>", first + 2: "<ab><a>", first + 3: "b><"}
+    write_tiktoken(tmp_path, added_tokens_decoder=added(names))
+    tokenizer, fresh = load_tokenizer(tmp_path), load_tokenizer(tmp_path)
+    chooser, text = random.Random(0), ""
+    pieces = ["<", "a", "b", ">", "word ", "\ue000", "\ud83d", *names.values()]
+    for _ in range(3000):
+        kept = text[: chooser.randint(0, len(text))] if chooser.random() < 0.3 else text
+        text = kept + "".join(chooser.choices(pieces, k=chooser.randint(0, 6)))
+        mark = chooser.choice(["\ue000", "\ue000", "\ue000", ""])
+        fresh._latest = type(fresh._latest)()
+        assert tokenizer.encode_with_control(text, mark) == fresh.encode_with_control(text, mark)
+    tokenizer.close()
+    fresh.close()
+
+
 def test_apply_chat_template_gives_the_published_ids(kimi: Tokenizer) -> None:
     id = kimi.control_tokens
     question = "Tell me about the french revolution."

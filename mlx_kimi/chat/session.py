@@ -16,19 +16,19 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
 from mlx_kimi.chat import state_files as states
-from mlx_kimi.chat.conversation import Conversation, read_turn
+from mlx_kimi.chat.conversation import Conversation, Turn, read_turn
 from mlx_kimi.chat.fingerprint import differences
 from mlx_kimi.chat.state_files import StateFile
 from mlx_kimi.durable import finished_name, not_through_a_link, write_durably
 from mlx_kimi.errors import KimiError, beyond_budget
 from mlx_kimi.generation.token_state import TokenState, common_prefix
-from mlx_kimi.user_files import read_bytes
+from mlx_kimi.user_files import only_regular, read_bytes
 
 TEXT, PREVIOUS, LOCK = "chat.jsonl", "chat.previous.jsonl", "lock"
 FORMAT = 1
@@ -58,6 +58,7 @@ class Session:
         self._files: list[StateFile] = []
         self._ids: list[int] = []  # the tokens of these files
         self._computed_by: list[str] = []  # `TokenState.computed_by` of them
+        self._written: list[tuple[Turn, bytes]] = []  # copies of turns, and their lines
         self._lock = _locked(folder)
 
     @property
@@ -95,13 +96,24 @@ class Session:
             "kernels": self._computed_by,
             "system": conversation.system,
         }
-        body = _lines(about, *map(asdict, conversation.turns))
-        text = _lines({"mlx_kimi_session": FORMAT, "checksum": zlib.crc32(body)}) + body
+        body = _line(about) + b"".join(self._turn_lines(conversation.turns))
+        text = _line({"mlx_kimi_session": FORMAT, "checksum": zlib.crc32(body)}) + body
         if len(text) > TEXT_BYTES:
             raise KimiError(f"{self.folder}: may have {TEXT_BYTES} bytes of text, not {len(text)}")
         self._keep_previous()
         write_durably(self.folder / TEXT, lambda made: _write(made, text))
         self._remove_unused()
+
+    def _turn_lines(self, turns: Sequence[Turn]) -> list[bytes]:
+        """A line a turn. Those that were written before and are the same are not made again."""
+        for place, turn in enumerate(turns):
+            if self._written[place : place + 1] and self._written[place][0] == turn:
+                continue
+            # (A turn's list of replies grows; a reply never changes.)
+            written = replace(turn, replies=list(turn.replies)), _line(vars(turn))
+            self._written[place : place + 1] = [written]
+        del self._written[len(turns) :]
+        return [line for _, line in self._written]
 
     def fork(self, folder: Path) -> Session:
         """The same session in another folder. State files never change, so they are linked."""
@@ -145,10 +157,7 @@ class Session:
     def _remove_unused(self) -> None:
         """State files that neither the present text nor the one before names."""
         used = {stored.file for stored in self._files}
-        try:
-            used |= {stored.file for stored in _listed(_parse(self.folder / PREVIOUS)[0])}
-        except (KimiError, ValueError):
-            pass
+        used |= {stored.file for stored in _named(self.folder / PREVIOUS)}
         for path in self.folder.iterdir():
             if states.is_state_file(path.name) and path.name not in used:
                 path.unlink()
@@ -283,8 +292,8 @@ def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def _lines(*values: Any) -> bytes:
-    return b"".join(json.dumps(value).encode() + b"\n" for value in values)
+def _line(value: Any) -> bytes:
+    return json.dumps(value).encode() + b"\n"
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], Conversation]:
@@ -338,6 +347,16 @@ def _rescued(path: Path) -> Conversation:
         except (ValueError, KeyError, TypeError, RecursionError):
             break
     return found
+
+
+def _named(path: Path) -> list[StateFile]:
+    """The state files that a text names, by its second line alone; none where it cannot be read."""
+    try:
+        with open(path, "rb", opener=only_regular) as text:
+            text.readline(TEXT_BYTES)
+            return _listed(json.loads(text.readline(TEXT_BYTES)))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return []
 
 
 def _listed(about: Mapping[str, Any]) -> list[StateFile]:

@@ -35,6 +35,9 @@ class ControlTokens:
 
     Args:
         names: the spellings. Those of one character have no inside to mark, and are left out.
+
+    Attributes:
+        longest: characters of the longest spelling.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -46,7 +49,7 @@ class ControlTokens:
         self._joined = "\0".join(lower)
         self._starts = _Beginnings(lower)
         self._ends = _Beginnings(name[::-1] for name in lower)
-        self._longest = max(map(len, lower), default=0)
+        self.longest = max(map(len, lower), default=0)
         self._break_short = lru_cache(REMEMBERED)(self._break_anew)
 
     def protect(self, data: Mapping[str, Json], *others: str) -> tuple[dict[str, Json], str]:
@@ -79,6 +82,10 @@ class ControlTokens:
             end = found.end()
         yield _without(text[end:], mark), False
 
+    def ends(self, text: str, start: int) -> list[int]:
+        """Where the whole control tokens of `text` end, from place `start` on."""
+        return [found.end() for found in self._spelling.finditer(text, start)]
+
     def cuts(self, text: str) -> list[int]:
         """Places inside `text` that break every spelling in it, overlapping ones too."""
         return _places_inside(self._spelling, text)
@@ -107,12 +114,12 @@ class ControlTokens:
         core = text.strip()
         first = len(text) - len(text.lstrip())
         last = first + len(core)
-        shortened = range(1, min(self._longest, len(core) + 1))
+        shortened = range(1, min(self.longest, len(core) + 1))
         if any(core[:n].lower()[::-1] in self._ends for n in shortened):
             places.add(first)
         if any(core[-n:].lower() in self._starts for n in shortened):
             places.add(last)
-        is_short = 0 < len(core) < self._longest
+        is_short = 0 < len(core) < self.longest
         if is_short and not whole_middles and core.lower() in self._joined:
             places.add(last)
         return _with_marks(text, mark, sorted(places)) if places else text

@@ -6,9 +6,12 @@ pattern is ever guessed.
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from mlx_kimi.errors import KimiError
 from mlx_kimi.text.chat_template import (
@@ -26,6 +29,29 @@ from mlx_kimi.user_files import Json, is_there, read_json_if_there, shown
 
 STOP_NAMES = ("[EOS]", "<|im_end|>", "[EOT]")
 SOURCE = "moonshotai/Kimi-Linear-48B-A3B-Instruct"
+
+
+class _Encoded(NamedTuple):
+    """The ids of a text, and where both may be cut: behind each of its control tokens."""
+
+    text: str = ""
+    mark: str = ""
+    ids: Sequence[int] = ()
+    ends: Sequence[int] = ()  # of its control tokens
+    counts: Sequence[int] = ()  # of the ids up to each end
+
+    def shared(self, text: str, mark: str, longest: int) -> int:
+        """How many control tokens another text begins with too, so that the ids are the same.
+
+        `longest`: characters of a control token. So many more must be the same: a longer token
+        might begin where one of these does.
+        """
+
+        def differs(end: int) -> bool:
+            needed = end + longest
+            return needed > len(self.text) or not text.startswith(self.text[:needed])
+
+        return bisect_left(self.ends, True, key=differs) if mark == self.mark else 0
 
 
 class Tokenizer:
@@ -48,6 +74,7 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._control = ControlTokens(self.control_tokens)
         self._encode_short = lru_cache(REMEMBERED)(vocabulary.encode)
+        self._latest = _Encoded()  # a chat's next text begins as this one does
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: the spelling of a control token is text like any other."""
@@ -60,12 +87,20 @@ class Tokenizer:
             text: the text.
             mark: what `ControlTokens.protect` put into spellings that are ordinary text.
         """
-        ids: list[int] = []
-        for piece, is_control in self._control.split(text, mark):
-            if is_control:
-                ids.append(self.control_tokens[piece])
-            elif piece:
-                ids += self._encode_from(piece, not ids)
+        known = self._latest
+        count = known.shared(text, mark, self._control.longest)
+        ends, counts = list(known.ends[:count]), list(known.counts[:count])
+        ids = list(known.ids[: counts[-1]]) if counts else []
+        start = ends[-1] if ends else 0
+        new = self._control.ends(text, start)
+        for begin, end in pairwise([start, *new, len(text)]):
+            for piece, is_control in self._control.split(text[begin:end], mark):
+                if is_control:
+                    ids.append(self.control_tokens[piece])
+                elif piece:
+                    ids += self._encode_from(piece, not ids)
+            counts.append(len(ids))
+        self._latest = _Encoded(text, mark, tuple(ids), [*ends, *new], counts[:-1])
         return ids
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
