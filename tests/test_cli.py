@@ -40,6 +40,17 @@ def test_stdout_is_the_answer_and_stderr_the_speeds(talker: Path) -> None:
 
 
 @pytest.mark.slow
+def test_no_compiler_is_started(talker: Path, tmp_path: Path) -> None:
+    """MLX would keep what it compiles for a CPU in the folder of temporary files."""
+    done = run(
+        *("generate", "--model", talker, "-p", PROMPT * 20, "--max-tokens", "3"),
+        env={**ENVIRONMENT, "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.slow
 def test_json_is_one_object_with_everything(talker: Path) -> None:
     answer = json.loads(generated(talker, "-p", PROMPT, "--max-tokens", "6", "--json"))
     assert len(answer["token_ids"]) == answer["generated_tokens"] == 6
