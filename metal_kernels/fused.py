@@ -12,6 +12,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def compiles() -> bool:
+    """Whether functions are compiled here."""
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
 def fused(shapeless: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """`mx.compile` on a GPU. On a CPU MLX would start a C++ compiler, for a second a function.
 
@@ -23,8 +28,7 @@ def fused(shapeless: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]
 
         @wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            on_cpu = mx.default_device() == mx.Device(mx.cpu)
-            return (function if on_cpu else compiled)(*args, **kwargs)
+            return (compiled if compiles() else function)(*args, **kwargs)
 
         return run
 
