@@ -31,7 +31,6 @@ from mlx_kimi.cli.options import (
     no_tune_option,
     prefill_step_option,
 )
-from mlx_kimi.durable import refuse_existing
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.bench import Bench, BenchRow, check_fits, check_settings
 from mlx_kimi.evaluation.bench import Progress as OnProgress
@@ -142,7 +141,8 @@ def _check_files(json_file: Path | None, plot_file: Path | None) -> None:
             continue
         if not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
             raise KimiError(f"{option} {file}: {file.parent} must be a folder that can be written")
-        refuse_existing(file)
+        if file.is_symlink() or file.is_file():  # (not a device: that is written to)
+            raise KimiError(f"{file}: already exists; remove it or choose another name")
     if plot_file and plot_file.suffix.lower() not in PLOTS:
         raise KimiError(f"--plot must end in {' or '.join(PLOTS)} but is {plot_file}")
     if plot_file and not find_spec("matplotlib"):

@@ -13,8 +13,7 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
 from mlx_kimi.loading.load import dtype_of
 from mlx_kimi.metal_kernels.kernel import backend
-from mlx_kimi.tuning.stored import Stored, path_of
-from mlx_kimi.tuning.tune import tune
+from mlx_kimi.tuning.tune import tune, where_kept
 
 
 @click.command("tune")
@@ -48,5 +47,4 @@ def command(model: str | None, seconds: float) -> None:
         )
     for line in lines(stored):
         click.echo(line)
-    if Stored.read(stored.key) == stored:
-        click.echo(f"kept in {path_of(stored.key)}")
+    click.echo(where_kept(stored))

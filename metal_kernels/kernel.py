@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -136,9 +136,9 @@ def without(off: Mapping[str, str]) -> Iterator[None]:
         _OFF.reset(token)
 
 
-def refused() -> frozenset[str]:
-    """The kernels that `trying` refused."""
-    return frozenset(_REFUSED)
+def refused_kernels() -> Iterable[str]:
+    """Those that `trying` refused."""
+    return _REFUSED
 
 
 def refusals() -> list[str]:

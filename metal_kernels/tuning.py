@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.kernel import backend, refused, without
+from mlx_kimi.metal_kernels.kernel import backend, refused_kernels, without
 
 
 class AttendShape(NamedTuple):
@@ -117,7 +117,7 @@ class Choices:
     @property
     def digest(self) -> str:
         """The same for two that compute the same bits: without kernels, all of them."""
-        off = tuple(sorted({*self.off, *refused()}))
+        off = tuple(sorted({*self.off, *refused_kernels()}))
         return _digest(self.tuning, off) if backend() else NO_KERNELS
 
     @contextmanager

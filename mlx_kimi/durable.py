@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_kimi.errors import KimiError
 from mlx_kimi.user_files import only_regular
 
 # On macOS fsync hands the data to the drive, which may still lose it with the power.
@@ -32,16 +31,6 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         made.unlink(missing_ok=True)
     sync(path.parent)
-
-
-def refuse_existing(path: Path) -> None:
-    """Refuse a regular file that is there: nothing is written over that we did not write.
-
-    Raises:
-        KimiError: it is there.
-    """
-    if path.is_symlink() or path.is_file():
-        raise KimiError(f"{path}: already exists; remove it or choose another name")
 
 
 def not_through_a_link(path: str, flags: int) -> int:

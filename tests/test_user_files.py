@@ -21,7 +21,8 @@ from mlx_kimi.text.tokenizer import load_tokenizer
 from mlx_kimi.user_files import FILE_BYTES, JSON_BYTES, read_bytes
 from tests.fuzz.damage import at_open, cut_to_half, is_endless, is_fifo, is_folder, is_huge
 
-VERSION = FileVersion.of(Path(__file__))
+with open(__file__, "rb") as this_file:
+    VERSION = FileVersion.of(this_file.fileno())
 Reads = Callable[[Path], Any]
 READS: dict[str, Reads] = {
     "bytes": read_bytes,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,6 +19,8 @@ from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.styles import Style
+
+from mlx_kimi.durable import not_through_a_link
 
 STYLE = Style.from_dict(  # the terminal's own colours, for dark and light ones
     {
@@ -86,10 +87,10 @@ def _history(file: Path) -> History:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with suppress(FileExistsError):
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        is_ours = stat.S_ISREG(file.lstat().st_mode)  # nothing is written through a link
+        os.close(not_through_a_link(str(file), os.O_RDONLY))
     except OSError:
-        is_ours = False
-    return _KeptHistory(file) if is_ours else InMemoryHistory()
+        return InMemoryHistory()
+    return _KeptHistory(file)
 
 
 class LineEditor:

@@ -28,13 +28,13 @@ class FileVersion:
     rights: tuple[int, int, int]  # mode, user, group
 
     @staticmethod
-    def of(file: int | Path) -> FileVersion:
-        """Of an open file, or of the one that has a name now.
+    def of(descriptor: int) -> FileVersion:
+        """Of an open file.
 
         Raises:
             OSError: it cannot be asked for.
         """
-        s = os.stat(file)
+        s = os.fstat(descriptor)
         rights = (s.st_mode, s.st_uid, s.st_gid)
         return FileVersion(
             *(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_nlink, rights)

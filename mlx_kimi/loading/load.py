@@ -101,7 +101,6 @@ def load_model(
     caches = offload.expert_caches if offload else {}
     weights = Weights(arrays, config, first_expert=first_expert, expert_caches=caches)
     model = KimiLinear(config, weights, reduce, offload, choices)
-    checkpoint = matcher.checkpoint
     # Fused matrices are copies: their parts must not outlive each layer.
     del arrays, weights, matcher
     if lazy:

@@ -168,15 +168,14 @@ class Probe:
 
     def _right_in(self, case: Case, dtype: mx.Dtype) -> list[tuple[str, ...]]:
         run = partial(self.sample.plain, case, dtype)
-        while True:
-            found, launched, refused = self._first_run(run, self._choices())
-            if not refused:
-                break
-            for kernel, message in refused.items():
-                self._turn_off(_operator_of(kernel), in_one_line(message), kernel)
+        found, launched, refused = self._first_run(run, self._choices())
+        for kernel, message in refused.items():
+            self._turn_off(_operator_of(kernel), in_one_line(message), kernel)
+        if refused:  # what takes their place is tried, too
+            return self._right_in(case, dtype)
         operators = list(dict.fromkeys(map(_operator_of, launched)))
         allowed = self._allowed(case, dtype)
-        if allowed is None or found is None or not operators:
+        if allowed is None or not operators:
             return operators
         error = _error(found, self._expected[case])
         if error <= allowed:
@@ -185,7 +184,7 @@ class Probe:
         wrong = [o for o in operators if errors[o] <= allowed] or operators
         for operator in wrong[:1] if len(wrong) < len(operators) else wrong:
             self._turn_off(operator, f"results are {error:.1e} off, more than {allowed:.1e}")
-        return self._right_in(case, dtype)  # what takes their place is tried, too
+        return self._right_in(case, dtype)
 
     def _first_run(
         self, run: Callable[[], list[mx.array]], choices: Choices
@@ -354,7 +353,7 @@ class Probe:
         yield partial(self._forms, FORMS)
         far, near = self.limits.positions, min(4096, self.limits.positions)
         most, tuning = self.limits.tokens, self.tuning
-        middle = min(512, most)
+        middle, past = min(512, most), min(NEAR, far)
         long, packed = Case("mla", 1, far), Case("mla", 1, far, True)
         short, short_packed = replace(long, past=near), replace(packed, past=near)
         shapes = {str(tuple(shape)): shape for shape in SHAPES}
@@ -373,8 +372,8 @@ class Probe:
                 for n, m in ((6, 5), (12, 12))
             ),
             *(
-                (Case("mla", n, min(NEAR, far)), [Case("mla", n)], "expand_from", {told: m})
-                for n, m, told in ((96, 96, "expanded from 96"), (256, 512, "expanded from 512"))
+                (Case("mla", n, past), [Case("mla", n)], "expand_from", {f"expanded from {m}": m})
+                for n, m in ((96, 96), (256, 512))
             ),
         ]
         for case, elsewhere, name, values in candidates:

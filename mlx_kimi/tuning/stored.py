@@ -64,7 +64,12 @@ class Stored:
             return None
         return found if found.key == key and found.format == FORMAT else None
 
-    def write(self) -> bool:
+    @property
+    def is_kept(self) -> bool:
+        """Whether the next start finds it."""
+        return Stored.read(self.key) == self
+
+    def write(self) -> None:
         """Keep it. A folder that cannot be written costs only that it is found out again."""
         path = path_of(self.key)
         text = json.dumps(asdict(self), indent=1)
@@ -72,8 +77,7 @@ class Stored:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(path, lambda file: _write(file, text))
         except OSError:
-            return False
-        return True
+            return
 
 
 @contextmanager

@@ -66,11 +66,19 @@ def choices_for(folder: Path, config: ModelConfig, dtype: mx.Dtype) -> Choices:
         said = [f"{kernel} is off: {why}" for kernel, why in stored.off.items()]
         if not stored.proven:
             said += [f"the kernels were not all tried: {note}" for note in stored.notes]
-        elif "cannot be written" in stored.notes[-1]:
-            said.append(stored.notes[-1])
+        elif not stored.is_kept:
+            said.append(where_kept(stored))
         for line in said:
             console.print(line, highlight=False, markup=False)
     return stored.choices
+
+
+def where_kept(stored: Stored) -> str:
+    """In which file it is, or that it is in none."""
+    path = path_of(stored.key)
+    if stored.is_kept:
+        return f"kept in {path}"
+    return f"{path}: cannot be written; the next start tries again"
 
 
 def tune(
@@ -98,7 +106,7 @@ def tune(
         before = Stored.read(key)
         if before and before.complete and not again:
             return before
-        stored = before if before and not before.complete and not again else Stored.new(key)
+        stored = Stored.new(key) if before is None or again else before
         if stored.trying:  # nobody else is at it: whoever was went down with it
             why = "it did not return when it first ran here; `mlx_kimi tune` tries it again"
             stored.off[stored.trying], stored.trying = why, None
@@ -113,8 +121,7 @@ def tune(
         stored.trying = None
         stored.attempts += 1
         stored.complete = stored.proven or stored.attempts >= ATTEMPTS
-        if not stored.write():
-            stored.notes.append(f"{path_of(key)}: cannot be written; the next start tries again")
+        stored.write()
     return stored
 
 
