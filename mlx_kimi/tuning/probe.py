@@ -53,10 +53,10 @@ WORSE = 1.5  # times the error of plain products in the same dtype, which round 
 ROUNDING = {mx.float32: 1e-4, mx.float16: 2e-3, mx.bfloat16: 4e-3}
 NEAR, FEW = 1024, 200  # KV positions and tokens of what is compared: float32 of more is large
 QUANTILE = 0.9  # of the tokens: a rounding may choose another expert for a few
-QUEUED = 4  # runs that are submitted at a time
-LONG = 0.02  # seconds of a run from which one is submitted at a time
+QUEUED = 16  # runs that are submitted at a time, at most
+AT_A_TIME = 0.01  # about how many seconds of them
 ENOUGH = 0.15  # seconds for which each is timed, if that is 3 times or more
-OFTEN = 0.75  # of the turns, in which what is clearly faster is FASTER
+OFTEN = 0.75  # of the turns, in which what is clearly faster is that much faster
 SLOWER = 1.03  # so much slower nothing may become elsewhere
 PAIRS = (0.5, 1, 2, 4, 8, 16, 32, 64)  # of an average expert, at which its forms are timed
 FORMS = (*(ExpertForm(0, "tiles", tiles) for tiles in (4, 2, 1)), ExpertForm(0, "vectors"))
@@ -290,7 +290,7 @@ class Probe:
                 continue
             if not name:
                 seconds = self._seconds(case, choices, 1)
-                queued = 1 if seconds > LONG else QUEUED
+                queued = min(max(1, round(AT_A_TIME / seconds)), QUEUED)
                 repeats = min(max(3, round(ENOUGH / (queued * seconds))), repeats)
         for _ in range(repeats):
             for name, times in found.items():
@@ -329,20 +329,18 @@ class Probe:
         medians = {str(name): statistics.median(each) for name, each in times.items()}
         told = ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in medians.items())
         self.tell(Note(f"{case}: {statistics.median(own) * 1e3:.3f} ms; {told}"))
-        clear = {name: medians[name] for name in times if _clearly_beats(times[name], own)}
-        if not clear:
+        if not any(_clearly_beats(each, own) for each in times.values()):
             return None
-        best = min(clear.values())
-        chosen = next(name for name, median in clear.items() if median <= best * FASTER)
+        best = min(medians.values())
+        chosen = next(name for name, median in medians.items() if median <= best * FASTER)
         pair = {"": runs[""], chosen: runs[chosen]}
         again = self._times(case, pair)
         if not _clearly_beats(again[chosen], again[""]):
             return None
         for other in elsewhere:
-            present, there = map(statistics.median, self._times(other, pair).values())
-            if there > SLOWER * present:
-                slower = f"{there / present:.2f} times as slow for {other}"
-                self.tell(Note(f"{case}: {chosen} is not chosen, {slower}"))
+            there = self._times(other, pair)
+            if _clearly_beats(there[""], there[chosen], SLOWER):
+                self.tell(Note(f"{case}: {chosen} is not chosen, it is slower for {other}"))
                 return None
         self.tell(Note(f"{case}: {chosen} is chosen"))
         return others[chosen]
@@ -447,9 +445,9 @@ def with_forms(
     return tuple(found)
 
 
-def _clearly_beats(times: Sequence[float], own: Sequence[float]) -> bool:
-    wins = sum(one * FASTER < other for one, other in zip(times, own, strict=True))
-    return wins >= OFTEN * len(own)
+def _clearly_beats(times: Sequence[float], others: Sequence[float], faster: float = FASTER) -> bool:
+    wins = sum(one * faster < other for one, other in zip(times, others, strict=True))
+    return wins >= OFTEN * len(others)
 
 
 def _operator_of(kernel: str) -> tuple[str, ...]:

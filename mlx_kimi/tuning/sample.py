@@ -21,6 +21,7 @@ from mlx_kimi.tuning.reference import with_experts_one_by_one
 
 Half = Literal["kda", "mla", "experts"]
 Given = tuple[mx.array, mx.array, CacheEntry | None]
+BLOCK = 8192  # KV positions that are made at a time
 ROUNDS = 8  # of a few tokens' experts, each with other ones: a rounding may choose another
 
 
@@ -148,9 +149,11 @@ class Sample:
             shape = (1, config.kda_num_heads, config.kda_head_dim, config.kda_head_dim)
             return KDACache(lengths, tail.astype(self.dtype).astype(dtype), mx.random.normal(shape))
         entry = LatentCache(bits=8 if case.packed else None)
-        if case.past:
-            latents = mx.random.normal((1, case.past, config.latent_width), self.dtype)
+        for start in range(0, case.past, BLOCK):  # (packing takes several float32 copies)
+            tokens = min(BLOCK, case.past - start)
+            latents = mx.random.normal((1, tokens, config.latent_width), self.dtype)
             entry.append(latents.astype(dtype), None)
+            mx.eval(entry.arrays())
             entry.lengths = lengths
         return entry
 
