@@ -5,7 +5,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from tests.conftest import SEED
 from tests.processes import live_memory
 
 Header = dict[str, Any]
-loading = import_module("mlx_kimi.loading.load")  # (`mlx_kimi.loading.load` is its function, too)
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"  # [64, 64]
@@ -440,34 +438,6 @@ def test_a_config_that_asks_for_more_than_the_files_hold_fails_at_once(
     assert mx.get_active_memory() - before < 1 << 20  # bytes; one of those matrices is 64 TB
 
 
-@pytest.mark.parametrize(
-    ("moment", "change", "said"),
-    [
-        (0, lambda path: os.truncate(path, 9000), "was cut to 9,000 of"),
-        (1, lambda path: os.truncate(path, 9000), "was cut to 9,000 of"),
-        (0, os.unlink, "cannot be read while the model was loaded: No such file"),
-        (1, lambda path: os.utime(path, ns=(0, 0)), "was written to while the model was loaded"),
-    ],
-)
-def test_a_file_that_changes_before_mlx_reads_it_is_named(
-    copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, moment: int, change: Any, said: str
-) -> None:
-    """The reason was MLX's own, and weights that another program wrote were taken in silence."""
-    load: Any = mx.load
-
-    def meanwhile(path: str, **options: Any) -> Any:
-        if moment == 0:
-            change(path)
-        arrays = load(path, **options)
-        if moment == 1:
-            change(path)
-        return arrays
-
-    monkeypatch.setattr(mx, "load", meanwhile)
-    message = refusal(copy())
-    assert f"{FILE}: " in message and said in message
-
-
 def test_a_refused_folder_leaves_no_file_open(copy: Callable[..., Path]) -> None:
     folder = copy()
     (folder / "config.json").write_text(json.dumps({**TINY, "vocab_size": 257}))
@@ -539,19 +509,3 @@ def test_a_scale_that_is_no_number_is_named(
     mx.eval(tensors)
     mx.save_safetensors(str(name), tensors, {"format": "mlx"})
     assert "layers.1.self_attn.o_proj.scales has NaN or infinity" in refusal(out)
-
-
-def test_a_file_that_is_replaced_while_it_is_loaded_is_named(
-    tmp_path: Path, copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Headers were checked; the weights would be those of another model."""
-    folder = copy()
-    other = write_checkpoint(tmp_path / "other", TINY, seed=9)
-    own = loading._read_weights
-
-    def replaced(model: Any) -> None:
-        own(model)
-        os.replace(other / FILE, folder / FILE)
-
-    monkeypatch.setattr(loading, "_read_weights", replaced)
-    assert refusal(folder).startswith(f"{folder / FILE}: was replaced while the model was loaded")

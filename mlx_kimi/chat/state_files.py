@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.checkpoint.config import ModelConfig
-from mlx_kimi.checkpoint.files import read_header
+from mlx_kimi.checkpoint.files import lazy_arrays, read_header
 from mlx_kimi.durable import checksum, write_durably
 from mlx_kimi.errors import KimiError, in_words
 from mlx_kimi.generation.token_state import Snapshot, TokenState
@@ -173,13 +172,8 @@ def _latents_since(entry: LatentCache, start: int) -> Arrays:
 
 
 def _load(path: Path) -> Arrays:
-    load: Any = mx.load
-    read_header(path)  # MLX checks less of it
-    try:
-        return load(str(path), stream=mx.cpu)
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise KimiError(f"{path}: no file of states: {reason}") from None
+    header = read_header(path)  # MLX checks less of it
+    return lazy_arrays(path, header.version, "states were read")
 
 
 def _read(

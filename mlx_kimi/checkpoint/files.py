@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Collection
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,8 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from mlx_kimi.checkpoint.fields import read_json
-from mlx_kimi.checkpoint.weight_file import FileVersion, OpenFile
-from mlx_kimi.errors import KimiError
+from mlx_kimi.checkpoint.weight_file import FileVersion, OpenFile, name_of
+from mlx_kimi.errors import KimiError, in_words
 from mlx_kimi.user_files import JSON_BYTES, is_there, only_regular, parsed_json
 
 INDEX = "model.safetensors.index.json"
@@ -148,10 +149,30 @@ class Checkpoint:
 
     @cached_property
     def _arrays(self) -> dict[str, dict[str, Any]]:
-        # On the CPU stream: files are read by the host, whatever computes later.
-        load: Any = mx.load
-        self.refuse_changed("it was opened")  # MLX would wait for a pipe in a file's place
-        return {file: load(str(self.folder / file), stream=mx.cpu) for file in self.files}
+        return {
+            file: lazy_arrays(
+                self.folder / file, self.headers[file].version, "the model was loaded"
+            )
+            for file in self.files
+        }
+
+
+def lazy_arrays(path: Path, version: FileVersion, use: str) -> dict[str, mx.array]:
+    """The tensors of a file whose header was checked, each read when it is evaluated.
+
+    MLX is given the file that is open here: under its name there may be a pipe by now, which it
+    would wait for. It holds the file open as long as an array is to be read.
+
+    Raises:
+        KimiError: it cannot be opened, or is not the file of `version`; `use` as of `OpenFile`.
+    """
+    load: Any = mx.load
+    with closing(OpenFile(path, version, use)) as opened:
+        try:
+            # On the CPU stream: files are read by the host, whatever computes later.
+            return load(opened.name, format="safetensors", stream=mx.cpu)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise KimiError(f"{path}: cannot be read while {use}: {in_words(error)}") from None
 
 
 def collapsed(names: Collection[str]) -> str:
@@ -234,9 +255,10 @@ def read_header(path: Path) -> Header:
                     f"{path}: not a whole safetensors file: its header may have {JSON_BYTES} "
                     f"bytes, and the file has {version.size}, but the header {size}"
                 )
-            with safe_open(str(path), framework="numpy") as opened:  # checks all of it
+            text = weights.read(size)  # first: an error of the disk ends who maps the file
+            with safe_open(name_of(weights.fileno()), framework="numpy") as opened:  # checks it all
                 names = list(opened.keys())
-            fields = parsed_json(weights.read(size), path)
+            fields = parsed_json(text, path)
             with open(path, "rb", opener=only_regular) as again:
                 now = FileVersion.of(again.fileno())
     except (SafetensorError, OSError, MemoryError) as error:  # (the last: it cannot be mapped)

@@ -59,6 +59,14 @@ class FileVersion:
         return "written to"
 
 
+def name_of(descriptor: int) -> str:
+    """A path that opens this open file once more, whatever has its own name by then.
+
+    On macOS both share a position; here none but the start is read through it.
+    """
+    return f"/dev/fd/{descriptor}"
+
+
 class OpenFile:
     """Reads bytes of one version of a file, or fails."""
 
@@ -98,6 +106,11 @@ class OpenFile:
             self._check()
         except OSError as error:
             raise self._unreadable(error) from None
+
+    @property
+    def name(self) -> str:
+        """See `name_of`."""
+        return name_of(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

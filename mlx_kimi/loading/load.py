@@ -14,7 +14,7 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import ALWAYS_FLOAT32, Join, tensors
-from mlx_kimi.errors import KimiError
+from mlx_kimi.errors import KimiError, in_words
 from mlx_kimi.loading.budget import Budget, slots_for
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
 from mlx_kimi.loading.finite import not_finite_place
@@ -106,7 +106,7 @@ def load_model(
     if lazy:
         return model
     with _unchanged(checkpoint):
-        _read_weights(model)
+        _read_weights(model, checkpoint)
     if (place := not_finite_place(model)) is not None:
         raise KimiError(f"{folder}: {place} has NaN or infinity: the weights are damaged")
     if is_traced():  # (a GPU's own backend: an emulator compiles nothing ahead)
@@ -118,23 +118,35 @@ def load_model(
     return model
 
 
-def _read_weights(model: KimiLinear) -> None:
-    mx.eval(model.embed_tokens.parameters())
-    for layer in model.layers:
-        mx.eval(layer.parameters())
-    mx.eval(model.parameters())
+def _read_weights(model: KimiLinear, checkpoint: Checkpoint) -> None:
+    """One layer after another: what each is made of is freed before the next.
+
+    Raises:
+        KimiError: MLX cannot read a part, or finds no memory for it.
+    """
+    layers = {f"model.layers.{number}": layer for number, layer in enumerate(model.layers)}
+    ends = {"model.norm": model.norm, "lm_head": model.lm_head}
+    for path, part in {"model.embed_tokens": model.embed_tokens, **layers, **ends}.items():
+        try:
+            mx.eval(part.parameters())
+        except RuntimeError as error:
+            stored = checkpoint.tensors.items()
+            files = {each.file for name, each in stored if name.startswith(f"{path}.")}
+            where = ", ".join([path, *sorted(files)])
+            said = in_words(error)
+            raise KimiError(f"{checkpoint.folder}: cannot load {where}: {said}") from None
 
 
 @contextmanager
 def _unchanged(checkpoint: Checkpoint) -> Iterator[None]:
-    """Within, MLX reads files by their names. It says little of one that changed, or nothing.
+    """Within, MLX reads files. It says little of one that changed, or nothing.
 
     Raises:
         KimiError: a file is no longer the one whose header was checked.
     """
     try:
         yield
-    except (RuntimeError, OSError):
+    except (KimiError, RuntimeError, OSError):
         checkpoint.refuse_changed("the model was loaded")
         raise
     checkpoint.refuse_changed("the model was loaded")
