@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import zlib
@@ -16,7 +17,7 @@ NEW = ".new"  # in the name of a file that is being made
 BLOCK = 1 << 22  # bytes read at once
 
 
-def write_durably(path: Path, write: Callable[[Path], None]) -> None:
+def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, sync it, and give it its name.
 
     The file made is private: conversations are nobody else's business.
@@ -31,6 +32,26 @@ def write_durably(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         made.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_bytes_durably(path: Path, data: bytes) -> None:
+    """The same, of a file that holds `data`."""
+    write_durably(path, lambda made: made.write_bytes(data))
+
+
+def append_durably(path: Path, data: bytes, size: int) -> None:
+    """Add `data` to a file of `size` bytes that has no other name, and sync it.
+
+    Raises:
+        OSError: it is not such a file, or cannot be written.
+    """
+    with open(path, "r+b", opener=not_through_a_link) as file:
+        found = os.fstat(file.fileno())
+        if (found.st_size, found.st_nlink) != (size, 1):
+            raise OSError(errno.EINVAL, "Not the file that was written", str(path))
+        file.seek(size)
+        file.write(data)
+    sync(path)
 
 
 def not_through_a_link(path: str, flags: int) -> int:

@@ -399,7 +399,7 @@ def test_a_call_where_there_are_no_tools_is_answered_with_that(loaded, tmp_path)
 @pytest.mark.slow
 def test_a_session_full_of_escape_codes_writes_none_to_the_terminal(start, folder, talker) -> None:
     evil = "\x1b]0;owned\x07 \x1b[2J \x9b31m \u202egnirts"
-    session = Session(folder / "evil", {})
+    session = Session(folder / "evil", {}).open()
     turn = Turn(evil, [{"role": "assistant", "content": evil}], 5)
     session.save(Conversation(evil, [turn, turn]))
     session.close()
@@ -492,9 +492,21 @@ def test_in_a_pipe_each_line_is_answered_on_stdout_alone(talker: Path, folder: P
 @pytest.mark.slow
 def test_a_pipe_can_save_and_resume(talker: Path, folder: Path) -> None:
     assert piped(talker, folder, b"one\n/save mine\ntwo\n").returncode == 0
+    before = files_in(folder / "mine")
     done = piped(talker, folder, b"three\n", "--resume", "mine")
     assert b"mine: 2 turns" in done.stderr and b"kept)" in done.stderr
-    assert [turn.text for turn in saved(folder, "mine").turns] == ["one", "two", "three"]
+    assert files_in(folder / "mine") == before, "nothing is kept without /save"
+    piped(talker, folder, b"three\n/save\nfour\n", "--resume", "mine")
+    texts = ["one", "two", "three", "four"]
+    assert [turn.text for turn in saved(folder, "mine").turns] == texts
+    piped(talker, folder, b"five\n/save other\n", "--resume", "mine")
+    assert [turn.text for turn in saved(folder, "mine").turns] == texts
+    assert [turn.text for turn in saved(folder, "other").turns] == [*texts, "five"]
+
+
+def files_in(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """What a folder holds, and when it was written."""
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
 
 
 def test_a_session_beyond_the_budget_is_refused_before_a_model_is_loaded(
@@ -539,4 +551,4 @@ def test_json_lines_of_a_session_are_plain(talker: Path, folder: Path) -> None:
     """What is stored can be read by any program."""
     piped(talker, folder, "héllo\n/save mine\n".encode())
     lines = (folder / "mine" / "chat.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines][2]["text"] == "héllo"
+    assert [json.loads(line) for line in lines][1][1]["turns"][0]["text"] == "héllo"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_kimi.chat.conversation import Conversation
-from mlx_kimi.chat.session import Session
+from mlx_kimi.chat.session import Session, read_text
 from tests.processes import run
 
 NOTES = "The password of the blue door is 4821. " * 12
@@ -41,8 +41,14 @@ def test_a_saved_conversation_is_a_prompt_cache_and_the_other_way_round(talker, 
     assert answer["prompt_tokens"] - answer["cached_tokens"] < 60 < answer["cached_tokens"]
 
     assert run("cache", NOTES, tmp_path / "notes", "--model", talker).returncode == 0
-    done = run("chat", *options, "--resume", f"{tmp_path}/notes", stdin="so?\n")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "notes").iterdir()}
+    said = "so?\n/save\n/save more\n"
+    done = run("chat", *options, "--resume", f"{tmp_path}/notes", stdin=said)
     assert "a message goes on with it" in done.stderr and "kept)" in done.stderr
+    assert "notes is a prompt cache: /save needs another name" in done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "notes").iterdir()} == before
+    _, conversation, _ = read_text(tmp_path / "more")
+    assert conversation.turns[0].text == f"{NOTES}\n\nso?" and conversation.turns[0].answer
 
 
 @pytest.mark.slow
@@ -69,7 +75,7 @@ def test_another_model_reads_the_prompt_again_and_says_so(talker, tmp_path) -> N
     ],
 )
 def test_a_mistake_is_one_clear_line(talker, tmp_path, arguments, code, said) -> None:
-    session = Session(tmp_path / "used", {})
+    session = Session(tmp_path / "used", {}).open()
     session.save(Conversation())
     session.close()
     places = {"FILE": tmp_path / "file", "USED": tmp_path / "used"}
@@ -95,7 +101,7 @@ def test_a_session_deletes_no_file_that_it_did_not_write(tmp_path) -> None:
     weights, state = tmp_path / "model.safetensors", tmp_path / "0-7-0123abcd.safetensors"
     weights.touch()
     state.touch()
-    session = Session(tmp_path, {})
+    session = Session(tmp_path, {}).open()
     session.save(Conversation())
     session.close()
     assert weights.exists() and not state.exists()

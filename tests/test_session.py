@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 
 from mlx_kimi import load, load_model
-from mlx_kimi.chat import session as session_module
 from mlx_kimi.chat import state_files as states
+from mlx_kimi.chat import transcript
 from mlx_kimi.chat.chat import Chat
 from mlx_kimi.chat.conversation import Conversation
 from mlx_kimi.chat.fingerprint import fingerprint
-from mlx_kimi.chat.session import LOCK, PREVIOUS, RETURN_POINTS, TEXT, Session
+from mlx_kimi.chat.session import LOCK, RETURN_POINTS, Session
 from mlx_kimi.chat.sessions import Sessions
+from mlx_kimi.chat.transcript import COPY, TEXT
 from mlx_kimi.durable import checksum
 from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.generation.generate import prompt_ids, stream_generate
@@ -289,8 +290,8 @@ def test_any_damage_of_one_file_costs_at_most_the_last_turn(loaded, sessions) ->
             notes = again.load(folder.name)
             turns = again.conversation.turns
             assert [t.text for t in turns] == ["one", "two", "three"], (path.name, damage)
-            assert all(t.answer for t in turns[:2])
-            if path.name != PREVIOUS:
+            assert all(t.answer for t in turns), "the text has a copy"
+            if path.name != COPY:
                 assert len(notes) == 1, (path.name, damage)
             ids = next_prompt(again)
             fresh = again.model(mx.array([ids]))[:, -1]
@@ -312,12 +313,12 @@ def test_with_both_texts_damaged_the_turns_that_are_whole_remain(loaded, session
     chat = new_chat(loaded, sessions)
     talk(chat, "one", "two", "three")
     assert chat.session
-    for name in (TEXT, PREVIOUS):
+    for name in (TEXT, COPY):
         file = chat.session.folder / name
         file.write_bytes(file.read_bytes()[:-20])
     again, notes = reopened(loaded, chat)
-    assert [t.text for t in again.conversation.turns] == ["one", "two"]
-    assert "damaged: 2 turns could be read" in notes[0]
+    assert [t.text for t in again.conversation.turns] == ["one", "two", "three"]
+    assert again.conversation.is_unanswered and "its last change is lost" in notes[0]
 
 
 @pytest.mark.slow
@@ -521,10 +522,10 @@ def test_a_forged_description_is_damage(loaded, sessions, field: dict[str, Any])
     talk(chat, "one")
     assert chat.session
     _forge(chat.session.folder, field)
-    (chat.session.folder / PREVIOUS).unlink()
     again, notes = reopened(loaded, chat)
     assert again.state.ids == [] and again.conversation.system is None
-    assert notes == ["damaged: 1 turns could be read"]
+    assert notes == ["its last change is lost: the file is damaged"]
+    assert [t.text for t in again.conversation.turns] == ["one"], "as it was before the answer"
 
 
 def test_states_that_another_checksum_hides_are_checked_before_mlx_reads_them(
@@ -543,12 +544,16 @@ def test_states_that_another_checksum_hides_are_checked_before_mlx_reads_them(
 
 
 def _forge(folder: Path, field: dict[str, Any]) -> None:
-    """Change the line about the session, with its checksum."""
-    text = folder / TEXT
-    head, about, *turns = text.read_text().splitlines()
-    body = "".join(line + "\n" for line in (json.dumps(json.loads(about) | field), *turns))
-    head = json.dumps(json.loads(head) | {"checksum": zlib.crc32(body.encode())})
-    text.write_text(head + "\n" + body)
+    """Change what the last record says, with its checksum, in a text without a copy."""
+    (folder / COPY).unlink()
+    head, *lines = (folder / TEXT).read_text().splitlines()
+    records = [json.loads(line)[1] for line in lines]
+    records[-1] |= field
+    crc, forged = 0, [head]
+    for record in map(json.dumps, records):
+        crc = zlib.crc32(record.encode(), crc)
+        forged.append(f'["{crc:08x}", {record}]')
+    (folder / TEXT).write_text("".join(f"{line}\n" for line in forged))
 
 
 @pytest.mark.parametrize("field", FORGED.values(), ids=FORGED)
@@ -556,7 +561,7 @@ def test_forged_names_of_files_are_never_read(loaded, sessions, field: dict[str,
     chat = new_chat(loaded, sessions)
     talk(chat, "one")
     assert chat.session
-    about = json.loads((chat.session.folder / TEXT).read_text().splitlines()[1])
+    _, about = json.loads((chat.session.folder / TEXT).read_text().splitlines()[-1])
     _forge(chat.session.folder, {"states": [about["states"][0] | field]})
     again, _ = reopened(loaded, chat)
     assert again.state.ids == [] and again.conversation.turns[0].text == "one"
@@ -606,7 +611,7 @@ def test_a_session_is_open_in_one_chat_at_a_time(loaded, sessions) -> None:
     assert chat.session
     code = (
         "import sys; from pathlib import Path; from mlx_kimi.chat.session import Session\n"
-        "Session(Path(sys.argv[1]), {})"
+        "Session(Path(sys.argv[1]), {}).open()"
     )
     command = [sys.executable, "-c", code, str(chat.session.folder)]
     assert (
@@ -700,11 +705,11 @@ def test_resuming_20000_tokens_costs_under_one_percent_of_reading_them(
         state.read(ids[start : start + 2048], output_wanted=False)
     reading = time.perf_counter() - began
 
-    session = Session(tmp_path / "long", FINGERPRINT)
+    session = Session(tmp_path / "long", FINGERPRINT).open()
     session.save(Conversation(), state)
     session.close()
     began = time.perf_counter()
-    again, session = TokenState(long_model), Session(tmp_path / "long", FINGERPRINT)
+    again, session = TokenState(long_model), Session(tmp_path / "long", FINGERPRINT).open()
     session.load(again)
     resuming = time.perf_counter() - began
     print(f"reading {reading:.2f} s, resuming {resuming * 1e3:.1f} ms")
@@ -774,10 +779,10 @@ def test_a_turn_encodes_and_writes_its_own_messages_alone(loaded, sessions, monk
 
         monkeypatch.setattr(owner, name, counting)
 
-    monkeypatch.setattr(session_module, "json", SimpleNamespace(**vars(json)))
+    monkeypatch.setattr(transcript, "json", SimpleNamespace(**vars(json)))
     counted(Tokenizer, "_encode_from")
-    counted(session_module.json, "dumps")
-    counted(session_module.json, "loads")
+    counted(transcript.json, "dumps")
+    counted(transcript.json, "loads")
     chat, turns = new_chat(loaded, sessions, options={"max_tokens": 2}), []
     for number in range(20):
         done.clear()

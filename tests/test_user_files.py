@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mlx_kimi.chat.session import LOCK, TEXT, Session, read_text
+from mlx_kimi.chat.session import LOCK, Session, read_text
+from mlx_kimi.chat.transcript import TEXT
 from mlx_kimi.checkpoint.fields import read_json
 from mlx_kimi.checkpoint.files import read_header
 from mlx_kimi.checkpoint.weight_file import FileVersion, OpenFile
@@ -55,7 +56,7 @@ def test_a_pipe_in_a_session_or_a_journal_is_not_waited_for(
     assert first_record(tmp_path) is None
     kind(tmp_path / LOCK)
     with pytest.raises(KimiError, match=f"{LOCK}: "):
-        Session(tmp_path, {})
+        Session(tmp_path, {}).open()
     kind(tmp_path / TEXT)
     with pytest.raises(KimiError, match="no session can be read"):
         read_text(tmp_path)

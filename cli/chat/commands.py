@@ -95,7 +95,7 @@ def edit(loop: Loop, argument: str) -> None:
 
 
 def reset(loop: Loop, argument: str) -> None:
-    kept = loop.chat.session
+    kept = loop.chat.session if loop.chat.is_kept else None
     loop.chat.reset()
     stays = f"; the last one stays as {kept.name}" if kept else ""
     loop.screen.note(f"a new conversation{stays}")
@@ -104,10 +104,8 @@ def reset(loop: Loop, argument: str) -> None:
 def save(loop: Loop, argument: str) -> None:
     if argument:
         loop.chat.save_as(argument)
-    elif loop.chat.session is None:
-        raise KimiError("/save needs a name: nothing is kept of a chat in a pipe without one")
     else:
-        loop.chat.save()
+        loop.chat.keep()
     if loop.chat.session and not loop.chat.unsaved:
         loop.screen.note(f"saved as {loop.chat.session.name}")
 
@@ -138,7 +136,7 @@ def stats(loop: Loop, argument: str) -> None:
         f"{human_size(state.snapshot_bytes)} of at most {human_size(state.snapshot_memory)}",
         f"memory     {human_size(mx.get_active_memory())} now, "
         f"{human_size(mx.get_peak_memory())} at most",
-        f"session    {chat.session.name if chat.session else 'not kept'}",
+        f"session    {chat.session.name if chat.session and chat.is_kept else 'not kept'}",
     ]
     if last:
         parts = show.speeds(last).split(" | ")

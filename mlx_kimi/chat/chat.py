@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mlx_kimi.chat.conversation import Conversation, Turn
@@ -19,6 +20,8 @@ from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
 
+STAYS = "a prompt cache stays as it is: what is said is kept elsewhere, or nowhere in a pipe"
+
 
 class Chat:
     """Says, answers, takes back and keeps.
@@ -33,7 +36,7 @@ class Chat:
         unsaved: why the conversation is not saved as it is; empty if it is.
         cut: the name of a call that was cut off in the last answer, and is not part of it.
         state: what of it the model has read.
-        session: where it is kept; None until something is said, or if nothing is kept.
+        session: where it was read or is kept; None until something is said, or if nothing is kept.
     """
 
     def __init__(
@@ -179,17 +182,36 @@ class Chat:
         self._save(None)
 
     # -------------------------------------------------------------------------------------- keeping
+    @property
+    def is_kept(self) -> bool:
+        """Whether what is said goes into `session`: not in a pipe, nor into a prompt cache."""
+        return self.session is not None and self.session.is_open
+
     def save(self) -> None:
-        """Keep text and state."""
+        """Store text and state of a conversation that is kept."""
         self._save(self.state)
+
+    def keep(self) -> None:
+        """Store them in the session that was read, which is kept from now on.
+
+        Raises:
+            KimiError: there is none, it is a prompt cache, or another chat has changed it.
+        """
+        if self.session is None:
+            raise KimiError("/save needs a name: nothing is kept of a chat in a pipe without one")
+        if self.session.is_prompt_cache:
+            raise KimiError(f"{self.session.name} is a prompt cache: /save needs another name")
+        if not self.is_kept:
+            self.session.open()
+        self.save()
 
     def _save(self, state: TokenState | None) -> None:
         """A session is made when something has been said. A full disk ends no conversation."""
         self.unsaved = ""
         try:
-            if self.session is None and self.autosave and self.conversation.turns:
-                self.session = Session(self.sessions.unused(), self.fingerprint)
-            if self.session:
+            if self.autosave and self.conversation.turns and not self.is_kept:
+                self.session = self._in_new_folder(self.sessions.unused())
+            if self.session and self.is_kept:
                 self.session.save(self.conversation, state)
         except KimiError as error:
             self.unsaved = str(error)
@@ -198,7 +220,7 @@ class Chat:
 
     def _save_text(self) -> None:
         try:
-            if self.session:
+            if self.session and self.is_kept:
                 self.session.save(self.conversation)
         except KimiError as error:
             self.unsaved = str(error)
@@ -211,17 +233,23 @@ class Chat:
         """
         folder = self.sessions.path(name)
         if self.session and self.session.folder == folder:
-            return self.save()
+            return self.keep()
         if folder.exists():
             raise KimiError(f"there is a session {name} already")
-        if self.session is None:
-            self.session = Session(folder, self.fingerprint)
-        elif is_automatic(self.session.folder) and folder.parent == self.session.folder.parent:
+        is_ours = self.session and self.is_kept and is_automatic(self.session.folder)
+        if self.session and is_ours and folder.parent == self.session.folder.parent:
             self.session.rename(folder)
         else:
-            before, self.session = self.session, self.session.fork(folder)
-            before.close()
+            self.session = self._in_new_folder(folder)
         self.save()
+
+    def _in_new_folder(self, folder: Path) -> Session:
+        """The present session goes on there, with what it has stored; its own folder stays."""
+        if self.session is None:
+            return Session(folder, self.fingerprint).open()
+        new = self.session.fork(folder)
+        self.session.close()
+        return new
 
     def load(self, name: str) -> list[str]:
         """Go on with another session; what the user should know of it.
@@ -233,11 +261,11 @@ class Chat:
         if self.session and self.session.folder == folder:
             return []
         session, state = Session(folder, self.fingerprint), self._new_state()
-        try:
-            conversation = session.load(state)
-        except BaseException:
-            session.close()
-            raise
+        conversation = session.load(state)
+        if session.is_prompt_cache:
+            session.notes.append(STAYS)
+        elif self.autosave:
+            session.open()
         self._switch(session, conversation, state)
         return session.notes
 

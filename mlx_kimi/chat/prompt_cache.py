@@ -41,7 +41,8 @@ def write_prompt_cache(
     last, _ = prefill(state, ids, prefill_step, progress)
     if not mx.isfinite(last).all().item():
         raise not_finite(model, ids)
-    session = Session(folder, fingerprint)
+    session = Session(folder, fingerprint).open()
+    session.is_prompt_cache = True
     session.save(conversation, state)
     session.close()
     return len(ids)

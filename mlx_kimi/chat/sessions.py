@@ -9,7 +9,8 @@ from pathlib import Path
 
 from platformdirs import user_data_path
 
-from mlx_kimi.chat.session import read_text, text_file
+from mlx_kimi.chat.session import read_text
+from mlx_kimi.chat.transcript import text_file
 from mlx_kimi.errors import KimiError
 
 NAME = re.compile(r"\w[\w.-]{0,63}")

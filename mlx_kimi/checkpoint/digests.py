@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mlx_kimi.durable import write_durably
+from mlx_kimi.durable import write_bytes_durably
 from mlx_kimi.errors import KimiError
 from mlx_kimi.user_cache import cache_folder
 from mlx_kimi.user_files import only_regular, read_json_if_there
@@ -118,13 +118,8 @@ def _remember(fresh: Known) -> None:
     known = _known() | settled
     if len(known) > MOST_KNOWN:
         known = {path: of for path, of in known.items() if os.path.exists(path)}
-    text = json.dumps(known)
     try:
         _file().parent.mkdir(parents=True, exist_ok=True)
-        write_durably(_file(), lambda made: _write(made, text))
+        write_bytes_durably(_file(), json.dumps(known).encode())
     except OSError:
         return  # it is computed again
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 import mlx_kimi.metal_kernels as kernels
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import tensors
-from mlx_kimi.durable import not_through_a_link, write_durably
+from mlx_kimi.durable import not_through_a_link, write_bytes_durably
 from mlx_kimi.errors import KimiError
 from mlx_kimi.metal_kernels.tuning import Choices, Tuning, default_tuning
 from mlx_kimi.model.random_weights import stored_quantization
@@ -75,7 +75,7 @@ class Stored:
         text = json.dumps(asdict(self), indent=1)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(path, lambda file: _write(file, text))
+            write_bytes_durably(path, text.encode())
         except OSError:
             return
 
@@ -96,10 +96,6 @@ def alone(key: dict[str, str]) -> Iterator[None]:
 
 
 _ADAPTER = TypeAdapter(Stored)
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
 
 
 def path_of(key: dict[str, str]) -> Path:

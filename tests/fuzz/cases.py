@@ -346,19 +346,21 @@ def session_header(rng: Random, folder: Path) -> Damage:
 
 
 def forged(folder: Path, change: Callable[[list[Json]], str]) -> str:
-    """Change what a session's text says, with the checksum that belongs to it."""
+    """Change what a session's text says, with the checksums that belong to it."""
+    (folder / "chat.copy.jsonl").unlink(missing_ok=True)
     file = folder / TEXT
-    lines = [json.loads(line) for line in file.read_bytes().splitlines()[1:]]
-    what = change(lines)
-    body = b"".join(written(line).encode() + b"\n" for line in lines)
-    first = written({"mlx_kimi_session": 1, "checksum": zlib.crc32(body)}).encode()
-    put(file, first + b"\n" + body)
+    first, *lines = file.read_bytes().splitlines(keepends=True)
+    records = [json.loads(line)[1] for line in lines]
+    what, crc = change(records), 0
+    for record in (written(record).encode() for record in records):
+        crc = zlib.crc32(record, crc)
+        first += b'["%08x", %b]\n' % (crc, record)
+    put(file, first)
     return what
 
 
 def session_values(rng: Random, folder: Path) -> Damage:
     """Another text, with its checksum: states that do not belong to it must not be used."""
-    (folder / "chat.previous.jsonl").unlink(missing_ok=True)
     return Damage(forged(folder, lambda lines: change_value(rng, lines)), same=True)
 
 
@@ -368,7 +370,9 @@ def session_states(rng: Random, folder: Path) -> Damage:
     what = damaged(rng, folder).what
 
     def say(lines: list[Json]) -> str:
-        for stored in lines[0]["states"]:
+        for stored in (stored for line in lines for stored in line.get("states", [])):
+            if not (folder / stored["file"]).is_file():  # (of a turn before)
+                continue
             stored["checksum"] = zlib.crc32((folder / stored["file"]).read_bytes())
         return what
 
