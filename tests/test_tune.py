@@ -35,7 +35,8 @@ from mlx_kimi.metal_kernels.tuning import (
     tuning,
 )
 from mlx_kimi.tuning import probe, stored, tune
-from mlx_kimi.tuning.probe import PAIRS, Chosen, Done, Off, Probe, form_at, with_forms
+from mlx_kimi.tuning.events import Chosen, Done, Off
+from mlx_kimi.tuning.probe import PAIRS, Probe, form_at, with_forms
 from mlx_kimi.tuning.sample import Case, Limits
 from mlx_kimi.tuning.stored import Stored, key_of, path_of
 from tests.checkpoints import TINY

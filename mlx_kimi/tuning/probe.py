@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from mlx_kimi.metal_kernels.tuning import (
     Tuning,
     default_tuning,
 )
+from mlx_kimi.tuning.events import Chosen, Done, Event, Note, Off, Trying
 from mlx_kimi.tuning.sample import Case, Limits, Sample
 
 # Kernels of one operator, which run together or not at all.
@@ -46,68 +47,24 @@ OPERATORS = (
     ("expert_vectors_gate_up", "expert_vectors_down"),
     ("expert_combine",),
 )
-FASTER = 1.05  # so much faster is worth leaving a default
+FASTER = 1.05  # so much faster, twice, is worth leaving a default
+CLEARLY = 1.08  # if it is so much faster on average
 WORSE = 1.5  # times the error of plain products in the same dtype, which round more often
 # Errors (rms) that are never held against a kernel: a rounding of what it stores, and in half
 # precision what kda_chunk keeps between its launches.
 ROUNDING = {mx.float32: 1e-4, mx.float16: 2e-3, mx.bfloat16: 4e-3}
 NEAR, FEW = 1024, 200  # KV positions and tokens of what is compared: float32 of more is large
 QUANTILE = 0.9  # of the tokens: a rounding may choose another expert for a few
-QUEUED = 16  # runs that are submitted at a time, at most
+QUEUED = 4  # runs that are submitted at a time, at most
 AT_A_TIME = 0.01  # about how many seconds of them
+MEMORY = 10**9  # bytes in which they find room
 ENOUGH = 0.15  # seconds for which each is timed, if that is 3 times or more
-OFTEN = 0.75  # of the turns, in which what is clearly faster is that much faster
-SLOWER = 1.03  # so much slower nothing may become elsewhere
 PAIRS = (0.5, 1, 2, 4, 8, 16, 32, 64)  # of an average expert, at which its forms are timed
 FORMS = (*(ExpertForm(0, "tiles", tiles) for tiles in (4, 2, 1)), ExpertForm(0, "vectors"))
 MLX_FORM = (ExpertForm(0, "MLX"),)
 SHAPES = tuple(AttendShape(*x) for x in ((16, 64, 8), (8, 64, 8), (8, 64, 16), (16, 64, 16)))
 PREFILL = (PrefillShape(8, 16), PrefillShape(16, 32))
 SPLITS = (24, 60, 120, 160)
-
-
-@dataclass(frozen=True)
-class Trying:
-    """A kernel is about to run for the first time in some form; None: what was tried has run."""
-
-    kernel: str | None
-
-
-@dataclass(frozen=True)
-class Off:
-    """A kernel is not to run."""
-
-    kernel: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Note:
-    """What was measured, in a line."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """All that runs is right; how it divides its work, as far as measured."""
-
-    tuning: Tuning
-
-
-@dataclass(frozen=True)
-class Done:
-    """All has been measured."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The end, for a reason that is no kernel's: no memory, or a model that MLX does not run."""
-
-    text: str
-
-
-Event = Trying | Off | Note | Chosen | Done | Failed
 
 
 class Probe:
@@ -276,7 +233,7 @@ class Probe:
         found = self._times(case, runs)
         own = found.pop((), [])
         for operator, times in found.items() if own else ():
-            yield operator, statistics.median(own) / statistics.median(times)
+            yield operator, _times_as_fast(times, own)
 
     def _times(self, case: Case, runs: dict[Any, Choices]) -> dict[Any, list[float]]:
         """Seconds of each, taken in turns; without those that MLX refuses."""
@@ -289,8 +246,12 @@ class Probe:
             except (RuntimeError, ValueError):
                 continue
             if not name:
+                before = mx.get_active_memory()
+                mx.reset_peak_memory()
                 seconds = self._seconds(case, choices, 1)
-                queued = min(max(1, round(AT_A_TIME / seconds)), QUEUED)
+                size = max(mx.get_peak_memory() - before, 1)
+                have_room = max(MEMORY - before, 0) // size
+                queued = max(1, min(round(AT_A_TIME / seconds), have_room, QUEUED))
                 repeats = min(max(3, round(ENOUGH / (queued * seconds))), repeats)
         for _ in range(repeats):
             for name, times in found.items():
@@ -309,7 +270,7 @@ class Probe:
     ) -> Tuning | None:
         """One of these that clearly beats the present tuning: the first of those near the best.
 
-        It must do so twice, and not be slower `elsewhere`.
+        It must do so twice, and not be that much slower `elsewhere`.
         """
         runs: dict[Any, Choices] = {"": self._choices()}
         tried = replace(case, past=min(case.past, NEAR))
@@ -326,20 +287,21 @@ class Probe:
         own = times.pop("", None)
         if own is None:
             return None
-        medians = {str(name): statistics.median(each) for name, each in times.items()}
-        told = ", ".join(f"{name} {seconds * 1e3:.3f}" for name, seconds in medians.items())
+        told = ", ".join(f"{n} {statistics.median(t) * 1e3:.3f}" for n, t in times.items())
         self.tell(Note(f"{case}: {statistics.median(own) * 1e3:.3f} ms; {told}"))
-        if not any(_clearly_beats(each, own) for each in times.values()):
+        ratios = {name: _times_as_fast(each, own) for name, each in times.items()}
+        best = max(ratios.values(), default=0.0)
+        if best < FASTER:
             return None
-        best = min(medians.values())
-        chosen = next(name for name, median in medians.items() if median <= best * FASTER)
+        chosen = next(name for name, ratio in ratios.items() if ratio >= best / FASTER)
         pair = {"": runs[""], chosen: runs[chosen]}
         again = self._times(case, pair)
-        if not _clearly_beats(again[chosen], again[""]):
+        twice = ratios[chosen], _times_as_fast(again[chosen], again[""])
+        if min(twice) < FASTER or statistics.geometric_mean(twice) < CLEARLY:
             return None
         for other in elsewhere:
-            there = self._times(other, pair)
-            if _clearly_beats(there[""], there[chosen], SLOWER):
+            twice_there = (self._times(other, pair) for _ in range(2))
+            if all(_times_as_fast(each[""], each[chosen]) > FASTER for each in twice_there):
                 self.tell(Note(f"{case}: {chosen} is not chosen, it is slower for {other}"))
                 return None
         self.tell(Note(f"{case}: {chosen} is chosen"))
@@ -367,7 +329,7 @@ class Probe:
             ),
             *(
                 (Case("experts", n), [], "largest_batch", {f"sorted from {m + 1}": m})
-                for n, m in ((6, 5), (12, 12))
+                for n, m in ((6, 5), (16, 16))
             ),
             *(
                 (Case("mla", n, past), [Case("mla", n)], "expand_from", {f"expanded from {m}": m})
@@ -445,9 +407,8 @@ def with_forms(
     return tuple(found)
 
 
-def _clearly_beats(times: Sequence[float], others: Sequence[float], faster: float = FASTER) -> bool:
-    wins = sum(one * faster < other for one, other in zip(times, others, strict=True))
-    return wins >= OFTEN * len(others)
+def _times_as_fast(times: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(others) / statistics.median(times)
 
 
 def _operator_of(kernel: str) -> tuple[str, ...]:

@@ -21,7 +21,8 @@ import mlx.core as mx
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.errors import KimiError
 from mlx_kimi.metal_kernels.kernel import in_one_line
-from mlx_kimi.tuning.probe import Event, Failed, Probe, Trying
+from mlx_kimi.tuning.events import Event, Failed, Trying
+from mlx_kimi.tuning.probe import Probe
 from mlx_kimi.tuning.sample import Limits
 
 CACHE = 1 << 26  # bytes of freed memory that MLX may keep, beside what is in use
