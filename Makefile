@@ -11,7 +11,7 @@ PYTEST := $(VENV)/bin/python -m pytest -q
 
 demo: $(VENV)/.runtime
 	@echo "== asking the pocket model that ships inside the package =="
-	$(VENV)/bin/mlx_kimi generate --prompt "What is Kimi Linear?"
+	$(VENV)/bin/mlx_kimi generate "What is Kimi Linear?"
 
 test: check
 	@echo "== running every test, $(JOBS) at a time =="

@@ -48,7 +48,7 @@ def run(source: Path, out: Path, limit: float | None = None, before: str = "") -
     """Convert in a process of its own, which is killed (-9) after `limit` seconds."""
     said = out.with_name("stderr.txt")
     with said.open("w") as stderr:
-        command = [sys.executable, "-c", before + CONVERT, "convert", str(source), str(out)]
+        command = [sys.executable, "-c", before + CONVERT, "convert", "-m", str(source), str(out)]
         began = time.monotonic()
         process = subprocess.Popen(command, stderr=stderr)
         while True:

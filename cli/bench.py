@@ -25,16 +25,10 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli import show
-from mlx_kimi.cli.options import (
-    budget_options,
-    model_or_pocket,
-    no_tune_option,
-    prefill_step_option,
-)
+from mlx_kimi.cli.given import budget_of, model_or_pocket
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.bench import Bench, BenchRow, check_fits, check_settings
 from mlx_kimi.evaluation.bench import Progress as OnProgress
-from mlx_kimi.loading.budget import Budget
 from mlx_kimi.loading.load import load
 from mlx_kimi.metal_kernels.kernel import backend
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -42,7 +36,6 @@ from mlx_kimi.units import human_size
 
 DASH = Path("-")
 PLOTS = (".png", ".svg")
-FILE = click.Path(dir_okay=False, allow_dash=True, path_type=Path)
 COLUMNS = (  # two lines of title, width
     ("", "context", 9),
     ("prompt", "tok/s", 7),
@@ -65,34 +58,19 @@ memory       of the context, above the weights; peak, weights included
 """
 
 
-@click.command("bench")
-@click.argument("model", required=False, metavar="[FOLDER|HUB-ID]")
-@click.option(
-    "--contexts", default="512,2048,8192", metavar="N,N,...", help="Context lengths in tokens."
-)
-@click.option("--tokens", type=int, default=128, help="Tokens of an answer.")
-@click.option("--repeats", type=int, default=3, help="Answers at each context.")
-@prefill_step_option
-@budget_options
-@no_tune_option
-@click.option("--json", "json_file", type=FILE, help="Write all there is as JSON; - is stdout.")
-@click.option("--plot", "plot_file", type=FILE, help="Draw speeds by context, as .png or .svg.")
-def command(
+def run(
     model: str | None,
     contexts: str,
     tokens: int,
     repeats: int,
     prefill_step: int,
-    budget: Budget | None,
+    memory_budget: int | None,
+    context: int | None,
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
-    """Measure speeds and memory by context length.
-
-    A pseudo-random text is read up to each context length, and answered there. Without MODEL, the
-    pocket model is measured.
-    """
     check_settings(tokens, repeats, prefill_step)
+    budget = budget_of(memory_budget, context, prefill_step)
     lengths = _lengths(contexts)
     _check_files(json_file, plot_file)
     folder = local_folder(model_or_pocket(model))

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_kimi.backend import untried
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import tensors
-from mlx_kimi.cli.options import model_or_pocket, no_tune_option
+from mlx_kimi.cli.given import model_or_pocket
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.goldens import Goldens, goldens_of
 from mlx_kimi.evaluation.kernel_report import kernel_report
@@ -37,19 +37,7 @@ QUESTION = "Is 123 a prime?"  # asked where no golden answer is known
 Finding = tuple[str, str | None]  # what was found; what is wrong with it
 
 
-@click.command("check")
-@click.argument("model", required=False, metavar="[FOLDER|HUB-ID]")
-@no_tune_option
-@click.option(
-    "--report",
-    is_flag=True,
-    help="Also print what to paste into an issue: this machine, and each kernel alone.",
-)
-def command(model: str | None, report: bool) -> None:
-    """Check a model: its tensors, tokenizer, chat template, MLX's operations, kernels and answers.
-
-    Without MODEL, the pocket model is checked. Exit code 1 if anything is wrong.
-    """
+def run(model: str | None, report: bool) -> None:
     folder = local_folder(model_or_pocket(model))
     if report:
         click.echo("\n".join(machine()))

@@ -20,85 +20,22 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import Tensor
 from mlx_kimi.cli import convert_report
 from mlx_kimi.convert.convert import Summary, convert
 from mlx_kimi.convert.partial import partial_of
-from mlx_kimi.convert.plan import DTYPES
 from mlx_kimi.convert.preview import Preview
-from mlx_kimi.convert.quantize import RECIPES, Scheme, scheme
-from mlx_kimi.convert.report.quality import TOKENS
+from mlx_kimi.convert.quantize import Scheme, scheme
 from mlx_kimi.convert.write import Progress as OnProgress
 from mlx_kimi.units import human_size
 
 Hidden = Callable[[], AbstractContextManager[object]]
 
-_AFFINE_GROUPS, _AFFINE_BITS = QUANTIZATION_MODES["affine"]
-_RECIPES = "\n\n".join(f"  {name}: {recipe.reason}." for name, recipe in RECIPES.items())
 
-
-def _choices(values: tuple[int, ...]) -> str:
-    return "[" + "|".join(map(str, values)) + "]"
-
-
-@click.command("convert", epilog=f"Recipes, with the size of the 48B:\n\n{_RECIPES}")
-@click.argument("source", metavar="SRC")
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
-@click.option(
-    "--bits",
-    type=int,
-    metavar=_choices(_AFFINE_BITS),
-    show_default="4; 6 with a recipe for experts",
-    help="Bits of a weight.",
-)
-@click.option(
-    "--group-size",
-    type=int,
-    metavar=_choices(_AFFINE_GROUPS),
-    show_default="64",
-    help="Weights that share a scale.",
-)
-@click.option(
-    "--mode",
-    type=click.Choice(list(QUANTIZATION_MODES)),
-    show_default="affine",
-    help="Form of the numbers; all but affine fix bits and group size.",
-)
-@click.option(
-    "--recipe",
-    type=click.Choice(list(RECIPES)),
-    show_default="default",
-    help="Other bits for some tensors, see below.",
-)
-@click.option("--no-quantize", is_flag=True, help="Change the layout only.")
-@click.option(
-    "--dtype",
-    type=click.Choice(list(DTYPES)),
-    show_default="as in SRC",
-    help="Of scales and of what is not quantized.",
-)
-@click.option(
-    "--delete-source-shards",
-    is_flag=True,
-    help="Of a name on the hub, download one shard at a time and delete it when it is converted.",
-)
-@click.option(
-    "--report",
-    is_flag=True,
-    help="Then compare OUT with SRC, layer by layer: a table, and OUT/quality.json.",
-)
-@click.option(
-    "--report-text",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    show_default="a sample",
-    help=f"The text that --report lets both predict; its first {TOKENS} tokens.",
-)
-def command(
-    source: str,
+def run(
     out: Path,
+    source: str,
     bits: int | None,
     group_size: int | None,
     mode: str | None,
@@ -109,17 +46,14 @@ def command(
     report: bool,
     report_text: Path | None,
 ) -> None:
-    """Convert SRC, a folder or a name on the hub, to the new folder OUT.
-
-    OUT is in the MLX layout, which mlx-lm reads too. SRC must not be quantized. What is
-    interrupted is kept in OUT.partial, and the same command goes on from there.
-    """
     given = {"bits": bits, "group_size": group_size, "mode": mode, "recipe": recipe}
     chosen = _scheme(
         {name: value for name, value in given.items() if value is not None}, no_quantize
     )
     if report and delete_source_shards:
-        raise click.UsageError("--report reads SRC again and --delete-source-shards deletes it.")
+        raise click.UsageError(
+            "--report reads the model again, which --delete-source-shards deletes."
+        )
     ids = convert_report.sample(source, report, report_text)
     signal.signal(signal.SIGTERM, _terminated)
     try:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
-from mlx_kimi.cli.options import read_text
+from mlx_kimi.cli.given import read_text
 from mlx_kimi.convert.report.quality import (
     LayerQuality,
     Quality,

@@ -13,63 +13,29 @@ from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.session import read_session
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
-from mlx_kimi.cli.options import (
-    budget_options,
-    check_options,
-    length_options,
-    model_option,
-    model_or_pocket,
-    no_tune_option,
-    read_prompt,
-    sampling_options,
-    utf8,
-)
+from mlx_kimi.cli.given import budget_of, check_options, model_or_pocket, prompt_of
 from mlx_kimi.generation.answer import Chunk
 from mlx_kimi.generation.generate import Prompt, stream_generate
 from mlx_kimi.generation.token_state import TokenState
-from mlx_kimi.loading.budget import Budget
 from mlx_kimi.loading.load import load
 
 
-@click.command("generate")
-@model_option
-@click.option(
-    "--prompt", "-p", required=True, callback=utf8, help="What to ask; - reads it from stdin."
-)
-@click.option("--system", callback=utf8, help="A system message before the prompt.")
-@click.option(
-    "--prompt-cache",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Ask after a prompt that `mlx_kimi cache` read, or a saved conversation.",
-)
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without a chat template.")
-@click.option(
-    "--stop",
-    multiple=True,
-    callback=utf8,
-    metavar="TEXT",
-    help="End the answer before TEXT; may repeat.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead.")
-@length_options
-@budget_options
-@no_tune_option
-@sampling_options
-def command(
+def run(
+    text: str | None,
+    files: tuple[Path, ...],
     model: str | None,
-    prompt: str,
     system: str | None,
     prompt_cache: Path | None,
     raw: bool,
     stop: tuple[str, ...],
     as_json: bool,
-    budget: Budget | None,
+    memory_budget: int | None,
+    context: int | None,
     **options: Any,
 ) -> None:
-    """Stream the answer to one prompt."""
-    text = read_prompt(prompt)
+    prompt = prompt_of(text, files)
     check_options(**options)
+    budget = budget_of(memory_budget, context, options["prefill_step"], options["latent_bits"])
     if raw and (system or prompt_cache):
         which = "--system" if system else "--prompt-cache"
         raise click.UsageError(f"{which} is part of a chat and --raw has none")
@@ -79,8 +45,8 @@ def command(
     conversation = Conversation(system)
     if prompt_cache:
         conversation = _cached(prompt_cache, folder, state, system)
-    conversation.say(text)
-    asked: Prompt = tokenizer.encode(text) if raw else conversation.messages
+    conversation.say(prompt)
+    asked: Prompt = tokenizer.encode(prompt) if raw else conversation.messages
 
     chunks: list[Chunk] = []
     with show.prefill_progress() as progress:

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import tensors
-from mlx_kimi.cli.options import model_or_pocket
+from mlx_kimi.cli.given import model_or_pocket
 from mlx_kimi.cli.tuned import lines
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.load import load_model
@@ -29,21 +29,7 @@ LENGTHS = (4096, 32_768, 131_072)  # tokens of context
 Implementation = tuple[str, str, str]  # how many tokens, what runs, why
 
 
-@click.command("info")
-@click.argument("model", required=False, metavar="[FOLDER|HUB-ID]")
-@click.option("--kernels", is_flag=True, help="Which kernels run on this machine, and why.")
-@click.option(
-    "--context",
-    type=click.IntRange(min=1),
-    metavar="TOKENS",
-    help="What a context of so many tokens takes.",
-)
-@click.option("--latent-bits", type=int, help="8 packs the latents of that context.")
-def command(model: str | None, kernels: bool, context: int | None, latent_bits: int | None) -> None:
-    """Say what a model is made of, and whether it fits this machine. Reads headers, no weights.
-
-    Without MODEL, it is about the pocket model.
-    """
+def run(model: str | None, kernels: bool, context: int | None, latent_bits: int | None) -> None:
     check_latent_bits(latent_bits)
     network = load_model(local_folder(model_or_pocket(model)), lazy=True)
     if kernels:

@@ -4,43 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
 from typing import Any
 
 import click
 
-from mlx_kimi import __version__, backend
+from mlx_kimi import __version__
+from mlx_kimi.cli.grammar import COMMANDS
 from mlx_kimi.errors import KimiError
-
-COMMANDS = {  # the module in which each lies
-    "generate": "generate",
-    "chat": "chat.command",
-    "cache": "cache",
-    "convert": "convert",
-    "quantize": "quantize",
-    "check": "check",
-    "tune": "tune",
-    "info": "info",
-    "evaluate": "evaluate",
-    "bench": "bench",
-}
 
 # As shells report a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
 INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
 class Commands(click.Group):
-    """Finds each command in its own file, and turns errors into one line and an exit code."""
+    """Turns errors into one line and an exit code."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        if problem := backend.missing():
-            raise click.ClickException(problem)
-        return import_module(f"mlx_kimi.cli.{COMMANDS[name]}").command
+        return list(COMMANDS)  # in the order of the grammar
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         _open_closed_streams()
@@ -91,12 +71,13 @@ def _drop_stdout() -> None:
 
 @click.group(
     cls=Commands,
+    commands=dict(COMMANDS),
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 @click.version_option(__version__, prog_name="mlx_kimi")
 def cli() -> None:
     """Run Kimi Linear on a Mac.
 
-    Without --model, commands use the pocket model that ships inside: a demonstration that can add,
+    Without -m, commands use the pocket model that ships inside: a demonstration that can add,
     sort, recall and call tools, trained from scratch for this project.
     """

@@ -12,9 +12,9 @@ from mlx_kimi.checkpoint.tensors import Tensor
 from mlx_kimi.checkpoint.weight_source import WeightSource
 from mlx_kimi.convert.folder import copied_files, refuse_changed, result_config, small_files
 from mlx_kimi.convert.partial import check_out, open_partial
-from mlx_kimi.convert.plan import DTYPES, ConversionPlan, plan_conversion
+from mlx_kimi.convert.plan import ConversionPlan, plan_conversion
 from mlx_kimi.convert.preview import Preview, preview_of
-from mlx_kimi.convert.quantize import Scheme
+from mlx_kimi.convert.quantize import DTYPES, Scheme
 from mlx_kimi.convert.request import request
 from mlx_kimi.convert.shards import MAX_SHARD, write_index
 from mlx_kimi.convert.source import Around, open_reader, open_source

@@ -12,10 +12,8 @@ from mlx_kimi.checkpoint.config import Quantization
 from mlx_kimi.checkpoint.tensors import Tensor, tensors
 from mlx_kimi.convert.blocks import BLOCK, SourceTensor, TensorReader
 from mlx_kimi.convert.partial import Position
-from mlx_kimi.convert.quantize import Scheme
+from mlx_kimi.convert.quantize import DTYPES, Scheme
 from mlx_kimi.convert.shards import OutputTensor, Shard, lay_out
-
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # --dtype -> safetensors
 
 # --dtype leaves these as they are in the file, here as in mlx-lm.
 KEPT_DTYPE = (".A_log", ".dt_bias", ".e_score_correction_bias")

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from mlx_kimi.checkpoint.config import QUANTIZATION_MODES, ModelConfig, Quantization
-from mlx_kimi.checkpoint.tensors import Tensor
+
+if TYPE_CHECKING:  # (it needs MLX, and this file is read for --help)
+    from mlx_kimi.checkpoint.tensors import Tensor
 
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 64
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # --dtype -> safetensors
 
 ROUTER = (".mlp.gate",)
 EMBEDDINGS = ("model.embed_tokens", "lm_head")

@@ -43,7 +43,7 @@ def request(
         "mlx_kimi": __version__,
         "mlx": str(mx.__version__),  # type: ignore[attr-defined]  # the stubs forget it
         "the device": "cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu",
-        "--dtype": dtype or "as in SRC",
+        "--dtype": dtype or "as in the model",
         "bytes a file": str(max_shard),
     }
     if scheme is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import version
 
 NEWEST_TRIED = "0.32.4"  # of MLX; pyproject.toml has the oldest that runs
 
 
 def untried() -> str | None:
     """That MLX is newer than any that was tried, in one line; None: it is not."""
+    from importlib.metadata import version  # here: it takes long, and few ask
+
     installed = version("mlx")
     if _numbers(installed) <= _numbers(NEWEST_TRIED):
         return None

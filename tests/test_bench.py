@@ -228,7 +228,7 @@ def test_the_pocket_model_is_measured_in_80_columns() -> None:
 @pytest.mark.slow
 def test_json_holds_everything(talker: Path, tmp_path: Path) -> None:
     options = ("--contexts", "16,64", "--tokens", "4", "--repeats", "3", "--prefill-step", "8")
-    done = run(talker, *options, "--json", tmp_path / "rows.json")
+    done = run("-m", talker, *options, "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stderr
     assert contexts_of(done.stdout) == ["16", "64"]
     report = json.loads((tmp_path / "rows.json").read_text())
@@ -251,14 +251,14 @@ def test_json_holds_everything(talker: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_json_has_stdout_for_itself(talker: Path) -> None:
-    done = run(talker, "--contexts", "16", "--tokens", "2", "--repeats", "1", "--json", "-")
+    done = run("-m", talker, "--contexts", "16", "--tokens", "2", "--repeats", "1", "--json", "-")
     assert [measured["context"] for measured in json.loads(done.stdout)["rows"]] == [16]
     assert contexts_of(done.stderr) == ["16"]
 
 
 @pytest.mark.slow
 def test_a_terminal_shows_progress_and_a_file_gets_the_rows(talker: Path, tmp_path: Path) -> None:
-    options = f"{talker} --contexts 16,64 --tokens 3 --repeats 2 > {tmp_path / 'rows'}"
+    options = f"-m {talker} --contexts 16,64 --tokens 3 --repeats 2 > {tmp_path / 'rows'}"
     command = f"{' '.join(PROGRAM)} bench {options}"
     terminal = pexpect.spawn("sh", ["-c", command], env=ENVIRONMENT, encoding="utf-8", timeout=60)
     terminal.expect("context 16: reading")
@@ -273,7 +273,9 @@ def test_a_terminal_shows_progress_and_a_file_gets_the_rows(talker: Path, tmp_pa
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG\r\n"), (".svg", b"<?xml")])
 def test_a_plot_is_drawn(talker: Path, tmp_path: Path, suffix: str, start: bytes) -> None:
     file = tmp_path / f"speeds{suffix}"
-    done = run(talker, "--contexts", "16,64", "--tokens", "3", "--repeats", "2", "--plot", file)
+    done = run(
+        "-m", talker, "--contexts", "16,64", "--tokens", "3", "--repeats", "2", "--plot", file
+    )
     assert done.returncode == 0, done.stderr
     assert file.read_bytes().startswith(start)
     if suffix == ".svg":
@@ -285,7 +287,7 @@ def test_ctrl_c_keeps_the_rows_that_were_finished(talker: Path, tmp_path: Path) 
     file = tmp_path / "rows.json"
     options = ["--contexts", "16,3000", "--prefill-step", "1", "--json", str(file)]
     with subprocess.Popen(
-        [*PROGRAM, "bench", str(talker), *options],
+        [*PROGRAM, "bench", "-m", str(talker), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -322,7 +324,7 @@ def test_ctrl_c_keeps_the_rows_that_were_finished(talker: Path, tmp_path: Path) 
     ],
 )
 def test_a_mistake_is_one_clear_line(talker: Path, arguments: tuple[str, ...], said: str) -> None:
-    done = run(talker, *arguments)
+    done = run("-m", talker, *arguments)
     assert done.returncode == 1
     assert done.stdout == "" and said in done.stderr
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
@@ -332,7 +334,7 @@ def test_a_mistake_is_one_clear_line(talker: Path, arguments: tuple[str, ...], s
 def test_a_file_that_is_there_is_not_written_over(tmp_path: Path, option: str) -> None:
     file = tmp_path / "speeds.png"
     file.write_text("mine")
-    done = run("no-model", option, file)
+    done = run("-m", "no-model", option, file)
     assert done.returncode == 1 and file.read_text() == "mine"
     assert f"{file}: already exists; remove it or choose another name" in done.stderr
 
@@ -349,6 +351,7 @@ def test_without_matplotlib_one_line_says_what_to_install(talker: Path, tmp_path
         "-c",
         script,
         "bench",
+        "-m",
         str(talker),
         "--plot",
         str(tmp_path / "speeds.png"),

@@ -25,6 +25,7 @@ from mlx_kimi.cli.chat import command as chat
 from mlx_kimi.cli.chat.input import PipedLines
 from mlx_kimi.cli.chat.loop import Loop
 from mlx_kimi.cli.chat.screen import PlainScreen
+from mlx_kimi.cli.grammar import COMMANDS
 from mlx_kimi.text.tokenizer import load_tokenizer
 from tests.processes import run
 from tests.terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, TAB, UP, Terminal
@@ -484,7 +485,7 @@ def test_in_a_pipe_each_line_is_answered_on_stdout_alone(talker: Path, folder: P
     assert done.stderr.count(b"answer 4 tokens") == 3  # /stats repeats the last
     assert done.stderr.count(b"Error: the message is not UTF-8") == 1
     assert b"there is no command /nothing" in done.stderr
-    alone = run("generate", "--model", talker, "--max-tokens", "4", "-p", "one", stdin=b"")
+    alone = run("generate", "--model", talker, "--max-tokens", "4", "one", stdin=b"")
     assert done.stdout.startswith(alone.stdout)
     assert not folder.exists(), "nothing is kept without /save NAME"
 
@@ -523,7 +524,7 @@ def test_a_session_beyond_the_budget_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr(chat, "load", None)
     where = ["--model", str(talker), "--sessions", str(folder), "--resume", "mine"]
     small = ["--memory-budget", "8GB", "--context", "9"]
-    result = CliRunner().invoke(chat.command, [*where, *small])
+    result = CliRunner().invoke(COMMANDS["chat"], [*where, *small])
     assert re.fullmatch(
         r"--context must be more than the \d\d tokens of the session mine but is 9",
         str(result.exception),

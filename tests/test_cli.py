@@ -31,8 +31,8 @@ def generated(talker: Path, *arguments: str, stdin: bytes = b"") -> str:
 # ---------------------------------------------------------------------------------------- answers
 @pytest.mark.slow
 def test_stdout_is_the_answer_and_stderr_the_speeds(talker: Path) -> None:
-    done = run("generate", "--model", talker, "-p", PROMPT, "--max-tokens", "5")
-    asked = json.loads(generated(talker, "-p", PROMPT, "--max-tokens", "5", "--json"))
+    done = run("generate", "--model", talker, PROMPT, "--max-tokens", "5")
+    asked = json.loads(generated(talker, PROMPT, "--max-tokens", "5", "--json"))
     assert done.stdout.decode() == asked["text"] + "\n"
     (line,) = done.stderr.decode().splitlines()
     for part in ("prompt", "answer 5 tokens", "tok/s", "first token", "peak memory"):
@@ -43,7 +43,7 @@ def test_stdout_is_the_answer_and_stderr_the_speeds(talker: Path) -> None:
 def test_no_compiler_is_started(talker: Path, tmp_path: Path) -> None:
     """MLX would keep what it compiles for a CPU in the folder of temporary files."""
     done = run(
-        *("generate", "--model", talker, "-p", PROMPT * 20, "--max-tokens", "3"),
+        *("generate", "--model", talker, PROMPT * 20, "--max-tokens", "3"),
         env={**ENVIRONMENT, "TMPDIR": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr.decode()
@@ -52,7 +52,7 @@ def test_no_compiler_is_started(talker: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_json_is_one_object_with_everything(talker: Path) -> None:
-    answer = json.loads(generated(talker, "-p", PROMPT, "--max-tokens", "6", "--json"))
+    answer = json.loads(generated(talker, PROMPT, "--max-tokens", "6", "--json"))
     assert len(answer["token_ids"]) == answer["generated_tokens"] == 6
     assert answer["finish_reason"] == "length"
     for field in ("text", "prompt_tokens", "time_to_first_token", "peak_memory", "seed"):
@@ -63,14 +63,14 @@ def test_json_is_one_object_with_everything(talker: Path) -> None:
 @pytest.mark.slow
 def test_stdin_is_the_prompt_when_it_is_a_dash(talker: Path) -> None:
     prompt = "多行\nprompt 🎉"
-    typed = generated(talker, "-p", prompt, "--max-tokens", "8")
-    assert generated(talker, "-p", "-", "--max-tokens", "8", stdin=prompt.encode()) == typed
+    typed = generated(talker, prompt, "--max-tokens", "8")
+    assert generated(talker, "-f", "-", "--max-tokens", "8", stdin=prompt.encode()) == typed
 
 
 @pytest.mark.slow
 def test_options_reach_the_model(talker: Path) -> None:
     def tokens(*options: str) -> list[int]:
-        text = generated(talker, "-p", PROMPT, "--max-tokens", "9", "--json", *options)
+        text = generated(talker, PROMPT, "--max-tokens", "9", "--json", *options)
         return json.loads(text)["token_ids"]
 
     plain = tokens()
@@ -83,13 +83,13 @@ def test_options_reach_the_model(talker: Path) -> None:
     assert tokens("--repetition-penalty", "0.01") != plain
     assert tokens("--prefill-step", "2") == plain
     assert tokens("--latent-bits", "8") == plain  # a short prompt is all tail, which stays as it is
-    done = run("generate", "--model", talker, "-p", PROMPT, "--latent-bits", "4")
+    done = run("generate", "--model", talker, PROMPT, "--latent-bits", "4")
     assert done.returncode == 1 and b"latent_bits must be 8" in done.stderr
 
 
 @pytest.mark.slow
 def test_check_finds_a_random_model_whole(talker: Path) -> None:
-    done = run("check", talker)
+    done = run("check", "-m", talker)
     assert done.returncode == 0, done.stderr
     assert b"FAILED" not in done.stdout
 
@@ -100,7 +100,7 @@ def test_check_fails_where_a_golden_does(talker: Path, tmp_path: Path) -> None:
         (tmp_path / file.name).symlink_to(file)
     goldens = {"texts": {"Hello": [1]}, "chats": {}, "answers": {"hi": "certainly not this"}}
     (tmp_path / "goldens.json").write_text(json.dumps(goldens))
-    done = run("check", tmp_path)
+    done = run("check", "-m", tmp_path)
     assert done.returncode == 1
     assert done.stdout.count(b"FAILED") == 2
     assert b"2 checks failed" in done.stderr
@@ -117,7 +117,7 @@ def test_info_says_what_a_model_is_and_what_runs_it() -> None:
 # ----------------------------------------------------------------------------------- early endings
 @pytest.mark.slow
 def test_a_closed_pipe_ends_quietly(talker: Path) -> None:
-    command = [*PROGRAM, "generate", "--model", str(talker), "-p", PROMPT, "--max-tokens", "3000"]
+    command = [*PROGRAM, "generate", "--model", str(talker), PROMPT, "--max-tokens", "3000"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
     ) as process:
@@ -130,7 +130,7 @@ def test_a_closed_pipe_ends_quietly(talker: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_quietly(talker: Path) -> None:
-    command = [*PROGRAM, "generate", "--model", str(talker), "-p", PROMPT, "--max-tokens", "4000"]
+    command = [*PROGRAM, "generate", "--model", str(talker), PROMPT, "--max-tokens", "4000"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
     ) as process:
@@ -147,19 +147,25 @@ def test_ctrl_c_ends_quietly(talker: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "stdin", "code", "said"),
     [
-        (("generate", "-p", ""), b"", 1, "the prompt is empty"),
-        (("generate", "-p", "-"), b"", 1, "the prompt is empty"),
-        (("generate", "-p", "-"), b"ab\xff", 1, "stdin is not UTF-8: byte 0xff at position 2"),
-        (("generate", "-p", "x", "--temp", "-1"), b"", 1, "temp must be 0, or from 0.001"),
-        (("generate", "-p", "x", "--max-tokens", "0"), b"", 1, "max_tokens must be at least 1"),
-        (("generate", "-p", "-"), b"word " * 20000, 1, "tokens but the model's context"),
-        (("generate", "-p", "x", "--stop", b"\xff"), b"", 1, "--stop is not UTF-8"),
-        (("generate", "-p", b"\xff"), b"", 1, "--prompt is not UTF-8"),
+        (("generate", ""), b"", 1, "the prompt is empty"),
+        (("generate", "-f", "-"), b"", 1, "the prompt is empty"),
+        (("generate", "-f", "-"), b"ab\xff", 1, "stdin is not UTF-8: byte 0xff at position 2"),
+        (("generate", "x", "--temp", "-1"), b"", 1, "temp must be 0, or from 0.001"),
+        (("generate", "x", "--max-tokens", "0"), b"", 1, "max_tokens must be at least 1"),
+        (("generate", "-f", "-"), b"word " * 20000, 1, "tokens but the model's context"),
+        (("generate", "x", "--stop", b"\xff"), b"", 1, "--stop is not UTF-8"),
+        (("generate", b"\xff"), b"", 1, "TEXT is not UTF-8"),
         (("chat", "--temp", "-1"), b"hi\n", 1, "temp must be 0, or from 0.001"),
         (("chat", "--max-tokens", "0"), b"hi\n", 1, "max_tokens must be at least 1"),
-        (("generate", "-p", "x", "--temp", "warm"), b"", 2, "'warm' is not a valid float"),
-        (("generate", "-p", "x", "--raw", "--system", "s"), b"", 2, "--raw has none"),
-        (("generate",), b"", 2, "Missing option '--prompt'"),
+        (("generate", "x", "--temp", "warm"), b"", 2, "'warm' is not a valid float"),
+        (("generate", "x", "--raw", "--system", "s"), b"", 2, "--raw has none"),
+        (("generate",), b"", 2, "TEXT is missing; -f FILE reads a file, and -f - stdin"),
+        (("generate", "-"), b"", 2, "TEXT is - alone; -f - reads stdin"),
+        (("generate", "-f", "-", "-f", "-"), b"", 2, "-f - is given twice"),
+        (("generate", "-f", "no/such"), b"", 1, "no/such: cannot be read: No such file"),
+        (("generate", "two", "words"), b"", 2, "TEXT of several words needs quotes"),
+        (("info", "kimi"), b"", 2, "unexpected argument 'kimi'; a model is given with -m"),
+        (("convert", "out"), b"", 2, "Missing option '-m' / '--model'"),
         (("conjure",), b"", 2, "No such command 'conjure'"),
     ],
 )
@@ -184,18 +190,25 @@ def test_a_mistake_is_one_clear_line(talker, arguments, stdin, code, said) -> No
     ],
 )
 def test_a_model_that_is_nowhere_is_named(model: str, said: str) -> None:
-    done = run("generate", "-p", "x", "--model", model)
+    done = run("generate", "x", "--model", model)
     assert done.returncode == 1
     assert said in done.stderr.decode() and done.stderr.count(b"\n") == 1
 
 
-def test_without_a_backend_one_line_says_what_to_install() -> None:
+def without_mlx(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     script = "import sys; sys.modules['mlx.core'] = None; from mlx_kimi.cli.main import cli; cli()"
-    done = subprocess.run(
-        [sys.executable, "-c", script, "generate", "-p", "x"], capture_output=True, timeout=60
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, timeout=60
     )
+
+
+def test_without_a_backend_one_line_says_what_to_install() -> None:
+    done = without_mlx("generate", "x")
     assert done.returncode == 1
     assert b"install mlx_kimi[cpu]" in done.stderr and done.stderr.count(b"\n") == 1
+    for asked in (("--help",), ("generate", "--help"), ("convert", "--help"), ("--version",)):
+        done = without_mlx(*asked)
+        assert (done.returncode, done.stderr) == (0, b"") and done.stdout
 
 
 @pytest.mark.slow
@@ -216,7 +229,7 @@ def test_help_and_version_answer_at_once() -> None:
     ],
 )
 def test_a_closed_or_full_stream_is_no_traceback(talker: Path, streams, code, said) -> None:
-    command = f"{sys.executable} -m mlx_kimi generate --model {talker} -p x --max-tokens 2"
+    command = f"{sys.executable} -m mlx_kimi generate --model {talker} x --max-tokens 2"
     done = subprocess.run(
         ["sh", "-c", f"{command} {streams}"], capture_output=True, text=True, timeout=60
     )
@@ -232,7 +245,7 @@ def test_check_finds_damaged_weights(talker: Path, tmp_path: Path) -> None:
     weights = load_file(talker / "model.safetensors")
     weights["model.layers.1.self_attn.q_proj.weight"][3, 5] = np.nan
     save_file(weights, tmp_path / "model.safetensors")
-    done = run("check", tmp_path)
+    done = run("check", "-m", tmp_path)
     assert done.returncode == 1 and b"NaN or infinity, first from layers.1." in done.stdout
 
 
@@ -243,16 +256,16 @@ QUERY = ("model.layers.1.self_attn.q_proj.weight", "layers.1.self_attn")
 @pytest.mark.parametrize(
     ("tensor", "place", "command"),
     [
-        (*QUERY, "generate -p hi"),
-        (*QUERY, "cache hi OUT"),
-        (*QUERY, "evaluate --text TEXT"),
+        (*QUERY, "generate hi"),
+        (*QUERY, "cache OUT hi"),
+        (*QUERY, "evaluate -f TEXT"),
         (*QUERY, "chat"),
         (
             "model.layers.2.block_sparse_moe.shared_experts.down_proj.weight",
             "layers.2.mlp",
-            "generate -p hi",
+            "generate hi",
         ),
-        ("lm_head.weight", "lm_head", "generate -p hi"),
+        ("lm_head.weight", "lm_head", "generate hi"),
     ],
 )
 def test_a_model_of_nan_ends_with_one_line(
@@ -266,8 +279,7 @@ def test_a_model_of_nan_ends_with_one_line(
     (tmp_path / "text").write_text("the cat sat on the mat " * 9)
     given = {"OUT": str(tmp_path / "out"), "TEXT": str(tmp_path / "text")}
     name, *rest = (given.get(word, word) for word in command.split())
-    model = [str(folder)] if name == "evaluate" else ["--model", str(folder)]
-    done = run(name, *model, *rest, stdin=b"hi\n")
+    done = run(name, "-m", folder, *rest, stdin=b"hi\n")
     said = rf"logits are NaN or infinity after \d+ tokens: {place} is the first to".encode()
     assert re.search(said, done.stderr), done.stderr
     assert done.stdout == b""

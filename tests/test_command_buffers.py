@@ -143,13 +143,13 @@ def test_no_command_uses_the_gpu_before(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("some words")
     commands = (
-        "generate -p Hi --seed 1 --memory-budget 1GB",
+        "generate Hi --seed 1 --memory-budget 1GB",
         "chat --seed 1",
         "bench",
         "check",
         "check --report",
-        f"evaluate --text {text}",
-        f"cache Hi {tmp_path / 'new'}",
+        f"evaluate -f {text}",
+        f"cache {tmp_path / 'new'} Hi",
         "info --kernels",
     )
     found = subprocess.run(

@@ -620,7 +620,7 @@ def test_the_files_beside_the_weights_are_those_that_were_read_first(
 
 # ------------------------------------------------------------------------------- the command line
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, ["convert", *map(str, arguments)])
+    return CliRunner().invoke(cli, ["convert", "-m", *map(str, arguments)])
 
 
 def test_the_command_reports_on_stderr(
@@ -647,11 +647,9 @@ def test_the_commands_options_reach_the_conversion(source: Path, tmp_path: Path)
     assert "quantization" not in json.loads((tmp_path / "c" / "config.json").read_text())
 
 
-def test_quantize_takes_a_folder_in_the_mlx_layout(
-    source: Path, four_bits: Path, tmp_path: Path
-) -> None:
+def test_it_takes_a_folder_in_the_mlx_layout(source: Path, four_bits: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "plain", None)
-    arguments = ["quantize", str(tmp_path / "plain"), str(tmp_path / "out")]
+    arguments = ["convert", "-m", str(tmp_path / "plain"), str(tmp_path / "out")]
     result = CliRunner().invoke(cli, [*arguments, "--bits", "4"])
     assert result.exit_code == 0, result.output
     assert contents(tmp_path / "out") == contents(four_bits)

@@ -70,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def started(hub: Hub, out: Path, *options: str) -> subprocess.Popen[str]:
     """The command; the hub's cache lies beside `out`."""
-    command = [sys.executable, "-m", "mlx_kimi", "convert", NAME, str(out), *options]
+    command = [sys.executable, "-m", "mlx_kimi", "convert", "-m", NAME, str(out), *options]
     environment = hub.environment(out.with_name("home"))
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -220,7 +220,7 @@ def test_what_the_hubs_cache_has_is_copied_and_stays_there(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_terminal_shows_each_download_below_what_is_said(hub: Hub, tmp_path: Path) -> None:
     home, out = tmp_path / "home", tmp_path / "out"
-    arguments = ["convert", NAME, out, "--delete-source-shards"]
+    arguments = ["convert", "-m", NAME, out, "--delete-source-shards"]
     terminal = Terminal(*arguments, columns=160, **hub.environment(home))
     assert terminal.wait_for_end() == 0
     lines = terminal.lines
@@ -306,7 +306,7 @@ def test_ctrl_c_in_a_download_goes_on_at_that_shard(
 @pytest.mark.slow
 def test_a_folder_is_refused_and_keeps_its_shards(repository: Path, tmp_path: Path) -> None:
     before = contents(repository)
-    command = ["convert", str(repository), str(tmp_path / "out"), "--delete-source-shards"]
+    command = ["convert", "-m", str(repository), str(tmp_path / "out"), "--delete-source-shards"]
     result = CliRunner().invoke(cli, command)
     assert result.exit_code == 1
     assert result.stderr == (
@@ -330,7 +330,7 @@ import shutil
 from types import SimpleNamespace
 from mlx_kimi.cli.main import cli
 shutil.disk_usage = lambda path: SimpleNamespace(free={free})
-cli(["convert", "{NAME}", "{tmp_path / "out"}", "--delete-source-shards"])
+cli(["convert", "-m", "{NAME}", "{tmp_path / "out"}", "--delete-source-shards"])
 """
     command = [sys.executable, "-c", code]
     environment = hub.environment(tmp_path / "home")

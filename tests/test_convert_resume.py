@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def started(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     code = "from mlx_kimi.cli.main import cli; cli()"
-    command = [sys.executable, "-c", code, "convert", str(source), str(out), *options]
+    command = [sys.executable, "-c", code, "convert", "-m", str(source), str(out), *options]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.cli.evaluate import command
+from mlx_kimi.cli.grammar import COMMANDS
 from mlx_kimi.convert.convert import convert
 from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.errors import KimiError
@@ -83,11 +83,11 @@ def test_a_full_disk_is_found_before(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     file = tmp_path / "text"
     file.write_text(TEXT)
-    options = ["--text", str(file), "--tokens", "50", "--against", str(pocket_folder())]
-    text = CliRunner().invoke(command, options).output
+    options = ["-f", str(file), "--tokens", "50", "--against", str(pocket_folder())]
+    text = CliRunner().invoke(COMMANDS["evaluate"], options).output
     assert "perplexity" in text and "same likeliest  100.00%" in text
-    found = json.loads(CliRunner().invoke(command, [*options, "--json"]).output)
+    found = json.loads(CliRunner().invoke(COMMANDS["evaluate"], [*options, "--json"]).output)
     assert found["model"]["tokens"] == 49 and found["distance"]["agreement"] == 1
     file.write_bytes(b"ab\xff")
-    result = CliRunner().invoke(command, options)
-    assert str(result.exception).endswith("is not UTF-8 at byte 2")
+    result = CliRunner().invoke(COMMANDS["evaluate"], options)
+    assert str(result.exception).endswith("is not UTF-8: byte 0xff at position 2")

@@ -25,7 +25,7 @@ def served(tmp_path: Path) -> Iterator[Hub]:
 
 def generate(served: Hub, home: Path, name: str = NAME) -> subprocess.CompletedProcess[str]:
     """The program in a process of its own, whose hub is the stand-in and whose cache is `home`."""
-    options = ("--max-tokens", "3", "-p", "x", "--model", name)
+    options = ("--max-tokens", "3", "x", "-m", name)
     return run("generate", *options, env=served.environment(home))
 
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from mlx_kimi.cli import check
+from mlx_kimi.cli.grammar import COMMANDS
 from mlx_kimi.evaluation import kernel_report as module
 from mlx_kimi.metal_kernels import kernel as kernels
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
@@ -66,7 +66,7 @@ def test_a_report_says_what_runs_what_is_refused_and_how_fast() -> None:
 
 def test_a_model_with_a_refused_kernel_fails_its_check_and_says_where_to_look() -> None:
     with use_backend(backend, traced=True):
-        result = CliRunner().invoke(check.command, ["--report"])
+        result = CliRunner().invoke(COMMANDS["check"], ["--report"])
     assert result.exit_code == 1
     assert re.search(r"^mlx_kimi \S+, mlx \S+, Python", result.output, re.MULTILINE)
     assert "FAILED kernels    kda_finish does not run on this GPU: error: no" in result.output

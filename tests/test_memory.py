@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import Join, tensors
-from mlx_kimi.cli import info
+from mlx_kimi.cli.grammar import COMMANDS
 from mlx_kimi.defaults import SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.random_model import PUBLISHED_48B
@@ -156,7 +156,7 @@ def test_a_load_that_cannot_fit_reads_no_weight(monkeypatch: pytest.MonkeyPatch)
 
 def test_info_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     def said(*options: str) -> str:
-        return CliRunner().invoke(info.command, options).output
+        return CliRunner().invoke(COMMANDS["info"], options).output
 
     machine(monkeypatch, 270 * 10**6, 500 * 10**6)
     fits = [line.endswith(" fits") for line in said().splitlines() if " tokens  " in line]
@@ -164,7 +164,7 @@ def test_info_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1,000 tokens    0.25 GB  fits" in said("--context", "1000")
     machine(monkeypatch, 10**6, 500 * 10**6)
     assert "does not fit; a load says what would" in said()
-    result = CliRunner().invoke(info.command, ["--context", "40000"])
+    result = CliRunner().invoke(COMMANDS["info"], ["--context", "40000"])
     assert isinstance(result.exception, KimiError)
     assert (
         str(result.exception) == "--context must be at most model_max_length = 32,768 but is 40,000"

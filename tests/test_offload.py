@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from mlx_kimi import load, stream_generate
 from mlx_kimi.bundled import pocket_folder
-from mlx_kimi.cli import bench, generate
+from mlx_kimi.cli.grammar import COMMANDS
 from mlx_kimi.defaults import BUFFERS
 from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.generation.decode import prefill
@@ -583,16 +583,16 @@ def few_slots(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.slow
 def test_generate_says_what_reading_experts_cost(few_slots: list[str]) -> None:
-    asked = ("-p", "What is KDA?", "--max-tokens", "20")
-    plain = CliRunner().invoke(generate.command, asked)
-    streamed = CliRunner().invoke(generate.command, [*asked, *few_slots])
+    asked = ("What is KDA?", "--max-tokens", "20")
+    plain = CliRunner().invoke(COMMANDS["generate"], asked)
+    streamed = CliRunner().invoke(COMMANDS["generate"], [*asked, *few_slots])
     assert streamed.exit_code == 0
     assert streamed.stdout == plain.stdout
     assert re.search(
         r"experts \d\d\.\d% in memory, 0\.\d\d MB a token read, waited", streamed.stderr
     )
     assert "experts" not in plain.stderr
-    result = CliRunner().invoke(generate.command, [*asked, *few_slots, "--json"])
+    result = CliRunner().invoke(COMMANDS["generate"], [*asked, *few_slots, "--json"])
     experts = json.loads(result.stdout)["experts"]
     assert experts["asked"] == 19 * 7 * 2
     assert 0 < experts["read"] < experts["asked"]
@@ -616,14 +616,16 @@ def test_an_answer_goes_on_after_a_stop(few_slots: list[str]) -> None:
 
 @pytest.mark.slow
 def test_bench_measures_a_budget(few_slots: list[str]) -> None:
-    result = CliRunner().invoke(bench.command, ["--contexts", "32", "--tokens", "4", *few_slots])
+    result = CliRunner().invoke(
+        COMMANDS["bench"], ["--contexts", "32", "--tokens", "4", *few_slots]
+    )
     assert result.exit_code == 0
     assert re.search(r"experts \d\d\.\d% in memory", result.stdout)
 
 
 def test_bench_measures_no_context_beyond_its_budget() -> None:
     options = ["--contexts", "60", "--tokens", "4", "--memory-budget", "8GB", "--context", "64"]
-    result = CliRunner().invoke(bench.command, options)
+    result = CliRunner().invoke(COMMANDS["bench"], options)
     assert str(result.exception) == (
         "a context must have from 1 to 59 tokens but has 60: --context holds 64, and 5 follow"
     )
@@ -640,6 +642,6 @@ def test_bench_measures_no_context_beyond_its_budget() -> None:
     ],
 )
 def test_bad_budgets_are_one_line(options: tuple[str, ...], said: str) -> None:
-    result = CliRunner().invoke(generate.command, ["-p", "x", *options])
+    result = CliRunner().invoke(COMMANDS["generate"], ["x", *options])
     assert result.exit_code == 2
     assert said in result.stderr

@@ -22,12 +22,12 @@ def asked(talker: Path, *arguments: str | Path) -> dict:
 @pytest.mark.slow
 def test_a_cached_prompt_is_not_read_again_and_changes_no_answer(talker, tmp_path) -> None:
     file = tmp_path / "notes"
-    done = run("cache", "-", file, "--model", talker, "--system", "be brief", stdin=NOTES)
+    done = run("cache", file, "-f", "-", "--model", talker, "--system", "be brief", stdin=NOTES)
     assert done.returncode == 0 and done.stdout == "", done.stderr
     for question in ("What is it?", "1 or 2?", "\n再见"):
-        cached = asked(talker, "--prompt-cache", file, "-p", question)
+        cached = asked(talker, "--prompt-cache", file, question)
         whole = f"{NOTES}\n\n{question.lstrip()}"
-        plain = asked(talker, "--system", "be brief", "-p", whole)
+        plain = asked(talker, "--system", "be brief", whole)
         assert cached["token_ids"] == plain["token_ids"]
         assert plain["cached_tokens"] == 0
         assert plain["prompt_tokens"] - cached["cached_tokens"] < 40
@@ -37,10 +37,10 @@ def test_a_cached_prompt_is_not_read_again_and_changes_no_answer(talker, tmp_pat
 def test_a_saved_conversation_is_a_prompt_cache_and_the_other_way_round(talker, tmp_path) -> None:
     options = ("--model", talker, "--max-tokens", "4", "--sessions", tmp_path)
     assert run("chat", *options, stdin=f"{NOTES}\n/save mine\nand?\n").returncode == 0
-    answer = asked(talker, "--prompt-cache", tmp_path / "mine", "-p", "so?")
+    answer = asked(talker, "--prompt-cache", tmp_path / "mine", "so?")
     assert answer["prompt_tokens"] - answer["cached_tokens"] < 60 < answer["cached_tokens"]
 
-    assert run("cache", NOTES, tmp_path / "notes", "--model", talker).returncode == 0
+    assert run("cache", tmp_path / "notes", NOTES, "--model", talker).returncode == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "notes").iterdir()}
     said = "so?\n/save\n/save more\n"
     done = run("chat", *options, "--resume", f"{tmp_path}/notes", stdin=said)
@@ -53,8 +53,8 @@ def test_a_saved_conversation_is_a_prompt_cache_and_the_other_way_round(talker, 
 
 @pytest.mark.slow
 def test_another_model_reads_the_prompt_again_and_says_so(talker, tmp_path) -> None:
-    assert run("cache", NOTES, tmp_path / "notes").returncode == 0  # the pocket model
-    options = ("generate", "--model", talker, "--max-tokens", "2", "-p", "x")
+    assert run("cache", tmp_path / "notes", NOTES).returncode == 0  # the pocket model
+    options = ("generate", "--model", talker, "--max-tokens", "2", "x")
     done = run(*options, "--prompt-cache", tmp_path / "notes")
     assert done.returncode == 0
     assert "the text is read again, since the model, its quantization or" in done.stderr
@@ -64,14 +64,14 @@ def test_another_model_reads_the_prompt_again_and_says_so(talker, tmp_path) -> N
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("cache", "", "FILE"), 1, "the prompt is empty"),
-        (("cache", "x", "USED"), 1, "there is a saved conversation or prompt cache already"),
-        (("cache", "x", "FILE", "--latent-bits", "4"), 1, "latent_bits must be 8"),
-        (("cache", "x", "FILE", "--prefill-step", "0"), 1, "prefill_step must be from 1 to 65,536"),
-        (("cache", "word " * 9000, "FILE"), 1, "tokens but the model's context"),
-        (("generate", "-p", "x", "--prompt-cache", "FILE"), 1, "no saved conversation or prompt"),
-        (("generate", "-p", "x", "--prompt-cache", "USED", "--raw"), 2, "--raw has none"),
-        (("generate", "-p", "x", "--prompt-cache", "USED", "--system", "s"), 2, "its own system"),
+        (("cache", "FILE", ""), 1, "the prompt is empty"),
+        (("cache", "USED", "x"), 1, "there is a saved conversation or prompt cache already"),
+        (("cache", "FILE", "x", "--latent-bits", "4"), 1, "latent_bits must be 8"),
+        (("cache", "FILE", "x", "--prefill-step", "0"), 1, "prefill_step must be from 1 to 65,536"),
+        (("cache", "FILE", "word " * 9000), 1, "tokens but the model's context"),
+        (("generate", "x", "--prompt-cache", "FILE"), 1, "no saved conversation or prompt"),
+        (("generate", "x", "--prompt-cache", "USED", "--raw"), 2, "--raw has none"),
+        (("generate", "x", "--prompt-cache", "USED", "--system", "s"), 2, "its own system"),
     ],
 )
 def test_a_mistake_is_one_clear_line(talker, tmp_path, arguments, code, said) -> None:
@@ -91,7 +91,7 @@ def test_a_folder_that_holds_anything_else_is_refused_and_keeps_it(talker, tmp_p
     """It deleted a model's weights: whatever `*.safetensors` no state was stored in."""
     model = Path(shutil.copytree(talker, tmp_path / "model"))
     before = {path.name: path.read_bytes() for path in model.iterdir()}
-    done = run("cache", "x", model, "--model", talker)
+    done = run("cache", model, "x", "--model", talker)
     assert done.returncode == 1
     assert f"{model}: holds config.json, and a new prompt cache needs a folder" in done.stderr
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
@@ -113,7 +113,7 @@ def test_what_an_interrupted_run_left_is_in_nobodys_way(talker, tmp_path) -> Non
     file.mkdir()
     for name in ("lock", "0-7-0123abcd.safetensors", ".0-7-0123abcd.new.safetensors"):
         (file / name).touch()
-    done = run("cache", NOTES, file, "--model", talker)
+    done = run("cache", file, NOTES, "--model", talker)
     assert done.returncode == 0, done.stderr
     assert not (file / "0-7-0123abcd.safetensors").exists()
 
@@ -121,6 +121,7 @@ def test_what_an_interrupted_run_left_is_in_nobodys_way(talker, tmp_path) -> Non
 @pytest.mark.slow
 def test_a_file_in_the_place_of_the_folder_is_one_clear_line(talker, tmp_path) -> None:
     (tmp_path / "file").write_text("mine")
-    done = run("cache", "x", tmp_path / "file", "--model", talker)
-    assert done.returncode == 1 and f"{tmp_path / 'file'}: Not a directory" in done.stderr
+    done = run("cache", tmp_path / "file", "x", "--model", talker)
+    assert done.returncode == 1
+    assert "file: is a file, and OUT a new folder; -f" in done.stderr
     assert (tmp_path / "file").read_text() == "mine"

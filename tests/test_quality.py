@@ -220,7 +220,7 @@ def test_the_command_prints_a_table_and_writes_json(talker: Path, tmp_path: Path
     text, out = tmp_path / "text", tmp_path / "out"
     text.write_text("Sorted: 1, 2, 3. " * 9)
     options = ["--report", "--report-text", str(text), "--group-size", "32"]
-    result = CliRunner().invoke(cli, ["convert", str(talker), str(out), *options])
+    result = CliRunner().invoke(cli, ["convert", "-m", str(talker), str(out), *options])
     assert result.exit_code == 0, result.output
     assert "  3  MLA, moe" in result.stdout and "KL divergence" in result.stdout
     assert "quality.json" in result.stderr and "of memory" in result.stderr
@@ -234,9 +234,9 @@ def test_the_command_prints_a_table_and_writes_json(talker: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_quantize_reports_too(talker: Path, tmp_path: Path) -> None:
+def test_a_folder_in_the_mlx_layout_is_reported_too(talker: Path, tmp_path: Path) -> None:
     convert(talker, tmp_path / "plain", None)
-    asked = ["quantize", str(tmp_path / "plain"), str(tmp_path / "out"), "--report"]
+    asked = ["convert", "-m", str(tmp_path / "plain"), str(tmp_path / "out"), "--report"]
     result = CliRunner().invoke(cli, asked)
     assert result.exit_code == 0, result.output
     assert "same likeliest" in result.stdout and (tmp_path / "out" / "quality.json").exists()
@@ -247,13 +247,13 @@ def test_bad_input_is_one_line_before_the_conversion(
 ) -> None:
     text = tmp_path / "text"
     for source, content, options, line in (
-        (talker, b"ab\xff", ["--report"], "text is not UTF-8 at byte 2"),
+        (talker, b"ab\xff", ["--report"], "text is not UTF-8: byte 0xff at position 2"),
         (talker, b"", ["--report"], "the text must have at least 2 tokens but has 0"),
         (talker, b"text", [], "--report-text needs --report."),
         (folder("tiny"), b"text", ["--report"], "tiktoken.model"),
     ):
         text.write_bytes(content)
-        asked = ["convert", str(source), str(tmp_path / "out"), "--report-text", str(text)]
+        asked = ["convert", "-m", str(source), str(tmp_path / "out"), "--report-text", str(text)]
         result = CliRunner().invoke(cli, [*asked, *options])
         assert result.exit_code != 0 and line in result.stderr, result.stderr
         assert "Traceback" not in result.stderr
@@ -267,7 +267,9 @@ def test_interrupted_it_leaves_the_conversion_whole(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mlx_kimi.convert.report.quality.Layers.run", interrupt)
-    result = CliRunner().invoke(cli, ["convert", str(talker), str(tmp_path / "out"), "--report"])
+    result = CliRunner().invoke(
+        cli, ["convert", "-m", str(talker), str(tmp_path / "out"), "--report"]
+    )
     assert result.exit_code == 130 and not result.stdout
     assert "out is whole; the report was not finished" in result.stderr
     load_model(tmp_path / "out")
@@ -298,7 +300,7 @@ def test_memory_stays_under_what_is_stated(tmp_path: Path) -> None:
     write_tiktoken(source)
     (tmp_path / "text").write_text(sample_text()[:80])
     code = "from mlx_kimi.cli.main import cli; cli()"
-    asked = ["convert", str(source), str(tmp_path / "out"), "--report"]
+    asked = ["convert", "-m", str(source), str(tmp_path / "out"), "--report"]
     command = [sys.executable, "-c", code, *asked, "--report-text", str(tmp_path / "text")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     peak = peak_memory(process)

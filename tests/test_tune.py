@@ -485,7 +485,7 @@ def test_without_tuning_the_defaults_run(
 def test_an_mlx_beyond_what_was_tried_is_named(
     monkeypatch: pytest.MonkeyPatch, installed: str, newer: bool
 ) -> None:
-    monkeypatch.setattr(backend, "version", lambda _: installed)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: installed)
     said = backend.untried()
     assert (said is not None) == newer
     assert said is None or said.startswith(f"MLX {installed} is newer than 0.32.4")
@@ -511,7 +511,7 @@ def test_tune_prints_what_it_found_and_keeps_it(
     with_fault = partial(tune.tune, worker=worker("refused", "add_norm"), limits=SMALL)
     monkeypatch.setattr(command, "tune", with_fault)
     with use_backend(emulator):
-        found = CliRunner().invoke(cli, ["tune", str(folder("tiny"))])
+        found = CliRunner().invoke(cli, ["tune", "-m", str(folder("tiny"))])
     assert found.exit_code == 0, found.output
     assert "off           add_norm: error: no such 'x'\n" in found.stdout
     assert "splits        24\n" in found.stdout

@@ -90,7 +90,7 @@ def test_weights_that_the_disk_cannot_read_are_one_line(tmp_path: Path, budget: 
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     weights = pocket_folder() / FILE
     ran = subprocess.run(
-        [sys.executable, "-m", "mlx_kimi", "generate", "-p", "Hello", *budget],
+        [sys.executable, "-m", "mlx_kimi", "generate", "Hello", *budget],
         env=os.environ | {"LD_PRELOAD": str(library), "BAD_FILE_SIZE": str(weights.stat().st_size)},
         capture_output=True,
         text=True,

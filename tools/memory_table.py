@@ -1,7 +1,7 @@
 """The README's table of memory against context, from the planner: `python -m tools.memory_table`.
 
 For the 48B with 8-bit latents. macOS recommends two thirds of the memory to a GPU up to 36 GB, and
-three quarters above: what a Mac really gives is in `mlx_kimi info FOLDER`.
+three quarters above: what a Mac really gives is in `mlx_kimi info -m FOLDER`.
 """
 
 from __future__ import annotations

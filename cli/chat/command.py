@@ -22,56 +22,11 @@ from mlx_kimi.cli.chat.completion import CommandCompleter
 from mlx_kimi.cli.chat.input import LineEditor, PipedLines
 from mlx_kimi.cli.chat.loop import Loop, status, toolbar
 from mlx_kimi.cli.chat.screen import PlainScreen, TerminalScreen
-from mlx_kimi.cli.options import (
-    budget_options,
-    check_options,
-    length_options,
-    model_option,
-    model_or_pocket,
-    no_tune_option,
-    sampling_options,
-    sessions_option,
-    utf8,
-)
-from mlx_kimi.defaults import SNAPSHOT_MEMORY
-from mlx_kimi.loading.budget import Budget
+from mlx_kimi.cli.given import budget_of, check_options, model_or_pocket
 from mlx_kimi.loading.load import load
 
-LATEST = ""
 
-
-@click.command("chat")
-@model_option
-@click.option("--system", callback=utf8, help="A system message that opens the conversation.")
-@click.option(
-    "--resume",
-    is_flag=False,
-    flag_value=LATEST,
-    metavar="[NAME]",
-    callback=utf8,
-    help="Go on with a session; the latest without a name.",
-)
-@click.option(
-    "--tools",
-    "tools_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE.py",
-    help="Offer the file's documented functions to the model; each call asks you first.",
-)
-@click.option("--markdown/--no-markdown", default=True, help="Format answers on a terminal.")
-@click.option(
-    "--snapshot-memory",
-    type=click.FloatRange(min=0),
-    default=SNAPSHOT_MEMORY / 1e9,
-    show_default="1.07",
-    help="GB that the states to go back to may take.",
-)
-@sessions_option
-@length_options
-@budget_options
-@no_tune_option
-@sampling_options
-def command(
+def run(
     model: str | None,
     system: str | None,
     resume: str | None,
@@ -79,14 +34,12 @@ def command(
     markdown: bool,
     snapshot_memory: float,
     sessions: Path | None,
-    budget: Budget | None,
+    memory_budget: int | None,
+    context: int | None,
     **options: Any,
 ) -> None:
-    """Talk with the model. /help lists the commands; Ctrl-C stops an answer; Ctrl-D ends.
-
-    In a pipe every line is a message, answers go to stdout, and nothing is kept without /save NAME.
-    """
     check_options(**options)
+    budget = budget_of(memory_budget, context, options["prefill_step"], options["latent_bits"])
     if resume is not None:
         if system is not None:
             raise click.UsageError("--system opens a new conversation and --resume goes on")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from mlx_kimi.cli.fence import fenced
 from mlx_kimi.errors import KimiError
 from mlx_kimi.user_files import read_bytes
 
@@ -26,6 +26,4 @@ def file_message(path: str) -> str:
         text = read_bytes(file, FILE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise KimiError(f"{file}: must be UTF-8, but byte {error.start} is not") from None
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{file.name}:\n{fence}\n{text.rstrip()}\n{fence}"
+    return fenced(file.name, text)

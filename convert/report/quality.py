@@ -24,7 +24,7 @@ from mlx_kimi.convert.plan import PROCESS
 from mlx_kimi.convert.report.divergence import divergence
 from mlx_kimi.convert.report.layerwise import EXPERTS, Layers
 from mlx_kimi.convert.report.weight_error import Squares, weight_errors
-from mlx_kimi.defaults import PREFILL_STEP
+from mlx_kimi.defaults import PREFILL_STEP, REPORTED_TOKENS, WINDOW
 from mlx_kimi.evaluation.evaluate import Evaluation, first_tokens, windows
 from mlx_kimi.loading.match import check
 from mlx_kimi.loading.memory import needs
@@ -32,8 +32,6 @@ from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.text.tokenizer import load_tokenizer
 
 FILE = "quality.json"
-TOKENS = 1024  # of the text, all in memory at once
-WINDOW = 512  # tokens that are read together, as in `evaluate`
 COPIES = 2  # of a layer and of a slice of its experts: as they are read, and as they are used
 
 
@@ -71,12 +69,12 @@ def sample_text() -> str:
 
 
 def sample_ids(folder: Path, text: str) -> list[int]:
-    """The first TOKENS tokens of a text.
+    """The first REPORTED_TOKENS tokens of a text.
 
     Raises:
         KimiError: the folder has no tokenizer, or the text is too short.
     """
-    return first_tokens(load_tokenizer(folder), text, TOKENS)
+    return first_tokens(load_tokenizer(folder), text, REPORTED_TOKENS)
 
 
 def peak_memory(config: ModelConfig) -> int:
@@ -87,7 +85,7 @@ def peak_memory(config: ModelConfig) -> int:
             layer = tensor.name.split(".")[2]
             shape = tensor.shape[1:] if tensor.join is Join.STACK else tensor.shape
             sizes[layer] = sizes.get(layer, 0) + 4 * math.prod(shape)
-    work = needs(config, 0, number=4).work * TOKENS // PREFILL_STEP
+    work = needs(config, 0, number=4).work * REPORTED_TOKENS // PREFILL_STEP
     return PROCESS + COPIES * (max(sizes.values()) + EXPERTS) + work
 
 

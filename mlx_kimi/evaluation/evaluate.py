@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_kimi.defaults import EVALUATED_TOKENS, WINDOW
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generation.not_finite import not_finite
 from mlx_kimi.loading.load import load
@@ -23,8 +24,6 @@ from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
 from mlx_kimi.units import human_size
 
-WINDOW = 512  # tokens that are read together, each window from nothing
-TOKENS = 2048  # of the text
 ROWS = 128  # tokens whose predictions are in memory at once: 84 MB for the 48B
 LAST = 0.99  # of the tokens: the KL that no more than 1 % exceed
 
@@ -85,7 +84,7 @@ def evaluate(
     text: str,
     against: Path | None = None,
     *,
-    tokens: int = TOKENS,
+    tokens: int = EVALUATED_TOKENS,
     window: int = WINDOW,
     progress: Progress = lambda done, total: None,
 ) -> Evaluation:

@@ -1,0 +1,366 @@
+"""Every command: its arguments, its options and its help. What it does is in a file of its own.
+
+A model is given with -m, text as TEXT or with -f, and what is made as OUT. This file imports no
+room that computes, so that --help and a shell's completion answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_kimi import backend
+from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
+from mlx_kimi.cli.options import (
+    BUDGET,
+    FILES,
+    LATENT_BITS,
+    LENGTHS,
+    MODEL,
+    NO_TUNE_FIRST,
+    PREFILL,
+    SAMPLING,
+    SESSIONS,
+    SYSTEM,
+    TEXT,
+    ModelName,
+    utf8,
+)
+from mlx_kimi.convert.quantize import DTYPES, RECIPES
+from mlx_kimi.defaults import EVALUATED_TOKENS, REPORTED_TOKENS, SNAPSHOT_MEMORY, WINDOW
+
+FILE = click.Path(path_type=Path)
+LATEST = ""  # what --resume is without a name
+_AFFINE_GROUPS, _AFFINE_BITS = QUANTIZATION_MODES["affine"]
+_RECIPES = "\n\n".join(f"  {name}: {recipe.reason}." for name, recipe in RECIPES.items())
+
+
+class Command(click.Command):
+    """Runs `run` of its own module, which is imported then and not before."""
+
+    def __init__(
+        self,
+        name: str,
+        params: Sequence[click.Parameter],
+        help: str,
+        module: str | None = None,
+        epilog: str | None = None,
+    ) -> None:
+        self.module = f"mlx_kimi.cli.{module or name}"
+        super().__init__(
+            name,
+            {"allow_extra_args": True},
+            self._run,
+            list(params),
+            help,
+            epilog,
+        )
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        left = super().parse_args(context, arguments)
+        if left and not context.resilient_parsing:
+            takes = "" if MODEL not in self.params else "; a model is given with -m"
+            if FILES in self.params:
+                takes = "; TEXT of several words needs quotes, a file -f and a model -m"
+            context.fail(f"unexpected argument {left[0]!r}{takes}")
+        return left
+
+    def _run(self, **given: Any) -> None:
+        if problem := backend.missing():
+            raise click.ClickException(problem)
+        import_module(self.module).run(**given)
+
+
+def _choices(values: tuple[int, ...]) -> str:
+    return "[" + "|".join(map(str, values)) + "]"
+
+
+def _flag(name: str, help: str) -> click.Option:
+    return click.Option([name], is_flag=True, help=help)
+
+
+GENERATE = Command(
+    "generate",
+    [
+        TEXT,
+        FILES,
+        MODEL,
+        SYSTEM,
+        click.Option(
+            ["--prompt-cache"],
+            type=FILE,
+            metavar="FOLDER",
+            help="Ask after a prompt that `mlx_kimi cache` read, or a saved conversation.",
+        ),
+        _flag("--raw", "Continue the prompt as it is, without a chat template."),
+        click.Option(
+            ["--stop"],
+            multiple=True,
+            callback=utf8,
+            metavar="TEXT",
+            help="End the answer before TEXT; may repeat.",
+        ),
+        click.Option(
+            ["--json", "as_json"], is_flag=True, help="Print one JSON object at the end instead."
+        ),
+        *LENGTHS,
+        *BUDGET,
+        NO_TUNE_FIRST,
+        *SAMPLING,
+    ],
+    """Stream the answer to one prompt.
+
+    The prompt is TEXT, and before it each -f FILE under its name. One FILE without TEXT is the
+    prompt as it is.
+    """,
+)
+
+CHAT = Command(
+    "chat",
+    [
+        MODEL,
+        click.Option(
+            ["--system"], callback=utf8, help="A system message that opens the conversation."
+        ),
+        click.Option(
+            ["--resume"],
+            is_flag=False,
+            flag_value=LATEST,
+            metavar="[NAME]",
+            callback=utf8,
+            help="Go on with a session; the latest without a name.",
+        ),
+        click.Option(
+            ["--tools", "tools_file"],
+            type=FILE,
+            metavar="FILE.py",
+            help="Offer the file's documented functions to the model; each call asks you first.",
+        ),
+        click.Option(
+            ["--markdown/--no-markdown"], default=True, help="Format answers on a terminal."
+        ),
+        click.Option(
+            ["--snapshot-memory"],
+            type=click.FloatRange(min=0),
+            default=SNAPSHOT_MEMORY / 1e9,
+            show_default="1.07",
+            help="GB that the states to go back to may take.",
+        ),
+        SESSIONS,
+        *LENGTHS,
+        *BUDGET,
+        NO_TUNE_FIRST,
+        *SAMPLING,
+    ],
+    """Talk with the model. /help lists the commands; Ctrl-C stops an answer; Ctrl-D ends.
+
+    In a pipe every line is a message, answers go to stdout, and nothing is kept without /save NAME.
+    """,
+    module="chat.command",
+)
+
+CACHE = Command(
+    "cache",
+    [
+        click.Argument(["out"], type=FILE),
+        TEXT,
+        FILES,
+        MODEL,
+        SYSTEM,
+        PREFILL,
+        NO_TUNE_FIRST,
+        LATENT_BITS,
+    ],
+    """Read a long prompt once, for many questions, and store what the model knows then in OUT.
+
+    The prompt is TEXT and -f FILE, as of `generate`. `generate --prompt-cache OUT QUESTION` asks
+    after it, without reading it again. OUT is a folder like those of saved conversations: `chat
+    --resume ./OUT` goes on with it, and --prompt-cache takes a saved conversation, too.
+    """,
+)
+
+CONVERT = Command(
+    "convert",
+    [
+        click.Argument(["out"], type=FILE),
+        click.Option(
+            ["-m", "--model", "source"],
+            type=ModelName(),
+            required=True,
+            help="What is converted: a model's folder, or its name on the Hugging Face hub.",
+        ),
+        click.Option(
+            ["--bits"],
+            type=int,
+            metavar=_choices(_AFFINE_BITS),
+            show_default="4; 6 with a recipe for experts",
+            help="Bits of a weight.",
+        ),
+        click.Option(
+            ["--group-size"],
+            type=int,
+            metavar=_choices(_AFFINE_GROUPS),
+            show_default="64",
+            help="Weights that share a scale.",
+        ),
+        click.Option(
+            ["--mode"],
+            type=click.Choice(list(QUANTIZATION_MODES)),
+            show_default="affine",
+            help="Form of the numbers; all but affine fix bits and group size.",
+        ),
+        click.Option(
+            ["--recipe"],
+            type=click.Choice(list(RECIPES)),
+            show_default="default",
+            help="Other bits for some tensors, see below.",
+        ),
+        _flag("--no-quantize", "Change the layout only."),
+        click.Option(
+            ["--dtype"],
+            type=click.Choice(list(DTYPES)),
+            show_default="as in the model",
+            help="Of scales and of what is not quantized.",
+        ),
+        _flag(
+            "--delete-source-shards",
+            "Of a name on the hub, download one shard at a time and delete it when it is "
+            "converted.",
+        ),
+        _flag(
+            "--report",
+            "Then compare OUT with the model, layer by layer: a table, and OUT/quality.json.",
+        ),
+        click.Option(
+            ["--report-text"],
+            type=FILE,
+            metavar="FILE",
+            show_default="a sample",
+            help=f"The text that --report lets both predict; its first {REPORTED_TOKENS} tokens.",
+        ),
+    ],
+    """Convert a model to the new folder OUT, of a quarter of its size.
+
+    OUT is in the MLX layout, which mlx-lm reads too. The model must not be quantized: published, or
+    what `convert --no-quantize` or mlx-lm wrote. What is interrupted is kept in OUT.partial, and
+    the same command goes on from there.
+    """,
+    epilog=f"Recipes, with the size of the 48B:\n\n{_RECIPES}",
+)
+
+CHECK = Command(
+    "check",
+    [
+        MODEL,
+        NO_TUNE_FIRST,
+        _flag(
+            "--report",
+            "Also print what to paste into an issue: this machine, and each kernel alone.",
+        ),
+    ],
+    """Check a model: its tensors, tokenizer, chat template, MLX's operations, kernels and answers.
+
+    Exit code 1 if anything is wrong.
+    """,
+)
+
+TUNE = Command(
+    "tune",
+    [
+        MODEL,
+        click.Option(
+            ["--seconds"],
+            type=click.FloatRange(min=1),
+            default=120.0,
+            help="From then on nothing more is measured.",
+        ),
+    ],
+    """Try each kernel on this GPU, and keep what is right and fastest for such a model.
+
+    Each is compiled, compared with plain products and timed beside MLX's operations, with random
+    weights of the model's shapes, in a process of its own. The first load of a model does it by
+    itself, and measures no more after 30 seconds.
+    """,
+)
+
+INFO = Command(
+    "info",
+    [
+        MODEL,
+        _flag("--kernels", "Which kernels run on this machine, and why."),
+        click.Option(
+            ["--context"],
+            type=click.IntRange(min=1),
+            metavar="TOKENS",
+            help="What a context of so many tokens takes.",
+        ),
+        click.Option(["--latent-bits"], type=int, help="8 packs the latents of that context."),
+    ],
+    """Say what a model is made of, and whether it fits this machine. Reads headers, no weights.""",
+)
+
+EVALUATE = Command(
+    "evaluate",
+    [
+        click.Option(
+            ["-f", "--file"],
+            required=True,
+            type=click.Path(allow_dash=True, path_type=Path),
+            help="A text file to predict; - is stdin.",
+        ),
+        MODEL,
+        NO_TUNE_FIRST,
+        click.Option(
+            ["--against"],
+            type=ModelName(),
+            help="The model to compare with, such as the unquantized one. It is read first, and "
+            "let go.",
+        ),
+        click.Option(["--tokens"], type=int, default=EVALUATED_TOKENS, help="Tokens of the text."),
+        click.Option(["--window"], type=int, default=WINDOW, help="Tokens that are read together."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object."),
+    ],
+    """Measure how well a model predicts a text; lower is better.
+
+    With --against, also the KL divergence from that model's predictions to this one's.
+    """,
+)
+
+BENCH = Command(
+    "bench",
+    [
+        MODEL,
+        click.Option(
+            ["--contexts"],
+            default="512,2048,8192",
+            metavar="N,N,...",
+            help="Context lengths in tokens.",
+        ),
+        click.Option(["--tokens"], type=int, default=128, help="Tokens of an answer."),
+        click.Option(["--repeats"], type=int, default=3, help="Answers at each context."),
+        PREFILL,
+        *BUDGET,
+        NO_TUNE_FIRST,
+        click.Option(
+            ["--json", "json_file"],
+            type=click.Path(allow_dash=True, path_type=Path),
+            help="Write all there is as JSON; - is stdout.",
+        ),
+        click.Option(
+            ["--plot", "plot_file"], type=FILE, help="Draw speeds by context, as .png or .svg."
+        ),
+    ],
+    """Measure speeds and memory by context length.
+
+    A pseudo-random text is read up to each context length, and answered there.
+    """,
+)
+
+COMMANDS = {
+    str(command.name): command
+    for command in (GENERATE, CHAT, CACHE, CONVERT, CHECK, TUNE, INFO, EVALUATE, BENCH)
+}
