@@ -26,7 +26,7 @@ from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli import show
 from mlx_kimi.cli.given import budget_of, model_or_pocket
-from mlx_kimi.errors import KimiError
+from mlx_kimi.errors import KimiError, OptionError
 from mlx_kimi.evaluation.bench import Bench, BenchRow, check_fits, check_settings
 from mlx_kimi.evaluation.bench import Progress as OnProgress
 from mlx_kimi.loading.load import load
@@ -107,8 +107,9 @@ def _lengths(contexts: str) -> list[int]:
     try:
         return sorted({int(length) for length in contexts.split(",")})
     except ValueError:
-        raise KimiError(
-            f"--contexts must be numbers of tokens with commas between them but is {contexts!r}"
+        raise OptionError(
+            "contexts",
+            f"must be numbers of tokens with commas between them but is {contexts!r}",
         ) from None
 
 
@@ -122,7 +123,7 @@ def _check_files(json_file: Path | None, plot_file: Path | None) -> None:
         if file.is_symlink() or file.is_file():  # (not a device: that is written to)
             raise KimiError(f"{file}: already exists; remove it or choose another name")
     if plot_file and plot_file.suffix.lower() not in PLOTS:
-        raise KimiError(f"--plot must end in {' or '.join(PLOTS)} but is {plot_file}")
+        raise OptionError("plot_file", f"must end in {' or '.join(PLOTS)} but is {plot_file}")
     if plot_file and not find_spec("matplotlib"):
         raise KimiError("--plot needs matplotlib: pip install 'mlx_kimi[plot]'")
 

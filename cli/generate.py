@@ -13,7 +13,7 @@ from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.session import read_session
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
-from mlx_kimi.cli.given import budget_of, check_options, model_or_pocket, prompt_of
+from mlx_kimi.cli.given import budget_of, check_options, model_or_pocket, prompt_of, with_defaults
 from mlx_kimi.generation.answer import Chunk
 from mlx_kimi.generation.generate import Prompt, stream_generate
 from mlx_kimi.generation.token_state import TokenState
@@ -34,12 +34,13 @@ def run(
     **options: Any,
 ) -> None:
     prompt = prompt_of(text, files)
-    check_options(**options)
+    check_options(options)
     budget = budget_of(memory_budget, context, options["prefill_step"], options["latent_bits"])
     if raw and (system or prompt_cache):
         which = "--system" if system else "--prompt-cache"
         raise click.UsageError(f"{which} is part of a chat and --raw has none")
     folder = local_folder(model_or_pocket(model))
+    options = with_defaults(options, folder)
     network, tokenizer = load(folder, budget)
     state = TokenState(network, options["latent_bits"], snapshot_every=None)
     conversation = Conversation(system)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cli.fence import fenced
+from mlx_kimi.cli.settings import typed
+from mlx_kimi.defaults import MAX_TOKENS
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generation.generate import check_lengths
+from mlx_kimi.generation.model_defaults import model_defaults
 from mlx_kimi.generation.sample import Sampling
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.model.cache import check_latent_bits
 from mlx_kimi.user_files import FILE_BYTES, read_bytes
 
 STDIN = Path("-")
+ONLY_SAMPLING = ("top_p", "top_k", "min_p", "seed")  # of no use at temperature 0
 
 
 def model_or_pocket(model: str | None) -> str | Path:
@@ -85,13 +91,35 @@ def _decoded(data: bytes, name: str) -> str:
         ) from None
 
 
-def check_options(
-    max_tokens: int, prefill_step: int, latent_bits: int | None, **sampling: Any
-) -> None:
-    """Refuse absurd values before a model is loaded."""
-    check_lengths(max_tokens, prefill_step)
-    check_latent_bits(latent_bits)
-    Sampling(**sampling)
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse absurd values of LENGTHS and SAMPLING before a model is loaded."""
+    given = {name: value for name, value in options.items() if value is not None}
+    check_lengths(given.pop("max_tokens", MAX_TOKENS), given.pop("prefill_step"))
+    check_latent_bits(given.pop("latent_bits", None))
+    Sampling(**given)
+
+
+def with_defaults(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """These options, and for those that are None what the model in `folder` asks for, or we do.
+
+    What was typed and does nothing at temperature 0 is named on stderr.
+
+    Raises:
+        KimiError: the folder's generation_config.json is out of range.
+    """
+    ours = {"max_tokens": MAX_TOKENS, **asdict(Sampling()), **model_defaults(folder)}
+    found = {n: ours.get(n) if value is None else value for n, value in options.items()}
+    context = click.get_current_context()
+    idle = [
+        typed(each)
+        for each in context.command.params
+        if each.name in ONLY_SAMPLING
+        and context.get_parameter_source(str(each.name)) is ParameterSource.COMMANDLINE
+    ]
+    if idle and found["temp"] == 0:
+        does = "does" if len(idle) == 1 else "do"
+        click.echo(f"{', '.join(idle)} {does} nothing at temperature 0; --temp 1 samples", err=True)
+    return found
 
 
 def budget_of(

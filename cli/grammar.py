@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mlx_kimi import backend
 from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
@@ -30,13 +31,22 @@ from mlx_kimi.cli.options import (
     ModelName,
     utf8,
 )
+from mlx_kimi.cli.settings import Setting, as_given
 from mlx_kimi.convert.quantize import DTYPES, RECIPES
 from mlx_kimi.defaults import EVALUATED_TOKENS, REPORTED_TOKENS, SNAPSHOT_MEMORY, WINDOW
+from mlx_kimi.errors import OptionError
 
 FILE = click.Path(path_type=Path)
+USAGE = 2  # the exit code of a command line that is wrong
 LATEST = ""  # what --resume is without a name
 _AFFINE_GROUPS, _AFFINE_BITS = QUANTIZATION_MODES["affine"]
 _RECIPES = "\n\n".join(f"  {name}: {recipe.reason}." for name, recipe in RECIPES.items())
+
+
+class Mistake(click.ClickException):
+    """One line about a command line that is wrong."""
+
+    exit_code = USAGE
 
 
 class Command(click.Command):
@@ -72,7 +82,14 @@ class Command(click.Command):
     def _run(self, **given: Any) -> None:
         if problem := backend.missing():
             raise click.ClickException(problem)
-        import_module(self.module).run(**given)
+        module = import_module(self.module)
+        try:
+            module.run(**given)
+        except OptionError as error:
+            name, source = as_given(click.get_current_context(), error.name)
+            is_files = source is ParameterSource.DEFAULT_MAP
+            kind = click.ClickException if is_files else Mistake
+            raise kind(f"{name} {error.rule}") from None
 
 
 def _choices(values: tuple[int, ...]) -> str:
@@ -140,10 +157,8 @@ CHAT = Command(
             metavar="FILE.py",
             help="Offer the file's documented functions to the model; each call asks you first.",
         ),
-        click.Option(
-            ["--markdown/--no-markdown"], default=True, help="Format answers on a terminal."
-        ),
-        click.Option(
+        Setting(["--markdown/--no-markdown"], default=True, help="Format answers on a terminal."),
+        Setting(
             ["--snapshot-memory"],
             type=click.FloatRange(min=0),
             default=SNAPSHOT_MEMORY / 1e9,
@@ -298,7 +313,7 @@ INFO = Command(
             metavar="TOKENS",
             help="What a context of so many tokens takes.",
         ),
-        click.Option(["--latent-bits"], type=int, help="8 packs the latents of that context."),
+        LATENT_BITS,
     ],
     """Say what a model is made of, and whether it fits this machine. Reads headers, no weights.""",
 )
@@ -362,5 +377,15 @@ BENCH = Command(
 
 COMMANDS = {
     str(command.name): command
-    for command in (GENERATE, CHAT, CACHE, CONVERT, CHECK, TUNE, INFO, EVALUATE, BENCH)
+    for command in (
+        GENERATE,
+        CHAT,
+        CACHE,
+        CONVERT,
+        CHECK,
+        TUNE,
+        INFO,
+        EVALUATE,
+        BENCH,
+    )
 }

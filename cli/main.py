@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from mlx_kimi import __version__
-from mlx_kimi.cli.grammar import COMMANDS
+from mlx_kimi.cli.grammar import COMMANDS, Mistake
+from mlx_kimi.cli.settings import NAMED, read_settings, settings_file
 from mlx_kimi.errors import KimiError
 
 # As shells report a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
@@ -22,13 +25,27 @@ class Commands(click.Group):
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)  # in the order of the grammar
 
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Defaults of your own"):
+            formatter.write_text(
+                f"--top-p is MLX_KIMI_TOP_P in the environment and top-p in {settings_file()}, "
+                f"which {NAMED} moves. What is typed goes before the environment, and that before "
+                "the file."
+            )
+
     def main(self, *arguments: Any, **options: Any) -> Any:
         _open_closed_streams()
         return super().main(*arguments, **options)
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _usage_in_one_line():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, context: click.Context) -> Any:
         try:
-            result = super().invoke(context)
+            with _usage_in_one_line():
+                context.default_map = read_settings(COMMANDS)
+                result = super().invoke(context)
             sys.stdout.flush()
             return result
         except KimiError as error:
@@ -50,6 +67,19 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo(err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "mlx_kimi"
+        message = error.format_message().rstrip(".")
+        has_hint = "Did you mean" in message
+        raise Mistake(message if has_hint else f"{message} (see `{command} --help`)") from None
 
 
 def _open_closed_streams() -> None:
@@ -78,6 +108,6 @@ def _drop_stdout() -> None:
 def cli() -> None:
     """Run Kimi Linear on a Mac.
 
-    Without -m, commands use the pocket model that ships inside: a demonstration that can add,
-    sort, recall and call tools, trained from scratch for this project.
+    Without -m, commands use the pocket model that ships inside: a demonstration that can add, sort,
+    recall and call tools, trained from scratch for this project.
     """

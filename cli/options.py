@@ -10,14 +10,22 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from mlx_kimi.cli.settings import Setting, typed
 from mlx_kimi.defaults import CONTEXT, MAX_TOKENS, NO_TUNE, PREFILL_STEP
 from mlx_kimi.errors import KimiError
+
+OF_MODEL = "the model's, else"
 
 
 class ModelName(click.ParamType):
     """A model's folder, or its name on the hub. Folders complete."""
 
     name = "folder|hub-id"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> str:
+        return os.path.expanduser(value)
 
     def shell_complete(
         self, context: click.Context, parameter: click.Parameter, incomplete: str
@@ -47,10 +55,8 @@ class Bytes(click.ParamType):
 
 def utf8(_: click.Context, parameter: click.Parameter, value: Any) -> Any:
     """A callback for text: bytes that are not UTF-8 arrive as lone surrogates."""
-    is_option = isinstance(parameter, click.Option)
-    name = f"--{parameter.name}" if is_option else parameter.human_readable_name
     for text in (value,) if isinstance(value, str) else value or ():
-        check_utf8(name, text)
+        check_utf8(typed(parameter), text)
     return value
 
 
@@ -67,7 +73,7 @@ def _no_tune(_: click.Context, __: click.Parameter, value: bool) -> None:
         os.environ[NO_TUNE] = "1"
 
 
-MODEL = click.Option(
+MODEL = Setting(
     ["-m", "--model"],
     type=ModelName(),
     show_default="the pocket model inside the package",
@@ -82,27 +88,50 @@ FILES = click.Option(
 )
 SYSTEM = click.Option(["--system"], callback=utf8, help="A system message before the prompt.")
 
-# Absurd values are refused by Sampling and stream_generate, which the library shares.
+# Without a default of their own: that of the model's generation_config.json goes before ours, which
+# is that of `sample.Sampling`. Absurd values are refused there.
 SAMPLING = [
-    click.Option(["--temp"], type=float, default=0.0, help="Temperature; 0 is greedy."),
-    click.Option(
-        ["--top-p"], type=float, default=1.0, help="Keep the likeliest tokens up to this share."
+    Setting(
+        ["--temp"],
+        type=float,
+        show_default=f"{OF_MODEL} 0",
+        help="Temperature; 0 takes the likeliest token.",
     ),
-    click.Option(["--top-k"], type=int, default=0, help="Keep this many tokens; 0 is all."),
-    click.Option(
-        ["--min-p"], type=float, default=0.0, help="Drop tokens below this share of the likeliest."
+    Setting(
+        ["--top-p"],
+        type=float,
+        show_default=f"{OF_MODEL} 1",
+        help="Keep the likeliest tokens up to this share.",
     ),
-    click.Option(
-        ["--repetition-penalty"], type=float, default=1.0, help="Above 1 discourages repeats."
+    Setting(
+        ["--top-k"],
+        type=int,
+        show_default=f"{OF_MODEL} 0",
+        help="Keep this many tokens; 0 is all.",
     ),
-    click.Option(["--seed"], type=int, show_default="random", help="Makes sampling reproducible."),
+    Setting(
+        ["--min-p"],
+        type=float,
+        show_default=f"{OF_MODEL} 0",
+        help="Drop tokens below this share of the likeliest.",
+    ),
+    Setting(
+        ["--repetition-penalty"],
+        type=float,
+        show_default=f"{OF_MODEL} 1",
+        help="Above 1 discourages repeats.",
+    ),
+    Setting(
+        ["--seed"],
+        type=int,
+        show_default="random",
+        help="Makes sampling reproducible; nothing at temperature 0.",
+    ),
 ]
 
-SESSIONS = click.Option(
+SESSIONS = Setting(
     ["--sessions"],
     type=click.Path(path_type=Path),
-    envvar="MLX_KIMI_SESSIONS",
-    show_envvar=True,
     show_default="the user's data folder",
     help="The folder of saved conversations.",
 )
@@ -113,27 +142,32 @@ NO_TUNE_FIRST = click.Option(
     callback=_no_tune,
     help="Do not try the kernels on this GPU first, as a first load does.",
 )
-PREFILL = click.Option(
+PREFILL = Setting(
     ["--prefill-step"], type=int, default=PREFILL_STEP, help="Prompt tokens read at once."
 )
-LATENT_BITS = click.Option(
+LATENT_BITS = Setting(
     ["--latent-bits"],
     type=int,
     show_default="those of the model's dtype",
     help="8 halves the memory that a long context takes.",
 )
 LENGTHS = [
-    click.Option(["--max-tokens"], type=int, default=MAX_TOKENS, help="Longest answer, in tokens."),
+    Setting(
+        ["--max-tokens"],
+        type=int,
+        show_default=f"{OF_MODEL} {MAX_TOKENS}",
+        help="Longest answer, in tokens.",
+    ),
     PREFILL,
     LATENT_BITS,
 ]
 BUDGET = [
-    click.Option(
+    Setting(
         ["--memory-budget"],
         type=Bytes(),
         help="Take so much memory at most, such as 10GB; experts are read from the disk as needed.",
     ),
-    click.Option(
+    Setting(
         ["--context"],
         type=click.IntRange(min=1),
         show_default=f"{CONTEXT:,}",

@@ -22,6 +22,14 @@ def _cut(text: str) -> str:
     return text[:half] + CUT + text[-half:]
 
 
+class OptionError(KimiError):
+    """An option's value breaks a rule. A command says its name as it was typed."""
+
+    def __init__(self, name: str, rule: str) -> None:
+        super().__init__(f"{name} {rule}")
+        self.name, self.rule = name, rule
+
+
 class ContextFull(KimiError):
     """A conversation is longer than the model's context."""
 

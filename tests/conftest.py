@@ -32,9 +32,11 @@ from tests.tokenizer_files import trained_tokens, write_tiktoken
 # program that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What programs find out again, of this run alone.
+# What programs find out again, of this run alone; and settings, of which there are none.
 if "PYTEST_XDIST_WORKER" not in os.environ:  # (else the controller's)
     os.environ["MLX_KIMI_CACHE"] = tempfile.mkdtemp(prefix="mlx_kimi_cache_")
+    os.environ["MLX_KIMI_CONFIG"] = os.path.join(os.environ["MLX_KIMI_CACHE"], "config.toml")
+    Path(os.environ["MLX_KIMI_CONFIG"]).touch()
     atexit.register(shutil.rmtree, os.environ["MLX_KIMI_CACHE"], ignore_errors=True)
 
 SEED = 2  # the stored reference logits are of this seed's weights

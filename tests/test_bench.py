@@ -309,23 +309,25 @@ def test_ctrl_c_keeps_the_rows_that_were_finished(talker: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "code", "said"),
     [
-        (("--contexts", "16,many"), "numbers of tokens with commas between them but is '16,many'"),
-        (("--contexts", ""), "numbers of tokens with commas between them but is ''"),
-        (("--contexts", "0"), "a context must have from 1 to 3,967 tokens but has 0"),
-        (("--contexts", "16,4096"), "from 1 to 3,967 tokens but has 4,096: the model's context"),
-        (("--tokens", "1"), "tokens must be at least 2 but is 1"),
-        (("--repeats", "0"), "repeats must be at least 1 but is 0"),
-        (("--prefill-step", "0"), "prefill_step must be from 1 to 65,536 but is 0"),
-        (("--plot", "speeds.txt"), "--plot must end in .png or .svg but is speeds.txt"),
-        (("--json", "no/such/rows.json"), "no/such must be a folder that can be written"),
-        (("--plot", "no/such/plot.png"), "no/such must be a folder that can be written"),
+        (("--contexts", "16,many"), 2, "--contexts must be numbers of tokens with commas between"),
+        (("--contexts", ""), 2, "numbers of tokens with commas between them but is ''"),
+        (("--contexts", "0"), 1, "a context must have from 1 to 3,967 tokens but has 0"),
+        (("--contexts", "16,4096"), 1, "from 1 to 3,967 tokens but has 4,096: the model's context"),
+        (("--tokens", "1"), 2, "--tokens must be at least 2 but is 1"),
+        (("--repeats", "0"), 2, "--repeats must be at least 1 but is 0"),
+        (("--prefill-step", "0"), 2, "--prefill-step must be from 1 to 65,536 but is 0"),
+        (("--plot", "speeds.txt"), 2, "--plot must end in .png or .svg but is speeds.txt"),
+        (("--json", "no/such/rows.json"), 1, "no/such must be a folder that can be written"),
+        (("--plot", "no/such/plot.png"), 1, "no/such must be a folder that can be written"),
     ],
 )
-def test_a_mistake_is_one_clear_line(talker: Path, arguments: tuple[str, ...], said: str) -> None:
+def test_a_mistake_is_one_clear_line(
+    talker: Path, arguments: tuple[str, ...], code: int, said: str
+) -> None:
     done = run("-m", talker, *arguments)
-    assert done.returncode == 1
+    assert done.returncode == code
     assert done.stdout == "" and said in done.stderr
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
 

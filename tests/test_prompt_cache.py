@@ -66,8 +66,12 @@ def test_another_model_reads_the_prompt_again_and_says_so(talker, tmp_path) -> N
     [
         (("cache", "FILE", ""), 1, "the prompt is empty"),
         (("cache", "USED", "x"), 1, "there is a saved conversation or prompt cache already"),
-        (("cache", "FILE", "x", "--latent-bits", "4"), 1, "latent_bits must be 8"),
-        (("cache", "FILE", "x", "--prefill-step", "0"), 1, "prefill_step must be from 1 to 65,536"),
+        (("cache", "FILE", "x", "--latent-bits", "4"), 2, "--latent-bits must be 8"),
+        (
+            ("cache", "FILE", "x", "--prefill-step", "0"),
+            2,
+            "--prefill-step must be from 1 to 65,536",
+        ),
         (("cache", "FILE", "word " * 9000), 1, "tokens but the model's context"),
         (("generate", "x", "--prompt-cache", "FILE"), 1, "no saved conversation or prompt"),
         (("generate", "x", "--prompt-cache", "USED", "--raw"), 2, "--raw has none"),

@@ -22,7 +22,7 @@ from mlx_kimi.cli.chat.completion import CommandCompleter
 from mlx_kimi.cli.chat.input import LineEditor, PipedLines
 from mlx_kimi.cli.chat.loop import Loop, status, toolbar
 from mlx_kimi.cli.chat.screen import PlainScreen, TerminalScreen
-from mlx_kimi.cli.given import budget_of, check_options, model_or_pocket
+from mlx_kimi.cli.given import budget_of, check_options, model_or_pocket, with_defaults
 from mlx_kimi.loading.load import load
 
 
@@ -38,7 +38,7 @@ def run(
     context: int | None,
     **options: Any,
 ) -> None:
-    check_options(**options)
+    check_options(options)
     budget = budget_of(memory_budget, context, options["prefill_step"], options["latent_bits"])
     if resume is not None:
         if system is not None:
@@ -51,6 +51,7 @@ def run(
         budget = replace(budget, snapshots=int(snapshot_memory * 1e9))
     toolbox = load_tools(tools_file) if tools_file else None
     folder = local_folder(model_or_pocket(model))
+    options = with_defaults(options, folder)
     with show.weights_progress() as progress:
         schemas = toolbox.schemas if toolbox else None
         same = fingerprint(folder, latent_bits, schemas, progress)

@@ -13,7 +13,7 @@ from typing import Literal
 import mlx.core as mx
 
 from mlx_kimi.defaults import PREFILL_STEP
-from mlx_kimi.errors import KimiError
+from mlx_kimi.errors import KimiError, OptionError
 from mlx_kimi.generation.answer import Stats
 from mlx_kimi.generation.generate import check_lengths, stream_generate
 from mlx_kimi.generation.token_state import TokenState
@@ -174,7 +174,7 @@ def check_settings(tokens: int, repeats: int, prefill_step: int = PREFILL_STEP) 
     """Refuse what nothing can be measured with."""
     for name, value, least in (("tokens", tokens, 2), ("repeats", repeats, 1)):
         if value < least:
-            raise KimiError(f"{name} must be at least {least} but is {value}")
+            raise OptionError(name, f"must be at least {least} but is {value}")
     check_lengths(tokens, prefill_step)
 
 

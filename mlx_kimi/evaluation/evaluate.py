@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.defaults import EVALUATED_TOKENS, WINDOW
-from mlx_kimi.errors import KimiError
+from mlx_kimi.errors import KimiError, OptionError
 from mlx_kimi.generation.not_finite import not_finite
 from mlx_kimi.loading.load import load
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -100,7 +100,7 @@ def evaluate(
     """
     for name, value in (("tokens", tokens), ("window", window)):
         if value < 2:
-            raise KimiError(f"{name} must be at least 2 but is {value}")
+            raise OptionError(name, f"must be at least 2 but is {value}")
     if against is None:
         ids, model = _opened(folder, text, tokens)
         losses = [part for part, _ in _predictions(model, ids, window, progress)]

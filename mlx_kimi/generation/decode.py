@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx.core as mx
 
 from mlx_kimi.defaults import PREFILL_STEP, PREFILL_STEP_LIMIT
-from mlx_kimi.errors import KimiError
+from mlx_kimi.errors import OptionError
 from mlx_kimi.generation.sample import Sampler
 from mlx_kimi.generation.token_state import TokenState
 
@@ -46,7 +46,9 @@ def prefill(
 def check_prefill_step(step: int) -> None:
     """Refuse a step outside 1 to `PREFILL_STEP_LIMIT`."""
     if not 1 <= step <= PREFILL_STEP_LIMIT:
-        raise KimiError(f"prefill_step must be from 1 to {PREFILL_STEP_LIMIT:,} but is {step:,}")
+        raise OptionError(
+            "prefill_step", f"must be from 1 to {PREFILL_STEP_LIMIT:,} but is {step:,}"
+        )
 
 
 def decode(state: TokenState, hidden: mx.array, sampler: Sampler, limit: int) -> Iterator[int]:

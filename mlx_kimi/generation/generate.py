@@ -10,7 +10,7 @@ import mlx.core as mx
 from typing_extensions import Unpack
 
 from mlx_kimi.defaults import MAX_TOKENS, PREFILL_STEP
-from mlx_kimi.errors import ContextFull, KimiError, beyond_budget
+from mlx_kimi.errors import ContextFull, KimiError, OptionError, beyond_budget
 from mlx_kimi.generation.answer import Answer, Chunk
 from mlx_kimi.generation.decode import check_prefill_step, decode, prefill
 from mlx_kimi.generation.sample import Sampler, Sampling
@@ -177,5 +177,5 @@ def kind(value: Any) -> str:
 def check_lengths(max_tokens: int, prefill_step: int) -> None:
     """Refuse a `max_tokens` below 1, and a `prefill_step` outside 1 to `PREFILL_STEP_LIMIT`."""
     if max_tokens < 1:
-        raise KimiError(f"max_tokens must be at least 1 but is {max_tokens}")
+        raise OptionError("max_tokens", f"must be at least 1 but is {max_tokens}")
     check_prefill_step(prefill_step)

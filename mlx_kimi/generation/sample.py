@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_kimi.errors import KimiError
+from mlx_kimi.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Sampling:
         )
         for name, kept, rule in rules:
             if not kept:
-                raise KimiError(f"{name} must be {rule} but is {getattr(self, name)}")
+                raise OptionError(name, f"must be {rule} but is {getattr(self, name)}")
 
 
 class Draw(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_kimi.errors import KimiError
+from mlx_kimi.errors import OptionError
 from mlx_kimi.metal_kernels.latents import BITS, is_packed, pack, unpack
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 
@@ -249,7 +249,7 @@ CacheEntry = KDACache | LatentCache
 def check_latent_bits(bits: int | None) -> None:
     """Refuse bits that latents cannot be stored in."""
     if bits not in (None, BITS):
-        raise KimiError(f"latent_bits must be {BITS} where they are given but are {bits}")
+        raise OptionError("latent_bits", f"must be {BITS} where they are given but are {bits}")
 
 
 def snapshot(cache: Sequence[CacheEntry]) -> list[CacheEntry]:
