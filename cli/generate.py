@@ -55,13 +55,17 @@ def run(
             network, tokenizer, asked, stop=stop, progress=progress, state=state, **options
         )
         chunks.append(next(stream))
-    if not as_json:
-        show.answer(chunks[0].text)
+    answer = None if as_json else show.AnswerWriter()
+    if answer:
+        answer.write(chunks[0].text)
     for chunk in stream:
         chunks.append(chunk)
-        if not as_json:
-            show.answer(chunk.text)
-    click.echo(_json(chunks, state) if as_json else "")
+        if answer:
+            answer.write(chunk.text)
+    if answer:
+        answer.end()
+    else:
+        click.echo(_json(chunks, state))
     click.echo(show.speeds(chunks[-1].stats), err=True)
 
 

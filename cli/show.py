@@ -28,7 +28,8 @@ REFUSED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, formats, lone surrogates, 
 
 
 def printable(text: str) -> str:
-    """`text` as a terminal may get it: no control codes but line breaks and tabs."""
+    """`text` as a terminal may get it: no control codes but any system's line breaks and tabs."""
+    text = text.replace("\r\n", "\n")
     return "".join(
         c
         if c.isprintable() or c in "\n\t" or c in JOINERS or unicodedata.category(c) not in REFUSED
@@ -44,9 +45,36 @@ def one_line(text: str, limit: int) -> str:
     return line if rest <= 0 else f"{line}… and {rest:,} characters more"
 
 
-def answer(text: str) -> None:
-    """Print a piece of the answer at once, as it is where nobody looks."""
-    click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
+class Printable:
+    """`printable` for a text that comes in pieces: they may end within a line break."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def add(self, text: str) -> str:
+        """What can be shown by now."""
+        text = self._held + text
+        self._held = "\r" if text.endswith("\r") else ""
+        return printable(text.removesuffix("\r"))
+
+    def end(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return printable(held)
+
+
+class AnswerWriter:
+    """Prints pieces of an answer at once, as they are where nobody looks."""
+
+    def __init__(self) -> None:
+        self._printable = Printable() if sys.stdout.isatty() else None
+
+    def write(self, text: str) -> None:
+        click.echo(self._printable.add(text) if self._printable else text, nl=False)
+
+    def end(self) -> None:
+        """End the last line."""
+        click.echo(self._printable.end() if self._printable else "")
 
 
 def speeds(stats: Stats) -> str:

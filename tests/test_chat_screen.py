@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -66,58 +65,15 @@ def split(text: str, rng: Random) -> list[str]:
 
 def test_blocks_do_not_depend_on_how_the_text_arrives() -> None:
     first = split(TEXT, Random(0))
-    assert len(first) == 7, "what has no line break yet belongs to the last"
-    assert "".join(first).replace("\n", "") == TEXT.replace("\n", "")
+    assert len(first) == 9, "each item is one; what has no line break yet belongs to the last"
+    assert "".join(first) == TEXT
     assert all(split(TEXT, Random(seed)) == first for seed in range(1, 40))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A std::vector<int> and a List<String>.",
-        "<think>\nfirst this\n</think>\nthen that",
-        'a line\n<svg width="3">\nanother line',
-        "<!-- a comment --> and <br/> and <a href='x'>y</a>",
-        "- of a list: Map<K, V>\n- <script>alert(1)</script>",
-        "| a | b |\n|---|---|\n| Set<T> | <i>x</i> |",
-    ],
-)
-def test_what_looks_like_html_is_on_the_screen(text: str) -> None:
-    """`std::vector<int>` was shown as `std::vector`, and a line with a tag not at all."""
-    marks = re.compile(r"^- |[|\s\-─━•┃│╷╵╇┏┓┡┩└┘┴]")
-    for blocks in ([text], split(text, Random(0))):
-        shown = "".join(rendered(blocks, 200))
-        assert marks.sub("", shown) == marks.sub("", text.replace("\n- ", "\n"))
-
-
-def test_blocks_of_random_markdown_lose_no_character() -> None:
-    rng = Random(1)
-    lines = [
-        "- x",
-        "  - y",
-        "1. z",
-        "",
-        "",
-        "```",
-        "text *a*",
-        "# h",
-        "| a |",
-        "|---|",
-        "> q",
-        "---",
-    ]
-    for _ in range(300):
-        text = "\n".join(rng.choices(lines, k=rng.randint(1, 15)))
-        joined = "\n".join(split(text, rng))
-        assert [x for x in joined.split("\n") if x] == [x for x in text.split("\n") if x]
 
 
 def rendered(blocks: list[str], width: int) -> list[str]:
     """What the blocks look like when they are printed at once."""
     console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
-    for number, block in enumerate(blocks):
-        if number:
-            console.print()
+    for block in blocks:
         console.print(MarkdownBlock(block))
     return [line.rstrip() for line in console.file.getvalue().split("\n")]
 
@@ -197,8 +153,10 @@ def test_escape_codes_of_an_answer_are_not_the_terminals(formatted, capfd, monke
     if formatted:
         screen._formatted(lambda progress: chunks)
     else:
+        writer = show.AnswerWriter()
         for chunk in chunks:
-            show.answer(chunk.text)
+            writer.write(chunk.text)
+        writer.end()
     written = capfd.readouterr().out
     for code in ("\x1b]", "\x1b[31m", "\x07", "\x9b", "\u202e", "\x08"):
         assert code not in written
@@ -207,23 +165,6 @@ def test_escape_codes_of_an_answer_are_not_the_terminals(formatted, capfd, monke
 
 def test_a_message_keeps_its_line_breaks_and_tabs() -> None:
     assert show.printable("a\n\tb\u00a0c\u3000d") == "a\n\tb\u00a0c\u3000d"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a &#8238;b&#x202e; c",
-        "&#8203;&ZeroWidthSpace;x",
-        "`&#8238;` and [a&#x2066;](b)",
-        "| &#8238; |\n|---|\n| &#x200b; |",
-        "&#27;[31m",
-        "```\n&#8238;\n```",
-    ],
-)
-def test_what_markdown_makes_of_entities_is_filtered_too(text: str) -> None:
-    shown = "\n".join(rendered([text], 60))
-    hidden = {c for c in shown if not c.isprintable() and c not in "\n"}
-    assert not hidden, ascii(shown)
 
 
 @pytest.mark.parametrize(

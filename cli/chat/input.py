@@ -25,11 +25,11 @@ from mlx_kimi.durable import not_through_a_link
 STYLE = Style.from_dict(  # the terminal's own colours, for dark and light ones
     {
         "prompt": "bold ansigreen",
-        "bottom-toolbar": "noreverse ansibrightblack",
+        "bottom-toolbar": "noreverse dim",
         "completion-menu": "bg:default",
         "completion-menu.completion": "bg:default fg:default",
         "completion-menu.completion.current": "noreverse bold ansigreen bg:default",
-        "completion-menu.meta.completion": "bg:default ansibrightblack",
+        "completion-menu.meta.completion": "bg:default dim",
         "completion-menu.meta.completion.current": "bg:default fg:default",
         "scrollbar.background": "bg:default",
         "scrollbar.button": "bg:default",

@@ -16,14 +16,13 @@ from rich.live import Live
 from rich.text import Text
 
 from mlx_kimi.cli import show
-from mlx_kimi.cli.chat.markdown import MarkdownBlock, MarkdownBlocks
+from mlx_kimi.cli.chat.markdown import QUIET, MarkdownBlock, MarkdownBlocks
 from mlx_kimi.generation.answer import Chunk, Stats
 
 REDRAW_SECONDS = 0.05  # at least, between two drawings of the block that grows
 REDRAW_SHARE = 5  # times what a drawing takes passes before the next: long blocks take longer
 ROWS_LEFT = 5  # of the screen, beside the block that grows
 
-QUIET = "bright_black"  # what is no answer
 
 Progress = Callable[[int, int], None]
 
@@ -52,14 +51,14 @@ class PlainScreen:
     """stdout is the answers, one after another; stderr is everything else."""
 
     def answer(self, stream: Callable[[Progress], Iterable[Chunk]]) -> Stats | None:
-        stats = None
+        stats, answer = None, show.AnswerWriter()
         try:
             for chunk in stream(lambda done, total: None):
-                show.answer(chunk.text)
+                answer.write(chunk.text)
                 stats = chunk.stats
         finally:
             if stats:
-                click.echo()
+                answer.end()
                 click.echo(show.speeds(stats), err=True)
         return stats
 
@@ -112,15 +111,15 @@ class TerminalScreen:
         return answer.stats
 
     def _as_it_comes(self, stream: Callable[[Progress], Iterable[Chunk]]) -> Stats | None:
-        stats = None
+        stats, answer = None, show.AnswerWriter()
         try:
             with show.prefill_progress() as progress:
                 for chunk in stream(progress):
-                    show.answer(chunk.text)
+                    answer.write(chunk.text)
                     stats = chunk.stats
         finally:
             if stats:
-                click.echo()
+                answer.end()
         return stats
 
 
@@ -130,7 +129,8 @@ class _GrowingAnswer:
     def __init__(self, console: Console, status: Callable[[Stats], str]) -> None:
         self.stats: Stats | None = None
         self._console, self._status = console, status
-        self._blocks, self._has_blocks, self._below = MarkdownBlocks(), False, ""
+        self._blocks, self._printable, self._below = MarkdownBlocks(), show.Printable(), ""
+        self._has_begun = False
         self._next_drawing = 0.0  # seconds, by the monotonic clock
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
@@ -146,8 +146,8 @@ class _GrowingAnswer:
             if self._live.is_started:
                 self._live.update("", refresh=True)
                 self._live.stop()
-            if self._blocks.pending.strip():
-                self._print(self._blocks.pending)
+            for block in (*self._blocks.add(self._printable.end()), self._blocks.pending):
+                self._print(block)
 
     def reading(self, done: int, total: int) -> None:
         """Say how much of the prompt is read."""
@@ -157,7 +157,7 @@ class _GrowingAnswer:
     def add(self, chunk: Chunk) -> None:
         first, self.stats = self.stats is None, chunk.stats
         self._below = self._status(chunk.stats)
-        if final := self._blocks.add(show.printable(chunk.text)):
+        if final := self._blocks.add(self._printable.add(chunk.text)):
             with self._at_once():
                 for block in final:
                     self._print(block)
@@ -165,21 +165,19 @@ class _GrowingAnswer:
             self._draw()
 
     def _print(self, block: str) -> None:
-        if self._has_blocks:
-            self._console.print()
-        self._console.print(MarkdownBlock(block))
-        self._has_blocks = True
+        self._console.print(self._drawn(block))
+        self._has_begun = self._has_begun or bool(block.strip())
+
+    def _drawn(self, block: str, height: int | None = None) -> MarkdownBlock:
+        """Without the empty lines that an answer begins with."""
+        return MarkdownBlock(block if self._has_begun else block.lstrip("\n"), height)
 
     def _draw(self) -> None:
         began = time.monotonic()
         parts: list[RenderableType] = []
         if self._blocks.pending.strip():
             height = max(1, self._console.height - ROWS_LEFT)
-            parts += [
-                *([""] if self._has_blocks else []),
-                MarkdownBlock(self._blocks.pending, height),
-                "",
-            ]
+            parts += [self._drawn(self._blocks.pending, height), ""]
         status = Text(self._below, style=QUIET, no_wrap=True, overflow="ellipsis")
         with self._at_once():
             self._live.update(Group(*parts, status), refresh=True)
