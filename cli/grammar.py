@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from mlx_kimi import backend
 from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
 from mlx_kimi.cli.options import (
+    AUTOSAVE,
     BUDGET,
     FILES,
     LATENT_BITS,
@@ -50,7 +51,7 @@ class Mistake(click.ClickException):
 
 
 class Command(click.Command):
-    """Runs `run` of its own module, which is imported then and not before."""
+    """Runs a function of its module, which is imported then and not before."""
 
     def __init__(
         self,
@@ -59,8 +60,9 @@ class Command(click.Command):
         help: str,
         module: str | None = None,
         epilog: str | None = None,
+        function: str = "run",
     ) -> None:
-        self.module = f"mlx_kimi.cli.{module or name}"
+        self.module, self.function = f"mlx_kimi.cli.{module or name}", function
         super().__init__(
             name,
             {"allow_extra_args": True},
@@ -84,7 +86,7 @@ class Command(click.Command):
             raise click.ClickException(problem)
         module = import_module(self.module)
         try:
-            module.run(**given)
+            getattr(module, self.function)(**given)
         except OptionError as error:
             name, source = as_given(click.get_current_context(), error.name)
             is_files = source is ParameterSource.DEFAULT_MAP
@@ -166,6 +168,7 @@ CHAT = Command(
             help="GB that the states to go back to may take.",
         ),
         SESSIONS,
+        AUTOSAVE,
         *LENGTHS,
         *BUDGET,
         NO_TUNE_FIRST,
@@ -176,6 +179,72 @@ CHAT = Command(
     In a pipe every line is a message, answers go to stdout, and nothing is kept without /save NAME.
     """,
     module="chat.command",
+)
+
+NAME = click.Argument(["name"], callback=utf8)
+RENAME = Command(
+    "rename",
+    [NAME, click.Argument(["new"], callback=utf8)],
+    """Give a session the name NEW.""",
+    module="sessions",
+    function="rename",
+)
+REMOVE = Command(
+    "rm",
+    [
+        click.Argument(["names"], nargs=-1, callback=utf8, metavar="NAME..."),
+        _flag("--autosaved", "Remove all that nobody named."),
+    ],
+    """Remove sessions: their text and their states.""",
+    module="sessions",
+    function="remove",
+)
+EXPORT = Command(
+    "export",
+    [
+        NAME,
+        click.Option(["--format", "form"], type=click.Choice(["md", "json"]), default="md"),
+        click.Option(
+            ["-o", "--output"],
+            type=FILE,
+            metavar="FILE",
+            show_default="stdout",
+            help="A new file to write.",
+        ),
+    ],
+    """Print the whole text of a session, as markdown or JSON.""",
+    module="sessions",
+    function="export",
+)
+LIST = Command(
+    "sessions",
+    [
+        SESSIONS,
+        AUTOSAVE,
+        click.Option(["--json", "as_json"], is_flag=True, help="List them as JSON."),
+    ],
+    """List saved conversations, the latest first; rename, remove or export one.
+
+    Chats on a terminal are saved by themselves. Those that nobody named may take --autosave-limit
+    of the disk: then the oldest of them go, never one that has a name, is open, or is the latest.
+    """,
+)
+
+
+@click.pass_context
+def _sessions(context: click.Context, /, **given: Any) -> None:
+    context.obj = given["sessions"]  # for the commands below it
+    if context.invoked_subcommand is None:
+        LIST._run(**given)
+
+
+KEPT = click.Group(
+    "sessions",
+    {str(each.name): each for each in (RENAME, REMOVE, EXPORT)},
+    params=LIST.params,
+    callback=_sessions,
+    help=LIST.help,
+    invoke_without_command=True,
 )
 
 CACHE = Command(
@@ -375,11 +444,12 @@ BENCH = Command(
     """,
 )
 
-COMMANDS = {
+COMMANDS: dict[str, click.Command] = {
     str(command.name): command
     for command in (
         GENERATE,
         CHAT,
+        KEPT,
         CACHE,
         CONVERT,
         CHECK,

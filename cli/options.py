@@ -11,8 +11,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from mlx_kimi.cli.settings import Setting, typed
-from mlx_kimi.defaults import CONTEXT, MAX_TOKENS, NO_TUNE, PREFILL_STEP
+from mlx_kimi.defaults import AUTOSAVE_LIMIT, CONTEXT, MAX_TOKENS, NO_TUNE, PREFILL_STEP
 from mlx_kimi.errors import KimiError
+from mlx_kimi.units import human_size
 
 OF_MODEL = "the model's, else"
 
@@ -134,6 +135,13 @@ SESSIONS = Setting(
     type=click.Path(path_type=Path),
     show_default="the user's data folder",
     help="The folder of saved conversations.",
+)
+AUTOSAVE = Setting(
+    ["--autosave-limit"],
+    type=Bytes(),
+    default=AUTOSAVE_LIMIT,
+    show_default=human_size(AUTOSAVE_LIMIT),
+    help="What sessions that nobody named may take of the disk; then the oldest go.",
 )
 NO_TUNE_FIRST = click.Option(
     ["--no-tune"],

@@ -7,6 +7,7 @@ SNAPSHOT_EVERY = 4096  # tokens within a turn: two prefill steps
 SNAPSHOT_MEMORY = 1 << 30  # bytes: 24 KDA states of the 48B
 # Set in the environment, no kernel is tried at a first load: what is known counts, or defaults.
 NO_TUNE = "MLX_KIMI_NO_TUNE"
+AUTOSAVE_LIMIT = 5 * 10**9  # bytes: sixteen chats of the 48B, or two thousand of the pocket model
 CONTEXT = 32_768  # tokens that a memory budget leaves room for
 BUFFERS = 256 << 20  # bytes that MLX may keep of freed arrays under a budget, to use again
 WINDOW = 512  # tokens that `evaluate` reads together, each window from nothing

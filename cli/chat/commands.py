@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,10 +10,12 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from mlx_kimi.chat.sessions import is_automatic
 from mlx_kimi.cli import show
 from mlx_kimi.cli.chat import settings
 from mlx_kimi.cli.chat.clipboard import copy
 from mlx_kimi.cli.chat.file import file_message
+from mlx_kimi.cli.listed import lines_of, opening
 from mlx_kimi.errors import KimiError
 from mlx_kimi.model import cache as caches
 from mlx_kimi.units import human_size
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from mlx_kimi.cli.chat.loop import Loop
 
 COMMAND = re.compile(r"/[a-zA-Z]*(?=\s|$)")  # /etc/hosts is none
-OPENING = 40  # characters of a message that stand for it
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,10 @@ def save(loop: Loop, argument: str) -> None:
     else:
         loop.chat.keep()
     if loop.chat.session and not loop.chat.unsaved:
-        loop.screen.note(f"saved as {loop.chat.session.name}")
+        name = loop.chat.session.name
+        may_go = "; without a name it goes when autosaved sessions take too much of the disk"
+        is_named = bool(argument) or not is_automatic(loop.chat.session.folder)
+        loop.screen.note(f"saved as {name}{'' if is_named else may_go}")
 
 
 def load(loop: Loop, argument: str) -> None:
@@ -117,13 +120,7 @@ def load(loop: Loop, argument: str) -> None:
 
 
 def sessions(loop: Loop, argument: str) -> None:
-    listed = loop.chat.sessions.list()
-    lines = [
-        f"{one.name:<20} {time.strftime('%d %b %H:%M', time.localtime(one.changed))}  "
-        f"{one.turns:>3} turns {one.tokens:>9,} tokens  {opening(one.opening)}"
-        for one in listed
-    ]
-    loop.screen.note("\n".join(lines) or "there are no sessions yet")
+    loop.screen.note("\n".join(lines_of(loop.chat.sessions.list())) or "there are no sessions yet")
 
 
 def stats(loop: Loop, argument: str) -> None:
@@ -186,9 +183,3 @@ COMMANDS = {
     "copy": Command(copy_answer, "", "copy the last answer to the clipboard"),
     "exit": Command(leave, "", "leave, as Ctrl-D does"),
 }
-
-
-def opening(text: str) -> str:
-    """The beginning of a message, on one line."""
-    line = " ".join(text[: 4 * OPENING].split())
-    return line if len(line) <= OPENING else line[:OPENING] + "…"

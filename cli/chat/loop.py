@@ -9,13 +9,14 @@ import mlx.core as mx
 from mlx_kimi.chat.chat import Chat
 from mlx_kimi.chat.tool_calls import Call
 from mlx_kimi.cli import show
-from mlx_kimi.cli.chat.commands import is_command, opening, run_command
+from mlx_kimi.cli.chat.commands import is_command, run_command
 from mlx_kimi.cli.chat.input import Input
 from mlx_kimi.cli.chat.screen import Screen, TerminalScreen
+from mlx_kimi.cli.listed import opening
 from mlx_kimi.cli.options import check_utf8
 from mlx_kimi.errors import ContextFull, GpuLost, KimiError, in_words
 from mlx_kimi.generation.answer import Stats
-from mlx_kimi.units import human_size
+from mlx_kimi.units import counted, human_size
 
 ROUNDS = 8  # answers in a row that may call tools, before the user is asked to go on
 DENIED = "The user did not allow this call."
@@ -60,6 +61,19 @@ class Loop:
                 self.screen.note("[stopped]")
             if self.chat.unsaved:
                 self.screen.error(self.chat.unsaved)
+            self._say_what_went()
+        self.chat.close()
+        self._say_what_went()
+
+    def _say_what_went(self) -> None:
+        """Name the autosaved sessions that were deleted for room."""
+        if self.chat.removed:
+            limit = human_size(self.chat.autosave_limit)
+            self.screen.note(
+                f"autosaved sessions may take {limit} (--autosave-limit): the oldest are deleted, "
+                f"{', '.join(self.chat.removed)}; /save NAME keeps a session"
+            )
+        self.chat.removed = []
 
     def resume(self, name: str) -> None:
         """Go on with a session, and show how it ended."""
@@ -67,7 +81,7 @@ class Loop:
         conversation = self.chat.conversation
         assert self.chat.session
         self.screen.note(
-            f"{self.chat.session.name}: {len(conversation.turns)} turns, {self.used()}"
+            f"{self.chat.session.name}: {counted(len(conversation.turns), 'turn')}, {self.used()}"
         )
         for note in notes:
             self.screen.note(note)

@@ -12,7 +12,7 @@ from mlx_kimi.chat.session import Session
 from mlx_kimi.chat.sessions import Sessions, is_automatic
 from mlx_kimi.chat.tool_calls import Call, CallReader
 from mlx_kimi.chat.tools import Toolbox
-from mlx_kimi.defaults import SNAPSHOT_MEMORY
+from mlx_kimi.defaults import AUTOSAVE_LIMIT, SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generation.answer import Chunk, FinishReason
 from mlx_kimi.generation.generate import prompt_ids, stream_generate
@@ -33,6 +33,7 @@ class Chat:
         options: of `stream_generate`: sampling, max_tokens, prefill_step.
         pending: calls of tools that the last answer asked for and that have no result yet.
         ended: why the last answer did; None if it was stopped.
+        removed: names of autosaved sessions that went since the last answer, for more room.
         unsaved: why the conversation is not saved as it is; empty if it is.
         cut: the name of a call that was cut off in the last answer, and is not part of it.
         state: what of it the model has read.
@@ -48,18 +49,21 @@ class Chat:
         fingerprint: Mapping[str, Any],
         options: Mapping[str, Any],
         autosave: bool = True,
+        autosave_limit: int = AUTOSAVE_LIMIT,
         toolbox: Toolbox | None = None,
         latent_bits: int | None = None,
         snapshot_memory: int = SNAPSHOT_MEMORY,
     ) -> None:
         self.model, self.tokenizer, self.toolbox = model, tokenizer, toolbox
         self.sessions, self.fingerprint, self.autosave = sessions, dict(fingerprint), autosave
+        self.autosave_limit = autosave_limit
         self.options = dict(options)
         self.latent_bits, self.snapshot_memory = latent_bits, snapshot_memory
         self.conversation, self.state = Conversation(), self._new_state()
         self.session: Session | None = None
         self.pending: list[Call] = []
         self.cut = self.unsaved = ""
+        self.removed: list[str] = []
         self.ended: FinishReason | None = None
         self._retries = 0
         self._before: list[Turn] = []  # the turns before the last message, retry or edit
@@ -209,14 +213,28 @@ class Chat:
         """A session is made when something has been said. A full disk ends no conversation."""
         self.unsaved = ""
         try:
-            if self.autosave and self.conversation.turns and not self.is_kept:
+            is_new = self.autosave and bool(self.conversation.turns) and not self.is_kept
+            if is_new:
                 self.session = self._in_new_folder(self.sessions.unused())
             if self.session and self.is_kept:
                 self.session.save(self.conversation, state)
+            if is_new:
+                self._trim()
         except KimiError as error:
             self.unsaved = str(error)
             if state is not None:  # the states may be lost, with the GPU; the text is not
                 self._save_text()
+
+    def _trim(self) -> None:
+        """Keep the bound on what autosaved sessions take; the present one is in use, and stays."""
+        if self.autosave:
+            self.removed += self.sessions.trim(self.autosave_limit)
+
+    def close(self) -> None:
+        """The conversation is over: let others open its session."""
+        if self.session:
+            self.session.close()
+            self._trim()
 
     def _save_text(self) -> None:
         try:
@@ -231,11 +249,9 @@ class Chat:
         Raises:
             KimiError: the name is taken, or no name.
         """
-        folder = self.sessions.path(name)
-        if self.session and self.session.folder == folder:
+        if self.session and self.session.folder == self.sessions.path(name):
             return self.keep()
-        if folder.exists():
-            raise KimiError(f"there is a session {name} already")
+        folder = self.sessions.free(name)
         is_ours = self.session and self.is_kept and is_automatic(self.session.folder)
         if self.session and is_ours and folder.parent == self.session.folder.parent:
             self.session.rename(folder)
@@ -277,7 +293,6 @@ class Chat:
     def _switch(
         self, session: Session | None, conversation: Conversation, state: TokenState
     ) -> None:
-        if self.session:
-            self.session.close()
+        self.close()
         self.session, self.conversation, self.state = session, conversation, state
         self._retries, self.pending = 0, []

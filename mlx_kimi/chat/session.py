@@ -169,6 +169,23 @@ class Session:
         """Move it to another folder."""
         self.folder = self._text.folder = self.folder.rename(folder)
 
+    def remove(self) -> None:
+        """Delete an open session: its text last, so that what is interrupted is still a session.
+
+        Raises:
+            KimiError: its folder holds something that no session wrote. Nothing is deleted.
+            OSError: it cannot be deleted.
+        """
+        foreign = foreign_file(self.folder)
+        if foreign is not None:
+            raise KimiError(f"{self.folder}: holds {foreign}, which no session wrote")
+        last = (*transcript.NAMES[::-1], LOCK)
+        names = [path.name for path in self.folder.iterdir() if path.name not in last]
+        for name in (*names, *last):
+            (self.folder / name).unlink(missing_ok=True)
+        self.folder.rmdir()
+        self.close()
+
     def _store_states(self, state: TokenState) -> None:
         shared = common_prefix(self._ids, state.ids)
         self._files = [stored for stored in self._files if stored.end <= shared]
@@ -249,9 +266,12 @@ def _is_unfinished(name: str) -> bool:
 def foreign_file(folder: Path) -> str | None:
     """The name of something in a session's folder that no session wrote; None if there is none."""
     ours = (LOCK, *transcript.NAMES, ".previous")  # (the last of the first format)
-    names = sorted(path.name for path in folder.iterdir())
-    mine = (name in ours or states.is_state_file(name) for name in map(finished_name, names))
-    return next((name for name, own in zip(names, mine, strict=True) if not own), None)
+    for path in sorted(folder.iterdir()):
+        name = finished_name(path.name)
+        is_named_so = name in ours or states.is_state_file(name)
+        if not is_named_so or path.is_symlink() or not path.is_file():
+            return path.name
+    return None
 
 
 def _is_prompt_cache(about: Mapping[str, Any], conversation: Conversation) -> bool:
