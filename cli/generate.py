@@ -56,17 +56,27 @@ def run(
         )
         chunks.append(next(stream))
     answer = None if as_json else show.AnswerWriter()
-    if answer:
-        answer.write(chunks[0].text)
-    for chunk in stream:
-        chunks.append(chunk)
+    try:
         if answer:
-            answer.write(chunk.text)
+            answer.write(chunks[0].text)
+        for chunk in stream:
+            chunks.append(chunk)
+            if answer:
+                answer.write(chunk.text)
+    except KeyboardInterrupt:
+        if as_json:
+            click.echo(_json(chunks, state, "interrupted"))
+        raise
+    last = chunks[-1]
     if answer:
         answer.end()
     else:
-        click.echo(_json(chunks, state))
-    click.echo(show.speeds(chunks[-1].stats), err=True)
+        click.echo(_json(chunks, state, last.finish_reason))
+    if last.finish_reason == "length":
+        is_own = last.stats.generated_tokens == options["max_tokens"]
+        limit = f"--max-tokens {options['max_tokens']}" if is_own else "the end of the context"
+        click.echo(f"the answer is cut at {limit}", err=True)
+    click.echo(show.speeds(last.stats), err=True)
 
 
 def _cached(file: Path, folder: Path, state: TokenState, system: str | None) -> Conversation:
@@ -81,7 +91,7 @@ def _cached(file: Path, folder: Path, state: TokenState, system: str | None) -> 
     return conversation
 
 
-def _json(chunks: list[Chunk], state: TokenState) -> str:
+def _json(chunks: list[Chunk], state: TokenState, finish_reason: str | None) -> str:
     last = chunks[-1]
     stats = show.json_fields(last.stats)
     stats["prompt_tokens_per_second"] = last.stats.prompt_speed
@@ -90,7 +100,7 @@ def _json(chunks: list[Chunk], state: TokenState) -> str:
         {
             "text": "".join(chunk.text for chunk in chunks),
             "token_ids": [chunk.token for chunk in chunks],
-            "finish_reason": last.finish_reason,
+            "finish_reason": finish_reason,
             "kernels": sorted(state.computed_by),
             **stats,
         },

@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from mlx_kimi import backend
 from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
+from mlx_kimi.cli.interrupts import raise_again
 from mlx_kimi.cli.options import (
     AUTOSAVE,
     BUDGET,
@@ -85,6 +86,7 @@ class Command(click.Command):
         if problem := backend.missing():
             raise click.ClickException(problem)
         module = import_module(self.module)
+        raise_again()
         try:
             getattr(module, self.function)(**given)
         except OptionError as error:

@@ -12,11 +12,11 @@ import click
 
 from mlx_kimi import __version__
 from mlx_kimi.cli.grammar import COMMANDS, Mistake
+from mlx_kimi.cli.interrupts import INTERRUPTED
 from mlx_kimi.cli.settings import NAMED, read_settings, settings_file
 from mlx_kimi.errors import KimiError
 
-# As shells report a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE.
-INTERRUPTED, BROKEN_PIPE = 130, 141
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report a program that it ended
 
 
 class Commands(click.Group):

@@ -6,13 +6,21 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
+from mlx_kimi.cli import generate
+from mlx_kimi.cli.main import cli
+from mlx_kimi.generation.answer import Chunk
+from mlx_kimi.generation.generate import stream_generate
 from tests import processes
 from tests.processes import ENVIRONMENT, PROGRAM
 
@@ -34,7 +42,8 @@ def test_stdout_is_the_answer_and_stderr_the_speeds(talker: Path) -> None:
     done = run("generate", "--model", talker, PROMPT, "--max-tokens", "5")
     asked = json.loads(generated(talker, PROMPT, "--max-tokens", "5", "--json"))
     assert done.stdout.decode() == asked["text"] + "\n"
-    (line,) = done.stderr.decode().splitlines()
+    cut, line = done.stderr.decode().splitlines()
+    assert cut == "the answer is cut at --max-tokens 5"
     for part in ("prompt", "answer 5 tokens", "tok/s", "first token", "peak memory"):
         assert part in line
 
@@ -142,6 +151,46 @@ def test_ctrl_c_ends_quietly(talker: Path) -> None:
         assert errors.strip() == b""
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("imported", ["click.core", "mlx_kimi.cli.grammar", "numpy", "tiktoken"])
+def test_ctrl_c_while_python_imports_is_no_traceback(imported: str) -> None:
+    """Python says on stderr when each module is there."""
+    command = [sys.executable, "-X", "importtime", *PROGRAM[1:], "generate", "hi"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.rstrip().endswith(f" {imported}"):
+                process.send_signal(signal.SIGINT)
+                break
+        answer, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and answer == ""
+    said = [line for line in errors.splitlines() if line and not line.startswith("import time:")]
+    assert not said
+
+
+def test_json_of_an_interrupted_answer_holds_what_there_is(
+    talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[Chunk]:
+        yield from islice(stream_generate(*arguments, **options), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "stream_generate", interrupted)
+    done = CliRunner().invoke(cli, ["generate", "-m", str(talker), PROMPT, "--json"])
+    answer = json.loads(done.stdout)
+    assert done.exit_code == 130 and done.stderr.strip() == ""
+    assert answer["finish_reason"] == "interrupted"
+    assert len(answer["token_ids"]) == answer["generated_tokens"] == 3
+
+
+@pytest.mark.slow
+def test_an_answer_that_fills_the_context_says_so(talker: Path) -> None:
+    done = run("generate", "-m", talker, "Hi" * 2035, stdin=b"")
+    assert b"the answer is cut at the end of the context" in done.stderr
+
+
 # ---------------------------------------------------------------------------------------- mistakes
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -186,6 +235,7 @@ def test_a_mistake_is_one_clear_line(talker, arguments, stdin, code, said) -> No
         ("nobody/has-this", "nobody/has-this: no such folder, and the hub cannot be reached"),
         ("not a name", "a model must be a folder or a hub name"),
         ("/dev/null", "a model must be a folder or a hub name"),
+        ("/dev", "/dev: no model's folder: it has no config.json"),
     ],
 )
 def test_a_model_that_is_nowhere_is_named(model: str, said: str) -> None:

@@ -46,6 +46,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         (tmp_path / "config.toml").write_text(file)
         folder = tmp_path / "model"
         folder.mkdir(exist_ok=True)
+        (folder / "config.json").touch()
         (folder / "generation_config.json").write_text(json.dumps(model or {}))
         environment = {"MLX_KIMI_CONFIG": str(tmp_path / "config.toml"), **environment}
         arguments = ("generate", "hi", "-m", str(folder), *arguments)

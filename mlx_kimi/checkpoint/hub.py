@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_kimi.errors import KimiError
+from mlx_kimi.user_files import is_there
 
 # What belongs to a model beside its weights and config.json. Never Python: no code of a checkpoint
 # is fetched, run or passed on.
@@ -53,10 +54,13 @@ def local_folder(path_or_hub_id: str | Path) -> Path:
     own cache.
 
     Raises:
-        KimiError: neither a folder nor a name on the hub, or the download failed.
+        KimiError: neither a model's folder nor a name on the hub, or the download failed.
     """
     if is_folder(path_or_hub_id):
-        return Path(path_or_hub_id)
+        folder = Path(path_or_hub_id)
+        if not is_there(folder / "config.json"):
+            raise KimiError(f"{folder}: no model's folder: it has no config.json")
+        return folder
     return downloaded(str(path_or_hub_id), NEEDED)
 
 
