@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_kimi.checkpoint.files import INDEX
 from mlx_kimi.checkpoint.tensors import Tensor
 from mlx_kimi.checkpoint.weight_source import WeightSource
 from mlx_kimi.convert.folder import copied_files, refuse_changed, result_config, small_files
@@ -15,6 +16,7 @@ from mlx_kimi.convert.partial import check_out, open_partial
 from mlx_kimi.convert.plan import ConversionPlan, plan_conversion
 from mlx_kimi.convert.preview import Preview, preview_of
 from mlx_kimi.convert.quantize import DTYPES, Scheme
+from mlx_kimi.convert.recorded import recorded_blocks
 from mlx_kimi.convert.request import request
 from mlx_kimi.convert.shards import MAX_SHARD, write_index
 from mlx_kimi.convert.source import Around, open_reader, open_source
@@ -86,9 +88,11 @@ def convert(
     config = result_config(weights.folder, reader.config, scheme, dtype, plan.quantizations)
     refuse_changed(weights.folder, small)
     asked, copied = request(weights, small, scheme, dtype, max_shard), copied_files(small)
-    with open_partial(out, asked) as partial:
+    files = (*(shard.file for shard in plan.shards), INDEX, *copied, "config.json")
+    with open_partial(out, asked, files) as partial:
+        recorded = recorded_blocks(partial, plan, reader)
         preview(preview_of(partial, plan, weights, reader, copied))
-        write_weights(partial, plan, weights, reader, progress)
+        write_weights(partial, plan, weights, reader, recorded, progress)
         write_index(partial.folder, plan.shards, plan.parameters)
         # config.json last: without it nothing takes the folder for a model.
         for name, data in (*copied.items(), ("config.json", config)):

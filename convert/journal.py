@@ -12,7 +12,8 @@ from typing import Any
 
 from mlx_kimi.durable import not_through_a_link, sync
 
-LINE_BYTES = 1 << 20  # of a record at most; it names the files that were written since the last
+LINE_BYTES = 1 << 20  # of a record at most
+JOURNAL_BYTES = 16 << 20  # of all: a record of 60 bytes follows every 64 MiB of source
 
 
 class Journal:
@@ -67,6 +68,8 @@ class Journal:
     def _read(self) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
         end = 0
+        if self._file.seek(0, os.SEEK_END) > JOURNAL_BYTES:
+            raise ValueError("no journal")
         self._file.seek(0)
         while line := self._file.readline(LINE_BYTES):
             record = _record(line)

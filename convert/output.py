@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import BinaryIO
 
 from mlx_kimi.convert.blocks import RowBlock
 from mlx_kimi.convert.partial import Partial, Position
-from mlx_kimi.convert.shards import Shard
+from mlx_kimi.convert.shards import Shard, places
 from mlx_kimi.durable import not_through_a_link, sync
 
 SYNC = 64 * 2**20  # bytes of source between two records: what a power cut costs at most
@@ -24,11 +25,10 @@ class Output:
 
     def __init__(self, partial: Partial, shards: Sequence[Shard]) -> None:
         self._partial = partial
-        self._places = {
-            tensor.name: (shard, tensor) for shard in shards for tensor in shard.tensors
-        }
+        self._places = places(shards)
         self._position = partial.position
         self._unrecorded = 0  # bytes of source since the last record
+        self._crc = 0  # of the data since then
         self._files: dict[str, BinaryIO] = {}  # written to since then
         self._open = ExitStack()
 
@@ -53,7 +53,8 @@ class Output:
         for name, data in arrays.items():
             shard, tensor = self._places[name]
             shard.write_rows(self._file(shard), tensor, block.first_row, data)
-        self._position = _after(self._position, block)
+            self._crc = zlib.crc32(data, self._crc)
+        self._position = after(self._position, block)
         self._unrecorded += block.nbytes
         if self._unrecorded >= SYNC:
             self.record()
@@ -71,8 +72,8 @@ class Output:
         self._open.close()  # which flushes
         for path in paths:
             sync(path)
-        self._partial.record(self._position, paths)
-        self._files, self._unrecorded = {}, 0
+        self._partial.record(self._position, self._crc)
+        self._files, self._unrecorded, self._crc = {}, 0, 0
 
     def _file(self, shard: Shard) -> BinaryIO:
         """The file as it is, or new; its name and its header are safe with the next record."""
@@ -86,7 +87,7 @@ class Output:
         return self._files[shard.file]
 
 
-def _after(position: Position, block: RowBlock) -> Position:
+def after(position: Position, block: RowBlock) -> Position:
     """The position behind `block`, which begins at `position`."""
     rows = block.skip + block.rows
     if rows < block.source.rows:

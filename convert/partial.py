@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from mlx_kimi.convert.journal import Journal, first_record
 from mlx_kimi.convert.request import Request, difference
 from mlx_kimi.durable import sync
 from mlx_kimi.errors import KimiError
-from mlx_kimi.user_files import shown
 
 JOURNAL, MODEL, DOWNLOADS = "journal", "model", "source"
 
@@ -51,7 +51,7 @@ def begun_otherwise(out: Path, changed: str) -> str:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Position:
     """How far the work came: all steps before number `step`, and `rows` rows of that one."""
 
@@ -59,25 +59,43 @@ class Position:
     rows: int
 
 
+BEGINNING = Position(0, 0)
+
+
 class Partial:
     """The part of a result that is written."""
 
-    def __init__(self, out: Path, journal: Journal, asked: Request) -> None:
+    def __init__(self, out: Path, journal: Journal, asked: Request, files: Collection[str]) -> None:
+        """`files`: the names of all files of the result, which alone are ours to delete."""
         self.out, self._journal = out, journal
         self.folder = partial_of(out) / MODEL
-        if len(journal.records) > 1:
-            self._go_on(asked)
-        else:  # nothing that was written counts
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if journal.records != [asked]:
-                shutil.rmtree(downloads_of(out), ignore_errors=True)
+        begun = journal.records[0] if journal.records else None
+        changed = difference(begun, asked) if begun else None
+        places = (self.folder, downloads_of(out))
+        if (changed or not begun) and (self.records or any(map(_holds_anything, places))):
+            raise KimiError(begun_otherwise(out, changed)) if changed else _foreign(partial_of(out))
+        _refuse_foreign(self.folder, files)
+        if changed or not begun:
             journal.restart(asked)
-            self.folder.mkdir()
+        if self.is_empty:  # nothing that was written counts
+            _delete(self.folder, files)
+            self.folder.mkdir(exist_ok=True)
             sync(self.folder.parent)
             sync(out.parent)
         # Left by killed processes: no download of huggingface_hub goes on with them.
         for path in downloads_of(out).rglob("*.incomplete"):
             path.unlink()
+
+    @property
+    def records(self) -> Sequence[dict[str, Any]]:
+        """What was recorded since the request: `Position` and checksum. Whether it is true,
+        `recorded.py` finds out."""
+        return self._journal.records[1:]
+
+    @property
+    def journal(self) -> Path:
+        """The file of the records."""
+        return partial_of(self.out) / JOURNAL
 
     @property
     def is_empty(self) -> bool:
@@ -88,7 +106,7 @@ class Partial:
     def position(self) -> Position:
         """How far the last record came."""
         if self.is_empty:
-            return Position(0, 0)
+            return BEGINNING
         last = self._journal.records[-1]
         return Position(last["step"], last["rows"])
 
@@ -97,10 +115,13 @@ class Partial:
         """The size of the source's files that were downloaded before."""
         return sum(path.stat().st_size for path in downloads_of(self.out).glob("*.safetensors"))
 
-    def record(self, position: Position, files: Sequence[Path]) -> None:
-        """Record that the work is at `position`; the caller has synced `files`, written since."""
-        sizes = {path.name: path.stat().st_size for path in files}
-        self._journal.append({"step": position.step, "rows": position.rows, "files": sizes})
+    def record(self, position: Position, crc: int) -> None:
+        """Record that the work is at `position`.
+
+        Args:
+            crc: CRC-32 of the data that was written since the last record, which is synced.
+        """
+        self._journal.append({"step": position.step, "rows": position.rows, "crc": crc})
 
     def publish(self) -> None:
         """Rename it to OUT, once the weights are recorded and the other files written."""
@@ -110,40 +131,52 @@ class Partial:
         self.folder.rename(self.out)
         sync(self.out.parent)
 
-    def _go_on(self, asked: Request) -> None:
-        if changed := difference(self._journal.records[0], asked):
-            raise KimiError(begun_otherwise(self.out, changed))
-        sizes: dict[str, int] = {}
-        for record in self._journal.records[1:]:
-            if not _is_position(record):
-                raise KimiError(
-                    f"{partial_of(self.out) / JOURNAL}: must hold steps, rows and files, but holds "
-                    f"{shown(record)}; delete {self.folder.parent} to begin anew"
-                )
-            sizes |= record["files"]
-        for name, size in sizes.items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size < size:
-                raise KimiError(
-                    f"{path}: has lost what was written; delete {self.folder.parent} to begin anew"
-                )
+
+def begin_anew(partial: Path) -> str:
+    """How an error ends that nothing but a new beginning helps against."""
+    return f"; delete {partial} to begin anew"
 
 
-def _is_position(record: dict[str, Any]) -> bool:
-    """Whether it has the form of what `Partial.record` writes."""
-    files = record.get("files")
-    if not isinstance(files, dict):
-        return False
-    numbers = (record.get("step"), record.get("rows"), *files.values())
-    return all(type(number) is int and number >= 0 for number in numbers)
+def _refuse_foreign(folder: Path, files: Collection[str]) -> None:
+    """What is written into and deleted below a partial result must be there, and ours.
+
+    Raises:
+        KimiError: a folder is a link, or there is anything but ordinary files of the result. What
+            is hidden, as the Finder's .DS_Store, stays as it is.
+    """
+    for path in (folder, folder.with_name(DOWNLOADS)):
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+            raise _foreign(path)
+    for entry in os.scandir(folder) if folder.exists() else ():
+        if entry.name.startswith("."):
+            continue
+        about = entry.stat(follow_symlinks=False)
+        if entry.name not in files or not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+            raise _foreign(folder / entry.name)
+
+
+def _holds_anything(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _foreign(path: Path) -> KimiError:
+    return KimiError(f"{path}: exists and is no conversion's; remove it or rename it")
+
+
+def _delete(folder: Path, files: Collection[str]) -> None:
+    for name in files:
+        (folder / name).unlink(missing_ok=True)
 
 
 @contextmanager
-def open_partial(out: Path, asked: Request) -> Iterator[Partial]:
+def open_partial(out: Path, asked: Request, files: Collection[str]) -> Iterator[Partial]:
     """The partial result of `out`, new or of an interrupted run, for one process at a time.
 
     After the block it is renamed to `out`. After an error or Ctrl-C it is kept if anything is
     recorded or a file was downloaded, and the error says so.
+
+    Args:
+        files: the names of all files of the result.
 
     Raises:
         KimiError: `out` exists, another process is at it, it was begun with another request, it is
@@ -151,24 +184,28 @@ def open_partial(out: Path, asked: Request) -> Iterator[Partial]:
     """
     folder = partial_of(out)
     journal = _journal(out, folder)
-    published = False
+    published, begun = False, False
     try:
-        partial = Partial(out, journal, asked)
+        partial = Partial(out, journal, asked, files)
+        begun = True
         yield partial
         partial.publish()
         published = True
     except (KimiError, OSError) as error:
         raise KimiError(_in_words(error, out, journal)) from None
     finally:
-        if published or not _is_worth_keeping(out, journal):
-            _remove(folder)
+        if begun and (published or not _is_worth_keeping(out, journal)):
+            _remove(folder, files)
         journal.close()
 
 
-def _remove(folder: Path) -> None:
+def _remove(folder: Path, files: Collection[str] = ()) -> None:
     """What a conversion made there, the journal last; a folder that holds more stays."""
-    for name in (MODEL, DOWNLOADS):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    _delete(folder / MODEL, files)
+    shutil.rmtree(folder / DOWNLOADS / ".cache", ignore_errors=True)  # huggingface_hub's
+    for made in (folder / MODEL, folder / DOWNLOADS):
+        with suppress(OSError):
+            made.rmdir()
     (folder / JOURNAL).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
@@ -198,7 +235,7 @@ def check_out(out: Path) -> None:
     """
     folder = partial_of(out)
     if os.path.lexists(out):
-        if (folder / JOURNAL).is_file() and not (folder / MODEL).exists():
+        if interrupted_request(out) is not None and not os.path.lexists(folder / MODEL):
             _remove(folder)  # killed after OUT had got its name
         raise KimiError(f"{out}: already exists; remove it or choose another name")
     if not out.parent.is_dir():
@@ -208,11 +245,10 @@ def check_out(out: Path) -> None:
 def _journal(out: Path, folder: Path) -> Journal:
     """The journal in `folder`, locked."""
     busy = KimiError(f"{folder}: another conversion is at work in it; wait or choose another name")
-    path = folder / JOURNAL
-    foreign = KimiError(f"{folder}: exists and is no conversion's; remove it or rename it")
+    path, foreign = folder / JOURNAL, _foreign(folder)
     try:
         folder.mkdir(exist_ok=True)
-        if not path.exists() and any(folder.iterdir()):
+        if folder.is_symlink() or (not path.exists() and any(folder.iterdir())):
             raise foreign
         journal = Journal(path)
     except BlockingIOError:

@@ -10,8 +10,8 @@ from itertools import groupby
 from mlx_kimi.checkpoint import files as checkpoint
 from mlx_kimi.checkpoint.config import Quantization
 from mlx_kimi.checkpoint.tensors import Tensor, tensors
-from mlx_kimi.convert.blocks import BLOCK, SourceTensor, TensorReader
-from mlx_kimi.convert.partial import Position
+from mlx_kimi.convert.blocks import BLOCK, RowBlock, SourceTensor, TensorReader
+from mlx_kimi.convert.partial import BEGINNING, Position
 from mlx_kimi.convert.quantize import DTYPES, Scheme
 from mlx_kimi.convert.shards import OutputTensor, Shard, lay_out
 
@@ -76,6 +76,16 @@ class ConversionPlan:
         for file, run in groupby(self.steps, key=lambda step: step.file):
             start, stop = stop, stop + sum(1 for _ in run)
             yield file, range(start, stop)
+
+    def blocks(
+        self, reader: TensorReader, begin: Position = BEGINNING, numbers: range | None = None
+    ) -> Iterator[RowBlock]:
+        """The blocks from `begin` on, of all steps or those with these numbers."""
+        for number in range(len(self.steps)) if numbers is None else numbers:
+            if number >= begin.step:
+                step = self.steps[number]
+                skip = begin.rows if number == begin.step else 0
+                yield from reader.blocks(step, skip, block_limit(self.of(step).quantization))
 
     def written_bytes(self, position: Position) -> int:
         """Bytes of data in the result's files when the work is at `position`."""

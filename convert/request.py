@@ -13,7 +13,7 @@ from mlx_kimi.convert.quantize import RECIPES, Scheme
 
 Request = dict[str, str]  # what it is, in the user's words -> its value
 
-JOURNAL = "2"  # raised when its records mean something else
+JOURNAL = "3"  # raised when its records mean something else
 SOURCE, CONTENT = "the source", "the content of the source"
 DELETING, REVISION = "--delete-source-shards", "the revision"
 

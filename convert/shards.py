@@ -75,6 +75,11 @@ class Shard:
         file.seek(self.offsets[tensor.name] + first_row * tensor.row_bytes)
         file.write(rows)
 
+    def read_rows(self, file: BinaryIO, tensor: OutputTensor, first_row: int, count: int) -> bytes:
+        """What `write_rows` wrote; less where the file ends before."""
+        file.seek(self.offsets[tensor.name] + first_row * tensor.row_bytes)
+        return file.read(count * tensor.row_bytes)
+
 
 def lay_out(modules: Sequence[Sequence[OutputTensor]], limit: int = MAX_SHARD) -> list[Shard]:
     """Shards of at most `limit` bytes of data, in order; a module's tensors are never separated.
@@ -96,6 +101,11 @@ def lay_out(modules: Sequence[Sequence[OutputTensor]], limit: int = MAX_SHARD) -
         Shard(f"model-{number:05}-of-{len(runs):05}.safetensors", tuple(run))
         for number, run in enumerate(runs, start=1)
     ]
+
+
+def places(shards: Sequence[Shard]) -> dict[str, tuple[Shard, OutputTensor]]:
+    """The tensors by name, and where each lies."""
+    return {tensor.name: (shard, tensor) for shard in shards for tensor in shard.tensors}
 
 
 def write_index(folder: Path, shards: Sequence[Shard], parameters: int) -> None:

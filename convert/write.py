@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -12,9 +12,10 @@ from mlx_kimi.checkpoint.files import DTYPES
 from mlx_kimi.checkpoint.weight_source import WeightSource
 from mlx_kimi.convert.blocks import RowBlock, TensorReader
 from mlx_kimi.convert.output import Converted, Output
-from mlx_kimi.convert.partial import Partial, Position
+from mlx_kimi.convert.partial import Partial
 from mlx_kimi.convert.pipeline import ahead
-from mlx_kimi.convert.plan import AHEAD, BEHIND, CACHE, ConversionPlan, block_limit
+from mlx_kimi.convert.plan import AHEAD, BEHIND, CACHE, ConversionPlan
+from mlx_kimi.convert.recorded import Recorded, check_written
 from mlx_kimi.errors import KimiError
 
 Progress = Callable[[int, int], None]  # (bytes read, bytes to read)
@@ -25,47 +26,36 @@ def write_weights(
     plan: ConversionPlan,
     source: WeightSource,
     reader: TensorReader,
+    recorded: Sequence[Recorded],
     progress: Progress,
 ) -> None:
-    """Write what `partial` does not have yet.
+    """Write what `partial` does not have yet, once it has what is `recorded`.
 
     A file of the source is fetched when its turn comes, and released when it is converted. A
     record follows the sync of what it stands for.
     """
-    total, begin = plan.source_bytes, partial.position
-    everything = _blocks(plan, range(len(plan.steps)), begin, reader)
-    done = total - sum(block.nbytes for block in everything)
+    begin, done = partial.position, 0
+    total = sum(block.nbytes for block in plan.blocks(reader))
 
     def advance(nbytes: int) -> None:
         nonlocal done
         done += nbytes
         progress(done, total)
 
+    check_written(partial, plan, recorded, advance)
     cache_limit = mx.set_cache_limit(CACHE)
     try:
         with Output(partial, plan.shards) as output:
             for file, numbers in plan.by_file():
                 if numbers.stop > begin.step:
                     source.fetch(file)
-                blocks = list(_blocks(plan, numbers, begin, reader))
+                blocks = list(plan.blocks(reader, begin, numbers))
                 _convert_blocks(plan, blocks, reader, output, advance)
                 reader.close(file)
                 source.release(file, output.record)
             output.record()
     finally:
         mx.set_cache_limit(cache_limit)
-
-
-def _blocks(
-    plan: ConversionPlan, numbers: range, begin: Position, reader: TensorReader
-) -> Iterator[RowBlock]:
-    """The blocks of the steps with these numbers, less what is written already."""
-    for number in numbers:
-        if number < begin.step:
-            continue
-        step = plan.steps[number]
-        skip = begin.rows if number == begin.step else 0
-        yield from reader.blocks(step, skip, block_limit(plan.of(step).quantization))
 
 
 def _convert_blocks(
