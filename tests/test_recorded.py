@@ -131,8 +131,12 @@ def test_a_byte_that_changed_is_found(source: Path, partial: Path, tmp_path: Pat
     assert "does not hold what was written; delete" in refusal(source, tmp_path / "out")
 
 
-def test_a_file_that_is_too_long_is_found(source: Path, partial: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [2, None], ids=["little recorded", "half recorded"])
+def test_a_file_that_is_too_long_is_found(
+    source: Path, partial: Path, tmp_path: Path, length: int | None
+) -> None:
     """What follows the last tensor would stay in the result."""
+    write(partial, [json.dumps(record).encode() for record in records(partial)[:length]])
     (weights, *_) = sorted((partial / "model").glob("*.safetensors"))
     with weights.open("r+b") as file:
         file.truncate(10**9)
