@@ -521,7 +521,7 @@ def truncate(path: Path, count: int = 1000) -> None:
         (lambda s: truncate(s / "model.safetensors"), "not a whole safetensors file"),
         (lambda s: (s / "model.safetensors").write_bytes(b"x"), "not a whole safetensors file"),
         (lambda s: (s / "model.safetensors").unlink(), "no weights"),
-        (lambda s: (s / "config.json").unlink(), "config.json: no such file"),
+        (lambda s: (s / "config.json").unlink(), "no model's folder: it has no config.json"),
         (lambda s: (s / "config.json").write_text("{"), "must be JSON"),
         (
             lambda s: (s / "config.json").write_text(json.dumps(EVEN | {"num_experts": 9})),
