@@ -186,6 +186,129 @@ def test_a_module_that_offers_no_tools_is_named(tmp_path: Path, source: str, sai
     assert "m.py" in str(caught.value)
 
 
+KINDS = '''
+import asyncio, functools
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, Optional
+from typing_extensions import TypedDict
+from os.path import join
+
+class Colour(Enum):
+    RED = "red"
+
+@dataclass
+class Point:
+    """A place."""
+    x: int
+    y: int = 0
+
+class Person(TypedDict):
+    name: str
+    likes: "Optional[Colour]"
+
+def shift(point: Point, by: int = 1) -> Point:
+    """Shift a point."""
+    assert isinstance(point, Point)
+    return Point(point.x + by, point.y)
+
+def greet(person: Person, tone: Literal["loud", "soft"], to: Optional[Colour] = None) -> str:
+    """Greet."""
+    return f"{person['name']} {tone} {to}"
+
+async def slowly(n: int) -> int:
+    """Wait."""
+    await asyncio.sleep(0)
+    return n + 1
+
+def logged(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return ["logged", function(*args, **kwargs)]
+    return wrapper
+
+@logged
+def doubled(n: int) -> int:
+    """Double."""
+    return 2 * n
+
+@functools.lru_cache
+def cached(n: int) -> int:
+    """Remember."""
+    return n
+
+def scaled(n: int, factor: int) -> int:
+    """Scale."""
+    return n * factor
+
+tripled = functools.partial(scaled, factor=3)
+
+if True:
+    def within(colour: Colour) -> Colour:
+        """Within a condition."""
+        return colour
+'''
+
+
+@pytest.mark.parametrize("postponed", ["", "from __future__ import annotations\n"])
+@pytest.mark.parametrize(
+    ("name", "arguments", "result"),
+    [
+        ("shift", '{"point": {"x": 1}}', '{"x": 2, "y": 0}'),
+        ("shift", '{"point": {"x": "a"}}', "error: point.x: Input should be a valid integer"),
+        ("greet", '{"person": {"name": "A", "likes": "red"}, "tone": "loud"}', "A loud None"),
+        ("greet", '{"person": {"name": "A"}, "tone": "soft"}', "error: person.likes: Field requi"),
+        ("greet", '{"person": {"name": "A", "likes": null}, "tone": "x"}', "error: tone: Input sh"),
+        ("slowly", '{"n": 1}', "2"),
+        ("slowly", '{"n": "x"}', "error: n: Input should be a valid integer"),
+        ("doubled", '{"n": "2"}', '["logged", 4]'),
+        ("cached", '{"n": 3}', "3"),
+        ("tripled", '{"n": 3}', "9"),
+        ("within", '{"colour": "red"}', '"red"'),
+        ("within", '{"colour": "blue"}', "error: colour: Input should be 'red'"),
+    ],
+)
+def test_every_kind_of_function_and_type_works(
+    tmp_path: Path, postponed: str, name: str, arguments: str, result: str
+) -> None:
+    (tmp_path / "kinds.py").write_text(postponed + KINDS)
+    tools = load_tools(tmp_path / "kinds.py")
+    offered = {s["function"]["name"]: s["function"] for s in tools.schemas}
+    known = {"shift", "greet", "slowly", "doubled", "cached", "scaled", "tripled", "within"}
+    assert set(offered) == known and all(f["description"] for f in offered.values())
+    required = offered[name]["parameters"]["required"]
+    assert set(required) <= set(json.loads(arguments)) and required
+    assert tools.run(Call(name, arguments, True)).startswith(result)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import socket\ndef f(x: socket.socket):\n  'F.'", "tool f: parameter x must have a type"),
+        ("def f(a: int, x: 'Lost'):\n  'F.'", "parameter x must have a type .* 'Lost' is not def"),
+        ("def f(x: 5):\n  'F.'", "tool f: parameter x must have a type"),
+        ("def f(x, /):\n  'F.'", "tool f: parameter x must be given by its name"),
+        ("def f(*x):\n  'F.'", r"tool f: parameter x must be given by its name but is '\*x'"),
+        ("def f(x: int):\n  'F.'\n  yield x", "tool f: must return its result but yields"),
+        ("async def f():\n  'F.'\n  yield 1", "tool f: must return its result but yields"),
+        ("def d(f):\n  return 5\n@d\ndef f():\n  'F.'", "tool f: its decorator must keep name"),
+        (
+            "def d(f):\n  return lambda *a: f(*a)\n@d\ndef f(x: int):\n  'F.'",
+            "tool f: its decorator must keep name, types and docstring, as functools.wraps does",
+        ),
+        ("from typing import Callable\ndef f(x: Callable):\n  'F.'", "parameter x must have a ty"),
+    ],
+)
+@pytest.mark.parametrize("postponed", ["", "from __future__ import annotations\n"])
+def test_what_a_model_cannot_call_is_refused_by_function_parameter_and_rule(
+    tmp_path: Path, postponed: str, source: str, said: str
+) -> None:
+    (tmp_path / "m.py").write_text(postponed + source + "\n")
+    with pytest.raises(KimiError, match=said) as caught:
+        load_tools(tmp_path / "m.py")
+    assert len(str(caught.value)) < 400
+
+
 # ------------------------------------------------------------------------------------ end to end
 def pocket_chat(module: Path, tmp_path: Path, **options: Any) -> Chat:
     return Chat(

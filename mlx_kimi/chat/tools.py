@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import ast
+import asyncio
+import functools
 import inspect
 import json
-import runpy
-from collections.abc import Callable, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError, validate_call
-from pydantic.errors import PydanticUserError
+from pydantic_core import to_jsonable_python
 
 from mlx_kimi.chat.tool_calls import Call
-from mlx_kimi.errors import KimiError
+from mlx_kimi.errors import KimiError, in_words
+from mlx_kimi.user_files import read_bytes, shown
 
+MODULE = "tools of mlx_kimi: {}"  # in sys.modules, where types are looked up; no import finds it
 RESULT_CHARACTERS = 100_000  # of one result, about 25,000 tokens
 
 
@@ -22,9 +29,9 @@ class Toolbox:
     """Functions by name."""
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
-        """Raises KimiError when the types of a function's parameters have no JSON schema."""
-        self._functions = {name: validate_call(f) for name, f in functions.items()}
+        """Raises KimiError for a function that a model cannot call, with the rule."""
         self.schemas = [_schema(name, function) for name, function in functions.items()]
+        self._functions = {name: _checked(function) for name, function in functions.items()}
 
     def run(self, call: Call) -> str:
         """The result for the model; what goes wrong is a result, too, and begins with `error`."""
@@ -41,7 +48,8 @@ class Toolbox:
         if not isinstance(arguments, dict):
             return "error: the arguments must be a JSON object"
         try:
-            return _text(function(**arguments))
+            result = function(**arguments)
+            return _text(asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result)
         except ValidationError as error:
             wrong = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             return f"error: {'; '.join(wrong)}"
@@ -52,33 +60,118 @@ class Toolbox:
 def load_tools(path: Path) -> Toolbox:
     """The public functions that a Python file defines, each with a docstring.
 
+    Partial and decorated ones are among them. What is only imported is not.
+
     Raises:
-        KimiError: the file fails, or offers none.
+        KimiError: the file fails, offers none, or one of them that a model cannot call.
     """
+    source = read_bytes(path)
+    module = ModuleType(MODULE.format(path.stem))
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
     try:
-        names = runpy.run_path(str(path), run_name=path.stem)
+        exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:  # the user's own code
+        del sys.modules[module.__name__]
         raise KimiError(f"{path}: {type(error).__name__}: {error}") from None
-    functions = {
-        name: value
-        for name, value in names.items()
-        if inspect.isfunction(value)
-        and value.__module__ == path.stem
-        and not name.startswith("_")
-        and value.__doc__
-    }
+    defined = dict(_defined(ast.parse(source).body))
+    functions = {}
+    for name, value in vars(module).items():
+        is_ours = name in defined or _is_of(module, value)
+        if name.startswith("_") or inspect.isclass(value) or not is_ours:
+            continue
+        if defined.get(name) and not (callable(value) and _doc(value)):
+            raise KimiError(
+                f"tool {name}: its decorator must keep name, types and docstring, as "
+                f"functools.wraps does, but gives {shown(value)}"
+            )
+        if _doc(value):
+            functions[name] = value
     if not functions:
         raise KimiError(f"{path}: no function with a docstring, so there is no tool to offer")
     return Toolbox(functions)
 
 
+def _defined(body: list[ast.stmt]) -> Iterator[tuple[str, bool]]:
+    """The functions that a file defines, outside of others and of classes; whether documented."""
+    for statement in body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield statement.name, bool(ast.get_docstring(statement))
+        elif isinstance(statement, ast.If | ast.Try | ast.With):
+            yield from _defined(
+                [s for s in ast.iter_child_nodes(statement) if isinstance(s, ast.stmt)]
+            )
+
+
+def _is_of(module: ModuleType, value: Any) -> bool:
+    """Whether a callable was made by the module: wrappers that keep their names say so."""
+    if isinstance(value, functools.partial):
+        return True
+    return callable(value) and getattr(value, "__module__", None) == module.__name__
+
+
+def _doc(value: Any) -> str | None:
+    """A function's docstring; of a partial one its own, if given, else the function's."""
+    if isinstance(value, functools.partial):
+        return vars(value).get("__doc__") or _doc(value.func)
+    return inspect.getdoc(value) if hasattr(value, "__name__") else None
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What is defined by `def`, within partial functions, wrappers and caches."""
+    while (inner := getattr(function, "__wrapped__", getattr(function, "func", None))) is not None:
+        function = inner
+    return function
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its arguments checked, and made from JSON, before it is called."""
+
+    @functools.wraps(_plain(function))  # pydantic takes no partial functions and caches
+    def call(*arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **named)
+
+    call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return validate_call(call)
+
+
+def _refuse_uncallable(name: str, function: Callable[..., Any]) -> None:
+    """Refuse what a model cannot call with a JSON object, by function, parameter and rule."""
+    plain = _plain(function)
+    if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
+        raise KimiError(f"tool {name}: must return its result but yields")
+    for parameter in inspect.signature(function).parameters.values():
+        where = f"tool {name}: parameter {parameter.name}"
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+            raise KimiError(f"{where} must be given by its name but is {shown(str(parameter))}")
+        annotation = parameter.annotation
+        try:
+            while isinstance(annotation, str):  # postponed
+                annotation = eval(annotation, getattr(plain, "__globals__", {}))
+            if annotation is not parameter.empty:
+                TypeAdapter(annotation).json_schema()
+        except Exception as error:  # pydantic's, or of evaluating what the user wrote
+            said = in_words(error).partition(". ")[0].partition(" For further")[0]
+            raise KimiError(
+                f"{where} must have a type that JSON can spell but is "
+                f"{inspect.formatannotation(annotation)}: {said[:200]}"
+            ) from None
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
 def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     """What a chat template declares of one function."""
-    try:
-        adapter: TypeAdapter[Any] = TypeAdapter(cast(Any, function))
-        parameters = adapter.json_schema()
-    except PydanticUserError as error:
-        raise KimiError(f"tool {name}: {str(error).splitlines()[0]}") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # (a default that JSON cannot spell is left out)
+        _refuse_uncallable(name, function)
+        try:
+            adapter: TypeAdapter[Any] = TypeAdapter(cast(Any, _checked(function)))
+            parameters = adapter.json_schema()
+        except Exception as error:  # pydantic's, of several kinds
+            raise KimiError(f"tool {name}: {in_words(error)[:300]}") from None
     described = {
         "type": "object",
         "properties": _untitled(parameters.get("properties", {})),
@@ -86,7 +179,7 @@ def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     }
     if "$defs" in parameters:
         described["$defs"] = _untitled(parameters["$defs"])
-    description = inspect.getdoc(function)
+    description = _doc(function)
     function_schema = {"name": name, "description": description, "parameters": described}
     return {"type": "function", "function": function_schema}
 
@@ -100,7 +193,9 @@ def _untitled(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    return json.dumps(to_jsonable_python(value, fallback=str), ensure_ascii=False)
 
 
 def _cut(text: str) -> str:
