@@ -22,10 +22,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from mlx_kimi import __version__
 from mlx_kimi.checkpoint.config import ModelConfig
-from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli import show
-from mlx_kimi.cli.given import budget_of, model_or_pocket
+from mlx_kimi.cli.given import budget_of, folder_of
 from mlx_kimi.errors import KimiError, OptionError
 from mlx_kimi.evaluation.bench import Bench, BenchRow, check_fits, check_settings
 from mlx_kimi.evaluation.bench import Progress as OnProgress
@@ -73,7 +72,7 @@ def run(
     budget = budget_of(memory_budget, context, prefill_step)
     lengths = _lengths(contexts)
     _check_files(json_file, plot_file)
-    folder = local_folder(model_or_pocket(model))
+    folder = folder_of(model, budget)
     config = ModelConfig.read(folder)
     for length in lengths:  # before gigabytes are read
         check_fits(length, tokens, config.model_max_length)

@@ -11,9 +11,8 @@ from mlx_kimi.chat.conversation import Conversation
 from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.prompt_cache import write_prompt_cache
 from mlx_kimi.chat.session import refuse_used
-from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
-from mlx_kimi.cli.given import model_or_pocket, prompt_of
+from mlx_kimi.cli.given import folder_of, prompt_of
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.load import load
 
@@ -30,7 +29,7 @@ def run(
     if out.is_file():
         raise KimiError(f"{out}: is a file, and OUT a new folder; -f {out} reads the file")
     refuse_used(out)
-    folder = local_folder(model_or_pocket(model))
+    folder = folder_of(model)
     conversation = Conversation(system)
     conversation.say(prompt)
     with show.weights_progress() as known:

@@ -9,9 +9,8 @@ import click
 import mlx.core as mx
 
 from mlx_kimi.backend import untried
-from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import tensors
-from mlx_kimi.cli.given import model_or_pocket
+from mlx_kimi.cli.given import folder_of
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.goldens import Goldens, goldens_of
 from mlx_kimi.evaluation.kernel_report import kernel_report
@@ -38,7 +37,7 @@ Finding = tuple[str, str | None]  # what was found; what is wrong with it
 
 
 def run(model: str | None, report: bool) -> None:
-    folder = local_folder(model_or_pocket(model))
+    folder = folder_of(model)
     if report:
         click.echo("\n".join(machine()))
     tokenizer = load_tokenizer(folder)

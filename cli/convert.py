@@ -72,6 +72,7 @@ def run(
                 show_preview,
                 delete_source_shards=delete_source_shards,
                 around_downloads=hidden,
+                say=lambda line: click.echo(line, err=True),
             )
     except (KeyboardInterrupt, SystemExit):
         if partial_of(out).exists():

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_kimi.checkpoint.config import ModelConfig
-from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
 from mlx_kimi.cli.given import read_text
 from mlx_kimi.convert.report.quality import (
@@ -23,6 +22,7 @@ from mlx_kimi.convert.report.quality import (
     sample_text,
     write,
 )
+from mlx_kimi.loading.fetch import headers_of
 from mlx_kimi.units import human_size
 
 COLUMNS = (  # two lines of title, family of weights
@@ -51,7 +51,7 @@ def sample(source: str, report: bool, file: Path | None) -> list[int] | None:
             raise click.UsageError("--report-text needs --report.")
         return None
     text = sample_text() if file is None else read_text(file)
-    return sample_ids(local_folder(source), text)
+    return sample_ids(headers_of(source)[0], text)
 
 
 def compare(source: Path, out: Path, ids: list[int]) -> None:

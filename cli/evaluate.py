@@ -7,9 +7,8 @@ from pathlib import Path
 
 import click
 
-from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
-from mlx_kimi.cli.given import model_or_pocket, read_text
+from mlx_kimi.cli.given import folder_of, read_text
 from mlx_kimi.evaluation.evaluate import Evaluation, Prediction, evaluate
 
 
@@ -19,9 +18,9 @@ def run(
     text = read_text(file)
     with show.prefill_progress() as progress:
         found = evaluate(
-            local_folder(model_or_pocket(model)),
+            folder_of(model),
             text,
-            local_folder(against) if against else None,
+            folder_of(against) if against else None,
             tokens=tokens,
             window=window,
             progress=progress,

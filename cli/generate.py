@@ -11,9 +11,8 @@ import click
 from mlx_kimi.chat.conversation import Conversation
 from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.session import read_session
-from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.cli import show
-from mlx_kimi.cli.given import budget_of, check_options, model_or_pocket, prompt_of, with_defaults
+from mlx_kimi.cli.given import budget_of, check_options, folder_of, prompt_of, with_defaults
 from mlx_kimi.generation.answer import Chunk
 from mlx_kimi.generation.generate import Prompt, stream_generate
 from mlx_kimi.generation.token_state import TokenState
@@ -39,7 +38,7 @@ def run(
     if raw and (system or prompt_cache):
         which = "--system" if system else "--prompt-cache"
         raise click.UsageError(f"{which} is part of a chat and --raw has none")
-    folder = local_folder(model_or_pocket(model))
+    folder = folder_of(model, budget)
     options = with_defaults(options, folder)
     network, tokenizer = load(folder, budget)
     state = TokenState(network, options["latent_bits"], snapshot_every=None)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from mlx_kimi.generation.generate import check_lengths
 from mlx_kimi.generation.model_defaults import model_defaults
 from mlx_kimi.generation.sample import Sampling
 from mlx_kimi.loading.budget import Budget
+from mlx_kimi.loading.fetch import fetched
+from mlx_kimi.loading.load import check_headers
 from mlx_kimi.model.cache import check_latent_bits
 from mlx_kimi.user_files import FILE_BYTES, read_bytes
 
@@ -31,6 +34,17 @@ ONLY_SAMPLING = ("top_p", "top_k", "min_p", "seed")  # of no use at temperature 
 def model_or_pocket(model: str | None) -> str | Path:
     """What a command was given, or the pocket model's folder."""
     return pocket_folder() if model is None else model
+
+
+def folder_of(model: str | None, budget: Budget | None = None) -> Path:
+    """The folder of a whole model. Of one on the hub all is checked that small files tell, then its
+    size is said, and then its weights are downloaded.
+
+    Raises:
+        KimiError: there is no such model, or it does not load here.
+    """
+    check = partial(check_headers, budget=budget)
+    return fetched(model_or_pocket(model), check, say=lambda line: click.echo(line, err=True))
 
 
 def prompt_of(text: str | None, files: Sequence[Path]) -> str:

@@ -11,11 +11,11 @@ import click
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli.given import model_or_pocket
 from mlx_kimi.cli.tuned import lines
 from mlx_kimi.errors import KimiError
+from mlx_kimi.loading.fetch import headers_of
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.loading.memory import Machine, needs
 from mlx_kimi.metal_kernels.kernel import OFF, backend, is_traced
@@ -31,7 +31,8 @@ Implementation = tuple[str, str, str]  # how many tokens, what runs, why
 
 def run(model: str | None, kernels: bool, context: int | None, latent_bits: int | None) -> None:
     check_latent_bits(latent_bits)
-    network = load_model(local_folder(model_or_pocket(model)), lazy=True)
+    folder, checkpoint = headers_of(model_or_pocket(model))
+    network = load_model(folder, lazy=True, checkpoint=checkpoint)
     if kernels:
         lines = _kernels(network)
     else:

@@ -6,8 +6,7 @@ import click
 from rich.console import Console
 
 from mlx_kimi.checkpoint.config import ModelConfig
-from mlx_kimi.checkpoint.hub import local_folder
-from mlx_kimi.cli.given import model_or_pocket
+from mlx_kimi.cli.given import folder_of
 from mlx_kimi.cli.tuned import lines
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
@@ -20,7 +19,7 @@ def run(model: str | None, seconds: float) -> None:
     if backend() is None:
         raise KimiError("no kernels run here: there is no GPU, or MLX_KIMI_NO_KERNELS is set")
     enlarge_command_buffers()  # as a load does: the child inherits it
-    folder = local_folder(model_or_pocket(model))
+    folder = folder_of(model)
     config = ModelConfig.read(folder)
     with Console(stderr=True).status("trying the kernels on this GPU") as status:
         stored = tune(

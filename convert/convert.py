@@ -50,6 +50,7 @@ def convert(
     max_shard: int = MAX_SHARD,
     delete_source_shards: bool = False,
     around_downloads: Around = nullcontext,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Summary:
     """Write `source` to the new folder `out` in the MLX layout, for mlx_kimi and mlx-lm.
 
@@ -70,6 +71,7 @@ def convert(
         delete_source_shards: of a name on the hub: download one file of weights at a time, into
             `<out>.partial`, and delete it when all that was made of it is on the disk and recorded.
         around_downloads: entered for each download, which shows its progress on stderr.
+        say: is told what the download of a whole source takes.
 
     Raises:
         KimiError: the source is not a whole unquantized model, changes meanwhile, or holds NaN or
@@ -80,7 +82,7 @@ def convert(
     """
     out = Path(out)
     _check_arguments(out, dtype)
-    weights = open_source(source, out, delete_source_shards, around_downloads)
+    weights = open_source(source, out, delete_source_shards, around_downloads, say)
     small = small_files(weights.folder)
     reader = open_reader(weights)
     began = time.monotonic()

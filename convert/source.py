@@ -7,20 +7,26 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from mlx_kimi.checkpoint.config import ModelConfig
-from mlx_kimi.checkpoint.hub import is_folder, local_folder
+from mlx_kimi.checkpoint.files import Checkpoint
+from mlx_kimi.checkpoint.hub import is_folder
 from mlx_kimi.checkpoint.hub_weights import HubWeights
 from mlx_kimi.checkpoint.weight_source import FolderWeights, WeightSource
 from mlx_kimi.convert.blocks import TensorReader
 from mlx_kimi.convert.partial import begun_otherwise, downloads_of, interrupted_request
 from mlx_kimi.convert.request import begun_revision, other_deleting
 from mlx_kimi.errors import KimiError
+from mlx_kimi.loading.fetch import fetched
 from mlx_kimi.loading.match import check
 
 Around = Callable[[], AbstractContextManager[object]]
 
 
 def open_source(
-    source: str | Path, out: Path, delete_source_shards: bool, around_downloads: Around
+    source: str | Path,
+    out: Path,
+    delete_source_shards: bool,
+    around_downloads: Around,
+    say: Callable[[str], None],
 ) -> WeightSource:
     """Where the weights come from; the arguments are those of `convert`.
 
@@ -37,7 +43,7 @@ def open_source(
     weights: WeightSource
     if not delete_source_shards:
         with around_downloads():
-            weights = FolderWeights(local_folder(source))
+            weights = FolderWeights(fetched(source, _config_of_unquantized, say))
     elif is_folder(source):
         raise KimiError(
             f"{source}: --delete-source-shards is for a name on the hub, whose shards can be "
@@ -58,12 +64,17 @@ def open_reader(source: WeightSource) -> TensorReader:
     Raises:
         KimiError: the source is something else.
     """
-    config = ModelConfig.read(source.folder)
+    config = _config_of_unquantized(source.folder, source.checkpoint)
+    return TensorReader(source.checkpoint, config)
+
+
+def _config_of_unquantized(folder: Path, checkpoint: Checkpoint) -> ModelConfig:
+    config = ModelConfig.read(folder)
     found = config.quantization
     if found is not None:
         raise KimiError(
-            f"{source.folder}: is quantized already ({found.mode}, {found.bits} bits, group "
+            f"{folder}: is quantized already ({found.mode}, {found.bits} bits, group "
             f"{found.group_size}); convert the checkpoint that it was made from"
         )
-    check(config, source.checkpoint)
-    return TensorReader(source.checkpoint, config)
+    check(config, checkpoint)
+    return config

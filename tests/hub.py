@@ -24,6 +24,7 @@ class Hub(ThreadingHTTPServer):
         self.asked: list[str] = []  # files whose content was asked for
         self.resumed: list[str] = []  # those of which only the rest was
         self.sent: dict[str, int] = {}  # bytes of each file's content
+        self.bytes = 0  # of all contents, headers of weights included
         self.break_after: int | None = None  # bytes of the first weights, once
         self.failing: set[str] = set()  # files that give the status 500
         self.swapped: dict[str, str] = {}  # a file -> the one whose whole content is sent for it
@@ -115,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         with source.open("rb") as content:
             content.seek(start)
             for at in range(start, stop, PACE):
-                self.wfile.write(content.read(min(PACE, stop - at)))
+                self.server.bytes += self.wfile.write(content.read(min(PACE, stop - at)))
                 time.sleep(self.server.delay)
         if stop == size:
             self.server.sent[name] = self.server.sent.get(name, 0) + stop - start

@@ -129,7 +129,7 @@ def test_a_budget_is_offered_where_it_would_be_taken(
 ) -> None:
     monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=here))
     routed = sum(t.join is Join.STACK and math.prod(t.shape) for t in tensors(CONFIG_48B)) * 2
-    layers = {"all": [SimpleNamespace(nbytes=routed // CONFIG_48B.num_experts)]}
+    one_slot = routed // CONFIG_48B.num_experts
     taken, offered = [], []
     for limit in range(6, 24):
         machine(monkeypatch, limit * GB, 64 * GB)
@@ -138,7 +138,7 @@ def test_a_budget_is_offered_where_it_would_be_taken(
         offered.append(f"--memory-budget {limit}GB" in str(error.value))
         budget = Budget(limit * GB, snapshots=SNAPSHOT_MEMORY)
         try:
-            slots_for(budget, CONFIG_48B, BFLOAT16_48B - routed, layers)
+            slots_for(budget, CONFIG_48B, BFLOAT16_48B - routed, one_slot)
             taken.append(True)
         except KimiError:
             taken.append(False)

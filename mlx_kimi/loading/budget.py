@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.defaults import CONTEXT, PREFILL_STEP
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.memory import ANY_SIZE, Machine, needs, non_expert_bytes
-from mlx_kimi.offload.expert_files import ExpertStack
 from mlx_kimi.units import human_size
 
 
@@ -30,13 +28,12 @@ class Budget:
         return min(most, CONTEXT) if self.context is None else min(most, self.context)
 
 
-def slots_for(
-    budget: Budget, config: ModelConfig, resident: int, layers: Mapping[str, list[ExpertStack]]
-) -> int:
+def slots_for(budget: Budget, config: ModelConfig, resident: int, one_slot: int) -> int:
     """How many slots a layer gets.
 
     Args:
         resident: bytes of all weights but the routed experts'.
+        one_slot: bytes of one routed expert in every layer.
 
     Raises:
         KimiError: the budget is too small for a token's experts, or more than this machine has.
@@ -47,8 +44,7 @@ def slots_for(
     context = budget.tokens(config)
     wanted = needs(config, resident, budget.latent_bits)
     fixed = non_expert_bytes(wanted, context, budget.snapshots, budget.prefill_step)
-    # In every layer; 1 of a model without routed experts.
-    one_slot = max(1, sum(stack.nbytes for stacks in layers.values() for stack in stacks))
+    one_slot = max(1, one_slot)  # 0 of a model without routed experts
     slots = min(config.num_experts, (budget.memory - fixed) // one_slot)
     least = min(config.num_experts, config.num_experts_per_token)
     if slots < least:

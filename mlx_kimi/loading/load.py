@@ -12,11 +12,11 @@ import mlx.core as mx
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.files import Checkpoint
-from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import ALWAYS_FLOAT32, Join, tensors
 from mlx_kimi.errors import KimiError, in_words
 from mlx_kimi.loading.budget import Budget, slots_for
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
+from mlx_kimi.loading.fetch import fetched
 from mlx_kimi.loading.finite import not_finite_place
 from mlx_kimi.loading.match import TensorMatcher
 from mlx_kimi.loading.memory import refuse_what_does_not_fit, wire
@@ -44,7 +44,7 @@ def load(
     Raises:
         KimiError: the folder does not hold a whole Kimi Linear model.
     """
-    folder = pocket_folder() if path_or_hub_id is None else local_folder(path_or_hub_id)
+    folder = pocket_folder() if path_or_hub_id is None else fetched(path_or_hub_id, check_headers)
     tokenizer = load_tokenizer(folder)  # first: it fails in milliseconds
     return load_model(folder, budget=budget), tokenizer
 
@@ -55,6 +55,7 @@ def load_model(
     reduce: Callable[[mx.array], mx.array] = lambda x: x,
     lazy: bool = False,
     budget: Budget | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> KimiLinear:
     """Load a model from a folder that may have no tokenizer.
 
@@ -70,6 +71,7 @@ def load_model(
         lazy: read no weight until it is used.
         budget: of memory. As many routed experts as fit stay in it, the others are read from the
             folder's files when a token needs them; the model's context is the budget's.
+        checkpoint: what `headers_of` gave with the folder; with `lazy`.
 
     Raises:
         KimiError: a tensor is missing, unknown, of the wrong shape or dtype, or the model does not
@@ -80,7 +82,7 @@ def load_model(
         raise KimiError(f"a memory budget is for a whole model, not one of {shard[1]} ranks")
     folder = Path(folder)
     config = ModelConfig.read(folder)
-    checkpoint = Checkpoint(folder)
+    checkpoint = checkpoint or Checkpoint(folder)
     matcher = TensorMatcher(config, checkpoint, shard)
     with _unchanged(checkpoint):
         arrays = matcher.arrays()
@@ -116,6 +118,28 @@ def load_model(
             said = in_one_line(str(error))
             raise KimiError(f"the GPU failed when kernels were first run: {said}") from error
     return model
+
+
+def check_headers(folder: Path, checkpoint: Checkpoint, budget: Budget | None = None) -> None:
+    """What `load` would find wrong, as far as headers and small files tell.
+
+    Raises:
+        KimiError: as of `load_model`, or the tokenizer is not whole.
+    """
+    load_tokenizer(folder)
+    enlarge_command_buffers()
+    config = ModelConfig.read(folder)
+    matcher = TensorMatcher(config, checkpoint, (0, 1))
+    arrays = matcher.arrays()
+    dtype = compute_dtype(arrays)
+    sizes = {name: _in_dtype(name, array, dtype).nbytes for name, array in arrays.items()}
+    whole = sum(sizes.values())
+    if budget is None:
+        refuse_what_does_not_fit(folder, config, whole)
+    else:
+        stacks = (matcher.stored(each) for each in tensors(config) if each.join is Join.STACK)
+        routed = sum(sizes[name] for names in stacks for name in names)
+        slots_for(budget, config, whole - routed, routed // max(config.num_experts, 1))
 
 
 def _read_weights(model: KimiLinear, checkpoint: Checkpoint) -> None:
@@ -176,7 +200,8 @@ def _offload(
                     layers.setdefault(path, []).append(stack)
         routed = {stack.name for stacks in layers.values() for stack in stacks}
         resident = sum(array.nbytes for name, array in arrays.items() if name not in routed)
-        slots = slots_for(budget, matcher.config, resident, layers)
+        one_slot = sum(stack.nbytes for stacks in layers.values() for stack in stacks)
+        slots = slots_for(budget, matcher.config, resident, one_slot)
     except BaseException:
         files.close()
         raise
