@@ -130,7 +130,7 @@ def test_history_lasts_from_one_run_to_the_next(start, talker, folder) -> None:
 def test_no_history_file_can_be_kept_and_the_chat_goes_on(start, talker, folder, place) -> None:
     """A pipe would block whoever opens it, and what a link leads to is not ours."""
     folder.mkdir()
-    history, victim = folder / "history", folder / "victim"
+    history, victim = folder / ".history", folder / "victim"
     match place:
         case "a pipe":
             os.mkfifo(history)
@@ -220,13 +220,22 @@ def test_ctrl_c_while_the_message_is_read(start, talker, folder) -> None:
     terminal.say("first")
     terminal.wait_until(lambda: saved(folder).tokens)
     terminal.wait_for_prompt()
-    terminal.paste("many words " * 380)
-    terminal.type(ENTER)
+    (folder / "a.txt").write_text("many words " * 380)
+    terminal.say(f"/file {folder / 'a.txt'}")
+    terminal.wait_for("these files go with the next message")
+    terminal.wait_for_prompt()
+    terminal.say("what is this?")
     terminal.wait_for(r"^reading [1-9][\d,]* of [\d,]+ tokens")
     terminal.type(CTRL_C)
     terminal.wait_for("stopped before the answer: the message is taken back")
-    terminal.wait_for_prompt()
+    terminal.wait_for("^> what is this\\?$")
+    terminal.wait_for("attached: 1")
     assert texts(folder) == ["first"]
+    terminal.type(CTRL_C)
+    terminal.wait_for_prompt()
+    terminal.say("/file -")
+    terminal.wait_for("no file goes with the next message")
+    terminal.wait_for_prompt()
     terminal.say("second")
     terminal.wait_until(lambda: len(saved(folder).turns) == 2 and saved(folder).turns[1].answer)
     assert texts(folder) == ["first", "second"]
@@ -427,7 +436,7 @@ def test_files_go_with_a_message_and_answers_to_the_clipboard(start, folder, tmp
     terminal.type(TAB)
     terminal.wait_for(r"/notes\.md")
     terminal.say("")
-    terminal.wait_for("characters go with the next message")
+    terminal.wait_for("these files go with the next message")
     terminal.wait_for_prompt()
     terminal.say("What is 2 + 3?")
     terminal.wait_until(lambda: len(_answered(folder)) == 1)
@@ -454,7 +463,7 @@ def test_a_full_context_is_said_with_what_can_be_done(start, talker, folder) -> 
     terminal.say("more")
     terminal.wait_for("Error: the prompt has [0-9,]+ tokens but the model's context")
     terminal.wait_for("/undo takes back the last message, /edit N shortens")
-    terminal.wait_for_prompt()
+    terminal.wait_for("^> more$")
     assert texts(folder) == [message], "nothing is lost, and nothing is cut"
 
 

@@ -37,12 +37,14 @@ ODD = [
 
 
 class Typed:
-    """Lines, as `Input` reads them."""
+    """Lines, as `Input` reads them, and what stood there before each."""
 
-    def __init__(self, lines: list[str]) -> None:
-        self._lines = iter(lines)
+    def __init__(self, lines: list[str], takes_back: bool = False) -> None:
+        self._lines, self.takes_back = iter(lines), takes_back
+        self.drafts: list[str] = []
 
     def read(self, before: str = "") -> str | None:
+        self.drafts.append(before)
         return next(self._lines, None)
 
     def consents(self, question: str) -> bool:
@@ -54,11 +56,18 @@ class Notes:
 
     def __init__(self) -> None:
         self.errors: list[str] = []
+        self.notes: list[str] = []
+        self.interrupts = ""  # when Ctrl-C comes
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def error(self, text: str) -> None:
         self.errors.append(text)
 
     def answer(self, stream: Callable[..., Iterator[Any]]) -> Any:
+        if self.interrupts == "at once":
+            raise KeyboardInterrupt
         return [chunk.stats for chunk in stream(None)][-1]
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -91,6 +100,89 @@ def test_no_line_ends_the_chat(chat: Chat) -> None:
         typed(chat, "/reset", "/system -", "hello") == []
         and chat.conversation.turns[-1].text == "hello"
     )
+
+
+@pytest.fixture
+def attached(tmp_path: Path) -> str:
+    (tmp_path / "a.txt").write_text("of the file")
+    return "/file a.txt"
+
+
+def interrupted(*_: Any) -> Iterator[Any]:
+    raise KeyboardInterrupt
+    yield
+
+
+@pytest.mark.parametrize("why", ["Ctrl-C at once", "Ctrl-C while it is read", "too long"])
+def test_a_message_without_an_answer_is_in_the_editor_again(
+    chat: Chat, attached: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its files; in a pipe the next line is another message, and has none of them."""
+    message = "hello" if "Ctrl-C" in why else "word " * 5000
+    if why == "Ctrl-C while it is read":
+        monkeypatch.setattr(chat, "_stream", interrupted)
+    for is_editor in (True, False):
+        screen, lines = Notes(), Typed([attached, message], is_editor)
+        screen.interrupts = why.removeprefix("Ctrl-C ")
+        loop = Loop(chat, cast(Any, screen), cast(Any, lines))
+        loop.run()
+        assert lines.drafts == ["", "", message] and not chat.conversation.turns
+        assert [one.path for one in loop.attached] == ["a.txt"] * is_editor
+        if "Ctrl-C" in why:
+            assert screen.notes[-1] == "[stopped before the answer: the message is taken back]"
+        else:
+            assert "the prompt has" in screen.errors[-1]
+
+
+def test_what_an_interrupted_retry_or_edit_restored_is_said(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed(chat, "one", "two")
+    monkeypatch.setattr(chat, "_stream", interrupted)
+    before = list(chat.conversation.turns)
+    for line, said, draft in [
+        ("/retry", "the answer before is back", ""),
+        (
+            "/edit 1 other\nwords",
+            "the message and what followed are as before",
+            "/edit 1 other\nwords",
+        ),
+    ]:
+        screen, lines = Notes(), Typed([line], True)
+        Loop(chat, cast(Any, screen), cast(Any, lines)).run()
+        assert screen.notes[-1] == f"[stopped before the answer: {said}]"
+        assert lines.drafts == ["", draft] and chat.conversation.turns == before
+
+
+def test_files_are_listed_detached_and_left_with_their_conversation(
+    chat: Chat, attached: str, tmp_path: Path
+) -> None:
+    screen = Notes()
+    (tmp_path / "folder").mkdir()
+
+    def after(*lines: str) -> list[str]:
+        loop = Loop(chat, cast(Any, screen), cast(Any, Typed(list(lines), True)))
+        loop.run()
+        return [one.path for one in loop.attached]
+
+    assert after(attached, attached) == ["a.txt", "a.txt"]
+    assert after(attached, "/file") == ["a.txt"] and "a.txt" in screen.notes[-1]
+    assert after(attached, "/file -", "/file") == []
+    assert screen.notes[-1] == "no file goes with the next message"
+    assert after("hello", attached, "/save mine", "/reset") == []
+    assert screen.notes[-1].endswith("; files that were attached are not: 1")
+    assert after(attached, "/load mine") == []
+    assert after("/load mine", attached, "hello") == []
+    assert "of the file" in chat.conversation.turns[-1].text
+    after("/file folder", "/file lost")
+    assert screen.errors == ["folder is a folder, and /file takes a file", "lost: no such file"]
+
+
+def test_retry_at_temperature_0_says_why_the_answer_is_the_same(chat: Chat) -> None:
+    screen = Notes()
+    lines = ["hello", "/retry", "/set temp 1", "/retry"]
+    Loop(chat, cast(Any, screen), cast(Any, Typed(lines))).run()
+    assert sum("at temperature 0" in note for note in screen.notes) == 1
 
 
 def test_a_path_that_the_system_refuses_is_one_line(chat: Chat) -> None:

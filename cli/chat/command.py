@@ -79,7 +79,7 @@ def run(
 
 def _on_terminal(chat: Chat, markdown: bool) -> Loop:
     screen = TerminalScreen(lambda stats: status(chat, stats), markdown)
-    history = chat.sessions.folder / "history"
+    history = chat.sessions.folder / ".history"  # which is no session's name
     editor = LineEditor(history, CommandCompleter(chat.sessions), lambda: toolbar(loop))
     loop = Loop(chat, screen, editor)
     return loop

@@ -14,7 +14,7 @@ from mlx_kimi.chat.sessions import is_automatic
 from mlx_kimi.cli import show
 from mlx_kimi.cli.chat import settings
 from mlx_kimi.cli.chat.clipboard import copy
-from mlx_kimi.cli.chat.file import file_message
+from mlx_kimi.cli.chat.file import attachment
 from mlx_kimi.cli.listed import lines_of, opening
 from mlx_kimi.errors import KimiError
 from mlx_kimi.model import cache as caches
@@ -76,8 +76,14 @@ def undo(loop: Loop, argument: str) -> None:
 
 
 def retry(loop: Loop, argument: str) -> None:
-    loop.chat.retry()
-    loop.respond()
+    chat = loop.chat
+    if not chat.options["temp"] and not chat.conversation.is_unanswered:
+        loop.screen.note(
+            "at temperature 0 the likeliest answer is given every time, so this is the same one; "
+            "/set temp 0.6 draws others"
+        )
+    chat.retry()
+    loop.respond("the answer before is back")
 
 
 def edit(loop: Loop, argument: str) -> None:
@@ -91,14 +97,14 @@ def edit(loop: Loop, argument: str) -> None:
         loop.screen.note("nothing is changed")
         return
     loop.chat.edit(number, new)
-    loop.respond()
+    loop.respond("the message and what followed are as before", f"/edit {number} {new}")
 
 
 def reset(loop: Loop, argument: str) -> None:
-    kept = loop.chat.session if loop.chat.is_kept else None
+    kept = loop.chat.session
     loop.chat.reset()
     stays = f"; the last one stays as {kept.name}" if kept else ""
-    loop.screen.note(f"a new conversation{stays}")
+    loop.screen.note(f"a new conversation{stays}{loop.leave_all()}")
 
 
 def save(loop: Loop, argument: str) -> None:
@@ -117,6 +123,7 @@ def load(loop: Loop, argument: str) -> None:
     if not argument:
         raise KimiError("/load needs the name of a session; /sessions lists them")
     loop.resume(argument)
+    loop.leave_all()
 
 
 def sessions(loop: Loop, argument: str) -> None:
@@ -151,9 +158,13 @@ def set_option(loop: Loop, argument: str) -> None:
 
 
 def file(loop: Loop, argument: str) -> None:
-    text = file_message(argument)
-    loop.attached.append(text)
-    loop.screen.note(f"{len(text):,} characters go with the next message")
+    if argument == "-":
+        loop.attached = []
+    elif argument:
+        loop.attached.append(attachment(argument))
+    lines = [f"{len(one.text):>9,} characters  {one.path}" for one in loop.attached]
+    head = "these files go with the next message; /file - detaches them"
+    loop.screen.note("\n".join([head, *lines]) if lines else "no file goes with the next message")
 
 
 def copy_answer(loop: Loop, argument: str) -> None:
@@ -179,7 +190,7 @@ COMMANDS = {
     "sessions": Command(sessions, "", "list what is saved"),
     "stats": Command(stats, "", "context, memory and speeds"),
     "set": Command(set_option, "[NAME VALUE]", "show or change sampling, max_tokens, markdown"),
-    "file": Command(file, "PATH", "put a file into the next message"),
+    "file": Command(file, "[PATH|-]", "put a file into the next message, list or detach them"),
     "copy": Command(copy_answer, "", "copy the last answer to the clipboard"),
     "exit": Command(leave, "", "leave, as Ctrl-D does"),
 }

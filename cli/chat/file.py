@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_kimi.cli.fence import fenced
@@ -11,19 +12,27 @@ from mlx_kimi.user_files import read_bytes
 FILE_BYTES = 16 << 20  # more than the longest context holds
 
 
-def file_message(path: str) -> str:
+@dataclass(frozen=True)
+class Attachment:
+    """A file that goes with the next message: its path as given, and its part of the message."""
+
+    path: str
+    text: str
+
+
+def attachment(path: str) -> Attachment:
     """The file's text in a fence that nothing in it closes, under its name.
 
     Raises:
         KimiError: it cannot be read, is too large, or is not UTF-8.
     """
-    if not path:
-        raise KimiError("/file needs a path")
     file = Path(path).expanduser()
-    if not file.is_file():
+    if file.is_dir():
+        raise KimiError(f"{file} is a folder, and /file takes a file")
+    if not file.exists():
         raise KimiError(f"{file}: no such file")
     try:
         text = read_bytes(file, FILE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise KimiError(f"{file}: must be UTF-8, but byte {error.start} is not") from None
-    return fenced(file.name, text)
+    return Attachment(path, fenced(file.name, text))

@@ -40,7 +40,13 @@ LEAVING = "(Ctrl-C again, Ctrl-D or /exit ends the chat)"
 
 
 class Input(Protocol):
-    """Messages, one after another."""
+    """Messages, one after another.
+
+    Attributes:
+        takes_back: whether a message that got no answer stands at the next prompt again.
+    """
+
+    takes_back: bool
 
     def read(self, text: str = "") -> str | None:
         """The next message; `text` stands there to be changed. None: the chat ends."""
@@ -51,6 +57,8 @@ class Input(Protocol):
 
 class PipedLines:
     """A message a line. Nobody is there to consent."""
+
+    takes_back = False
 
     def __init__(self) -> None:
         if isinstance(sys.stdin, TextIOWrapper):  # what is not UTF-8 is refused by the message
@@ -95,6 +103,8 @@ def _history(file: Path) -> History:
 
 class LineEditor:
     """Keys as in a shell. Enter sends, Alt-Enter or Ctrl-J breaks the line, a paste is one text."""
+
+    takes_back = True
 
     def __init__(self, history: Path, completer: Completer, status: Callable[[], str]) -> None:
         self._session: PromptSession[str] = PromptSession(

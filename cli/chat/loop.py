@@ -10,6 +10,7 @@ from mlx_kimi.chat.chat import Chat
 from mlx_kimi.chat.tool_calls import Call
 from mlx_kimi.cli import show
 from mlx_kimi.cli.chat.commands import is_command, run_command
+from mlx_kimi.cli.chat.file import Attachment
 from mlx_kimi.cli.chat.input import Input
 from mlx_kimi.cli.chat.screen import Screen, TerminalScreen
 from mlx_kimi.cli.listed import opening
@@ -33,20 +34,25 @@ class Loop:
     """A conversation between the user and the model; commands act on it.
 
     Attributes:
-        attached: texts that go with the next message.
+        attached: files that go with the next message.
         stats: of the last answer.
     """
 
     def __init__(self, chat: Chat, screen: Screen, input: Input) -> None:
         self.chat, self.screen, self.input = chat, screen, input
-        self.attached: list[str] = []
+        self.attached: list[Attachment] = []
+        self._draft = ""  # stands at the next prompt, to be changed
         self.stats: Stats | None = None
         self.is_over = False
 
     def run(self) -> None:
         """Talk until the user leaves."""
-        while not self.is_over and (text := self.input.read()) is not None:
+        while not self.is_over:
             try:
+                draft, self._draft = self._draft, ""
+                text = self.input.read(draft)
+                if text is None:
+                    break
                 self._handle(text)
             except GpuLost:  # what was said is saved
                 raise
@@ -93,10 +99,19 @@ class Loop:
                 "this has no answer yet: /retry answers it, and a message goes on with it"
             )
 
-    def respond(self) -> None:
-        """Let the model answer, call tools, and answer again."""
+    def respond(self, restored: str, draft: str = "") -> None:
+        """Let the model answer, call tools, and answer again.
+
+        Args:
+            restored: what is said if that ends before the first token, and all is as before.
+            draft: then stands at the next prompt.
+        """
         for _ in range(ROUNDS):
-            self._answer()
+            try:
+                self._answer(restored)
+            finally:
+                if self.chat.withdrawn:
+                    self._draft = draft
             if not self.chat.pending:
                 return
             try:
@@ -127,19 +142,26 @@ class Loop:
         if is_command(text):
             run_command(self, text)
         elif text.strip():
-            self.chat.say("\n\n".join([*self.attached, text]))
-            self.attached = []
-            self.respond()
+            attached, self.attached = self.attached, []
+            self.chat.say("\n\n".join([*(one.text for one in attached), text]))
+            try:
+                self.respond("the message is taken back", text)
+            finally:
+                if self.chat.withdrawn and self.input.takes_back:
+                    self.attached = attached
 
-    def _answer(self) -> None:
-        turns = len(self.chat.conversation.turns)
+    def leave_all(self) -> str:
+        """Detach all files: another conversation begins. What to say of it."""
+        left, self.attached = len(self.attached), []
+        return f"; files that were attached are not: {left}" if left else ""
+
+    def _answer(self, restored: str) -> None:
         try:
             self.stats = self.screen.answer(self.chat.answer) or self.stats
         except KeyboardInterrupt:
-            if len(self.chat.conversation.turns) < turns:
-                self.screen.note("[stopped before the answer: the message is taken back]")
-            else:
-                self.screen.note("[stopped]")
+            self.chat.withdraw()  # if it came before the answer began
+            is_back = self.chat.withdrawn
+            self.screen.note(f"[stopped before the answer: {restored}]" if is_back else "[stopped]")
             self.chat.pending = []
             return
         self._explain_end()
@@ -183,13 +205,12 @@ def _share(tokens: int, limit: int) -> str:
 
 def toolbar(loop: Loop) -> str:
     """The line below the prompt."""
-    parts = [loop.used()]
+    parts = [f"attached: {len(loop.attached)}"] if loop.attached else []
+    parts.append(loop.used())
     if loop.stats:
         parts.append(f"{loop.stats.generation_speed:.1f} tok/s")
     parts.append(f"{human_size(mx.get_active_memory())} memory")
     parts.append(f"{human_size(loop.chat.state.snapshot_bytes)} snapshots")
-    if loop.attached:
-        parts.append(f"{len(loop.attached)} files attached")
     return " · ".join(parts)
 
 

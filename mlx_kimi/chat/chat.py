@@ -34,6 +34,7 @@ class Chat:
         pending: calls of tools that the last answer asked for and that have no result yet.
         ended: why the last answer did; None if it was stopped.
         removed: names of autosaved sessions that went since the last answer, for more room.
+        withdrawn: whether the last answer ended before its first token, and all is as it was.
         unsaved: why the conversation is not saved as it is; empty if it is.
         cut: the name of a call that was cut off in the last answer, and is not part of it.
         state: what of it the model has read.
@@ -64,6 +65,7 @@ class Chat:
         self.pending: list[Call] = []
         self.cut = self.unsaved = ""
         self.removed: list[str] = []
+        self.withdrawn = False
         self.ended: FinishReason | None = None
         self._retries = 0
         self._before: list[Turn] = []  # the turns before the last message, retry or edit
@@ -87,7 +89,7 @@ class Chat:
             KimiError: the conversation cannot be answered, as it is longer than the context.
         """
         reader, said, begun = CallReader(self.tokenizer), "", False
-        self.pending, self.cut, self.ended = [], "", None
+        self.pending, self.cut, self.ended, self.withdrawn = [], "", None, False
         try:
             for chunk in self._stream(progress):
                 text = chunk.text if reader.in_text else ""  # a marker's own text was before it
@@ -99,8 +101,8 @@ class Chat:
         finally:
             if begun:
                 self._record(said, reader.calls())
-            elif not self.conversation.turns[-1].replies:
-                self._withdraw()
+            else:
+                self.withdraw()
 
     def _stream(self, progress: Callable[[int, int], None] | None) -> Iterator[Chunk]:
         return stream_generate(
@@ -176,13 +178,14 @@ class Chat:
         self.conversation.system = text
         self._turn_begins()
 
-    def _withdraw(self) -> None:
-        """As it was before the last message, retry or edit."""
-        self.conversation.turns = self._before
-        self._save(None)
+    def withdraw(self) -> None:
+        """Go back before the last message, retry or edit, unless something was answered to it."""
+        if self.conversation.is_unanswered and not self.withdrawn:
+            self.conversation.turns, self.withdrawn = self._before, True
+            self._save(None)
 
     def _turn_begins(self) -> None:
-        self._retries, self.pending = 0, []
+        self._retries, self.pending, self.withdrawn = 0, [], False
         self._save(None)
 
     # -------------------------------------------------------------------------------------- keeping
