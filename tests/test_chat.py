@@ -317,7 +317,7 @@ def test_undo_retry_edit_and_save(start, folder, talker) -> None:
     terminal.wait_for("a new conversation; the last one stays as kept")
     terminal.wait_for_prompt()
     terminal.say("/sessions")
-    terminal.wait_for(r"^kept .* 2 turns +\d+ tokens  message 1")
+    terminal.wait_for(r"^kept .* 2 turns +\d+ tokens +\d+ kB  message 1")
     terminal.wait_for_prompt()
     terminal.say("/load kept")
     terminal.wait_for(r"kept: 2 turns, \d+ of 4,096 tokens")
