@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from mlx_kimi import __version__
-from mlx_kimi.cli.grammar import COMMANDS, Mistake
+from mlx_kimi.cli.command import Mistake
+from mlx_kimi.cli.grammar import COMMANDS
 from mlx_kimi.cli.interrupts import INTERRUPTED
 from mlx_kimi.cli.settings import NAMED, read_settings, settings_file
 from mlx_kimi.errors import KimiError

@@ -267,6 +267,43 @@ def test_help_and_version_answer_at_once() -> None:
     assert run("--version").stdout.startswith(b"mlx_kimi, version ")
 
 
+# Each takes long to import, and MLX may be absent.
+HEAVY = "{'numpy', 'mlx.core', 'rich', 'prompt_toolkit', 'tiktoken', 'huggingface_hub'}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--help", "Commands:"),
+        ("generate --help", "--max-tokens"),
+        ("bench --help", "--contexts"),
+        ("COMPLETE gen", "plain,generate"),
+        ("COMPLETE generate --to", "plain,--top-p"),
+        ("COMPLETE convert --mode mx", "plain,mxfp4"),
+        ("COMPLETE generate -f note", "file,note"),
+        ("COMPLETE info -m kimi", "dir,kimi"),
+    ],
+)
+def test_help_and_completion_import_little(words: str, expected: str) -> None:
+    """Time is measured elsewhere; what takes it is imports."""
+    arguments = words.removeprefix("COMPLETE ").split()
+    environment = dict(ENVIRONMENT)
+    if words.startswith("COMPLETE"):
+        environment |= {"_MLX_KIMI_COMPLETE": "bash_complete", "COMP_CWORD": str(len(arguments))}
+        environment["COMP_WORDS"] = " ".join(["mlx_kimi", *arguments])
+        arguments = []
+    script = (
+        "import sys, atexit; from mlx_kimi.__main__ import main;"
+        f"atexit.register(lambda: print('heavy', sorted({HEAVY} & set(sys.modules))));"
+        f"sys.argv[1:] = {arguments!r}; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert expected in done.stdout and done.stdout.endswith("heavy []\n"), done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("streams", "code", "said"),

@@ -1,0 +1,69 @@
+"""A command: its module is imported when it runs, and options are named as they were given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from mlx_kimi import backend
+from mlx_kimi.cli.interrupts import raise_again
+from mlx_kimi.cli.options import FILES, MODEL
+from mlx_kimi.cli.settings import as_given
+from mlx_kimi.errors import OptionError
+
+USAGE = 2  # the exit code of a command line that is wrong
+
+
+class Mistake(click.ClickException):
+    """One line about a command line that is wrong."""
+
+    exit_code = USAGE
+
+
+class Command(click.Command):
+    """Runs a function of its module, which is imported then and not before."""
+
+    def __init__(
+        self,
+        name: str,
+        params: Sequence[click.Parameter],
+        help: str,
+        module: str | None = None,
+        epilog: str | None = None,
+        function: str = "run",
+    ) -> None:
+        self.module, self.function = f"mlx_kimi.cli.{module or name}", function
+        super().__init__(
+            name,
+            {"allow_extra_args": True},
+            self._run,
+            list(params),
+            help,
+            epilog,
+        )
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        left = super().parse_args(context, arguments)
+        if left and not context.resilient_parsing:
+            takes = "" if MODEL not in self.params else "; a model is given with -m"
+            if FILES in self.params:
+                takes = "; TEXT of several words needs quotes, a file -f and a model -m"
+            context.fail(f"unexpected argument {left[0]!r}{takes}")
+        return left
+
+    def _run(self, **given: Any) -> None:
+        if problem := backend.missing():
+            raise click.ClickException(problem)
+        module = import_module(self.module)
+        raise_again()
+        try:
+            getattr(module, self.function)(**given)
+        except OptionError as error:
+            name, source = as_given(click.get_current_context(), error.name)
+            is_files = source is ParameterSource.DEFAULT_MAP
+            kind = click.ClickException if is_files else Mistake
+            raise kind(f"{name} {error.rule}") from None
