@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import prod
@@ -17,17 +16,15 @@ from typing import Any
 
 import click
 import mlx.core as mx
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from mlx_kimi import __version__
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli import show
 from mlx_kimi.cli.given import budget_of, folder_of
+from mlx_kimi.cli.progress import Work, loading, work
 from mlx_kimi.errors import KimiError, OptionError
 from mlx_kimi.evaluation.bench import Bench, BenchRow, check_fits, check_settings
-from mlx_kimi.evaluation.bench import Progress as OnProgress
 from mlx_kimi.loading.load import load
 from mlx_kimi.metal_kernels.kernel import backend
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -80,7 +77,8 @@ def run(
             check_fits(length, tokens, budget.context, "--context")
     if budget:  # room for what is measured, unless told
         budget = replace(budget, context=budget.context or max(lengths) + tokens + 1)
-    network, tokenizer = load(folder, budget)
+    with loading():
+        network, tokenizer = load(folder, budget)
     bench = Bench(network, tokenizer, tokens=tokens, repeats=repeats, prefill_step=prefill_step)
     facts = _facts(model or "pocket", network, bench)
     for line in (*_heading(facts), LEGEND.format(tokens=tokens, repeats=repeats), *_titles()):
@@ -88,8 +86,9 @@ def run(
     rows: list[BenchRow] = []
     try:
         for length in lengths:
-            with _bar(length) as progress:
-                rows.append(bench.row(length, progress))
+            # A drawing thread would be measured: it is drawn between steps only.
+            with work(f"context {length:,}", "tokens", by_itself=False) as doing:
+                rows.append(bench.row(length, partial(_show, doing, length)))
             click.echo(_line(rows[-1]), err=json_file == DASH)
             if rows[-1].experts:
                 spent = show.experts(rows[-1].experts, repeats * (tokens - 1))
@@ -100,6 +99,11 @@ def run(
             _write(json_file, json.dumps(report, indent=2) + "\n")
         if plot_file and rows:
             _plot(plot_file, _heading(facts)[0], rows)
+
+
+def _show(doing: Work, length: int, what: str, done: int, total: int) -> None:
+    doing.at(f"context {length:,}: {what}")
+    doing(done, total)
 
 
 def _lengths(contexts: str) -> list[int]:
@@ -245,26 +249,3 @@ def _plot(file: Path, title: str, rows: Sequence[BenchRow]) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150)
-
-
-@contextmanager
-def _bar(length: int) -> Iterator[OnProgress]:
-    """A bar on a terminal. It is drawn between steps only: a drawing thread would be measured."""
-    columns = (
-        TextColumn("context {task.fields[length]:,}: {task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} tokens"),
-    )
-    with Progress(
-        *columns,
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        auto_refresh=False,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("warming up", total=None, length=length)
-
-        def update(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total, refresh=True)
-
-        yield update

@@ -11,10 +11,11 @@ from mlx_kimi.chat.conversation import Conversation
 from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.prompt_cache import write_prompt_cache
 from mlx_kimi.chat.session import refuse_used
-from mlx_kimi.cli import show
 from mlx_kimi.cli.given import folder_of, prompt_of
+from mlx_kimi.cli.progress import BYTES, loading, work
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.load import load
+from mlx_kimi.units import counted
 
 
 def run(
@@ -32,10 +33,11 @@ def run(
     folder = folder_of(model)
     conversation = Conversation(system)
     conversation.say(prompt)
-    with show.weights_progress() as known:
+    with work("reading the weights, once, to know them again", BYTES) as known:
         same = fingerprint(folder, options["latent_bits"], progress=known)
-    network, tokenizer = load(folder)
-    with show.prefill_progress() as progress:
+    with loading():
+        network, tokenizer = load(folder)
+    with work("reading", "tokens") as progress:
         count = write_prompt_cache(
             out,
             network,
@@ -45,4 +47,4 @@ def run(
             progress=progress,
             **options,
         )
-    click.echo(f"{out}: {count:,} tokens", err=True)
+    click.echo(f"{out}: {counted(count, 'token')}", err=True)

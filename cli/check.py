@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_kimi.backend import untried
 from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli.given import folder_of
+from mlx_kimi.cli.progress import Work, work
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.goldens import Goldens, goldens_of
 from mlx_kimi.evaluation.kernel_report import kernel_report
@@ -23,6 +24,7 @@ from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import backend, refusals, use_backend
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
+from mlx_kimi.units import counted
 
 # Two ways of rounding to 16 bits, through all layers; a wrong kernel is off by about 1.
 KERNEL_TOLERANCE = 0.1
@@ -38,33 +40,42 @@ Finding = tuple[str, str | None]  # what was found; what is wrong with it
 
 def run(model: str | None, report: bool) -> None:
     folder = folder_of(model)
-    if report:
-        click.echo("\n".join(machine()))
-    tokenizer = load_tokenizer(folder)
-    if newer := untried():
-        click.echo(newer)
-    network = load_model(folder)
-    goldens = goldens_of(folder, network.config.vocab_size)
+    with work() as doing:
+        doing.at("loading the model")
+        tokenizer = load_tokenizer(folder)
+        network = load_model(folder)
+        with doing.hidden():
+            for line in (*(machine() if report else ()), untried()):
+                if line:
+                    click.echo(line)
+        failures = _check(network, tokenizer, goldens_of(folder, network.config.vocab_size), doing)
+        if report:
+            _report(doing)
+    if failures:
+        raise KimiError(f"{folder}: {counted(failures, 'check')} failed")
+    click.echo(f"{folder} is a whole model, on {mx.default_device()}")
+
+
+def _check(network: KimiLinear, tokenizer: Tokenizer, goldens: Goldens | None, doing: Work) -> int:
+    """Print what each part finds, as it is found; the number of what is wrong."""
     failures = 0
-    parts: list[tuple[str, Iterable[Finding]]] = [
-        ("tensors", [_tensors(network)]),
-        ("tokenizer", _tokenizer(tokenizer, goldens)),
-        ("template", _template(tokenizer, goldens)),
-        ("mlx", _mlx(network)),
-        ("kernels", _kernels(network, tokenizer)),
-        ("answer", _answers(network, tokenizer, goldens)),
+    parts: list[tuple[str, str, Iterable[Finding]]] = [
+        ("tensors", "counting tensors", [_tensors(network)]),
+        ("tokenizer", "encoding texts", _tokenizer(tokenizer, goldens)),
+        ("template", "rendering chats", _template(tokenizer, goldens)),
+        ("mlx", "MLX's operations against float64", _mlx(network, doing)),
+        ("kernels", "kernels against MLX's operations", _kernels(network, tokenizer)),
+        ("answer", "looking for NaN", _answers(network, tokenizer, goldens, doing)),
     ]
-    for part, findings in parts:
+    for part, what, findings in parts:
+        doing.at(what)
         for found, wrong in findings:
             failures += wrong is not None
-            click.echo(f"{'ok    ' if wrong is None else 'FAILED'} {part:<10} {found}")
-            if wrong is not None:
-                click.echo(f"       {wrong}")
-    if report:
-        _report()
-    if failures:
-        raise KimiError(f"{folder}: {failures} checks failed")
-    click.echo(f"{folder} is a whole model, on {mx.default_device()}")
+            with doing.hidden():
+                click.echo(f"{'ok    ' if wrong is None else 'FAILED'} {part:<10} {found}")
+                if wrong is not None:
+                    click.echo(f"       {wrong}")
+    return failures
 
 
 def _tensors(network: KimiLinear) -> Finding:
@@ -75,18 +86,22 @@ def _tensors(network: KimiLinear) -> Finding:
     return f"{count} matrices and vectors, all there and of the right shape; {stored}", None
 
 
-def _report() -> None:
+def _report(doing: Work) -> None:
+    doing.at("each kernel alone")
     try:
         for line in kernel_report():
-            click.echo(line)
+            with doing.hidden():
+                click.echo(line)
     except (RuntimeError, ValueError) as error:  # (what was printed may say why)
-        click.echo(f"the report ends here: {error}")
+        with doing.hidden():
+            click.echo(f"the report ends here: {error}")
 
 
-def _mlx(network: KimiLinear) -> Iterator[Finding]:
+def _mlx(network: KimiLinear, doing: Work) -> Iterator[Finding]:
     """MLX's operations against float64: a line for each wrong one, and one for all others."""
     right: list[Measurement] = []
-    for measured in check_mlx(network):
+    for count, measured in enumerate(check_mlx(network), 1):
+        doing.at(f"MLX's operations against float64: {count} done")
         if not measured.is_wrong:
             right.append(measured)
             continue
@@ -150,7 +165,7 @@ def _template(tokenizer: Tokenizer, goldens: Goldens | None) -> Iterator[Finding
 
 
 def _answers(
-    network: KimiLinear, tokenizer: Tokenizer, goldens: Goldens | None
+    network: KimiLinear, tokenizer: Tokenizer, goldens: Goldens | None, doing: Work
 ) -> Iterator[Finding]:
     answers = goldens.answers if goldens else {}
     ids = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
@@ -161,11 +176,13 @@ def _answers(
         yield "logits are finite numbers", f"NaN or infinity, first from {place}: damaged weights"
         return
     yield "logits are finite numbers", None
-    for question, expected in answers.items():
+    for count, (question, expected) in enumerate(answers.items(), 1):
+        doing.at(f"answering question {count} of {len(answers)}")
         answer = generate(network, tokenizer, question, max_tokens=256)
         wrong = None if answer == expected else f"answered {answer!r}, expected {expected!r}"
         yield repr(question), wrong
     if not answers:
+        doing.at("answering a question")
         answer = generate(network, tokenizer, QUESTION, max_tokens=64)
         yield f"{QUESTION!r} -> {answer!r}", None if answer.strip() else "the answer is empty"
 

@@ -5,30 +5,21 @@ from __future__ import annotations
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from mlx_kimi.checkpoint.hub import local_folder
 from mlx_kimi.checkpoint.tensors import Tensor
 from mlx_kimi.cli import convert_report
+from mlx_kimi.cli.progress import BYTES, work
 from mlx_kimi.convert.convert import Summary, convert
 from mlx_kimi.convert.partial import partial_of
 from mlx_kimi.convert.preview import Preview
 from mlx_kimi.convert.quantize import Scheme, scheme
-from mlx_kimi.convert.write import Progress as OnProgress
-from mlx_kimi.units import human_size
+from mlx_kimi.units import counted, human_size
 
 Hidden = Callable[[], AbstractContextManager[object]]
 
@@ -57,10 +48,15 @@ def run(
     ids = convert_report.sample(source, report, report_text)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        with _bar(Console(stderr=True)) as (progress, hidden):
+        with work(unit=BYTES) as progress:
+            progress.at("converting")
+
+            def say(line: str) -> None:
+                with progress.hidden():
+                    click.echo(line, err=True)
 
             def show_preview(preview: Preview) -> None:
-                with hidden():
+                with progress.hidden():
                     _print_preview(preview)
 
             done = convert(
@@ -71,8 +67,8 @@ def run(
                 progress,
                 show_preview,
                 delete_source_shards=delete_source_shards,
-                around_downloads=hidden,
-                say=lambda line: click.echo(line, err=True),
+                around_downloads=progress.hidden,
+                say=say,
             )
     except (KeyboardInterrupt, SystemExit):
         if partial_of(out).exists():
@@ -100,29 +96,6 @@ def _scheme(given: dict[str, object], no_quantize: bool) -> Scheme | None:
         raise click.UsageError(f"--{error}.") from None
 
 
-@contextmanager
-def _bar(console: Console) -> Iterator[tuple[OnProgress, Hidden]]:
-    """A progress bar with the time that is left, on a terminal; and how to hide it for a while."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    piped = not sys.stderr.isatty()
-    with Progress(*columns, console=console, disable=piped, transient=True) as bar:
-        task = bar.add_task("converting", total=None)
-
-        @contextmanager
-        def hidden() -> Iterator[None]:
-            bar.stop()
-            yield
-            bar.start()
-
-        yield lambda done, total: bar.update(task, completed=done, total=total), hidden
-
-
 def _print_preview(preview: Preview) -> None:
     size = human_size(preview.out_bytes)
     if preview.left_bytes < preview.out_bytes:
@@ -140,7 +113,7 @@ def _print_preview(preview: Preview) -> None:
 
 
 def _print_summary(summary: Summary) -> None:
-    files = "1 file" if summary.shards == 1 else f"{summary.shards} files"
+    files = counted(summary.shards, "file")
     click.echo(
         f"{summary.out}: {human_size(summary.out_bytes)} in {files}, made from "
         f"{human_size(summary.source_bytes)}; {summary.bits_per_weight:.3f} bits per weight, "

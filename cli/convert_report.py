@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.cli import show
 from mlx_kimi.cli.given import read_text
+from mlx_kimi.cli.progress import work
 from mlx_kimi.convert.report.quality import (
     LayerQuality,
     Quality,
@@ -58,18 +56,9 @@ def compare(source: Path, out: Path, ids: list[int]) -> None:
     """Measure what the conversion of `source` to `out` cost, print it and write it into `out`."""
     limit = peak_memory(ModelConfig.read(out))
     click.echo(f"comparing with the source: at most {human_size(limit)} of memory", err=True)
-    columns = (
-        TextColumn("layer {task.completed} of {task.total}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-    )
-    console, hidden = Console(stderr=True), not sys.stderr.isatty()
     try:
-        with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
-            task = bar.add_task("", total=None)
-            quality = measure(
-                source, out, ids, lambda done, total: bar.update(task, completed=done, total=total)
-            )
+        with work("comparing", "layers") as progress:
+            quality = measure(source, out, ids, progress)
     except (KeyboardInterrupt, SystemExit):
         click.echo(f"\n{out} is whole; the report was not finished", err=True)
         raise

@@ -9,6 +9,7 @@ import click
 
 from mlx_kimi.cli import show
 from mlx_kimi.cli.given import folder_of, read_text
+from mlx_kimi.cli.progress import work
 from mlx_kimi.evaluation.evaluate import Evaluation, Prediction, evaluate
 
 
@@ -16,7 +17,7 @@ def run(
     file: Path, model: str | None, against: str | None, tokens: int, window: int, as_json: bool
 ) -> None:
     text = read_text(file)
-    with show.prefill_progress() as progress:
+    with work("reading", "tokens") as progress:
         found = evaluate(
             folder_of(model),
             text,

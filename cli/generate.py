@@ -13,6 +13,7 @@ from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.session import read_session
 from mlx_kimi.cli import show
 from mlx_kimi.cli.given import budget_of, check_options, folder_of, prompt_of, with_defaults
+from mlx_kimi.cli.progress import BYTES, loading, work
 from mlx_kimi.generation.answer import Chunk
 from mlx_kimi.generation.generate import Prompt, stream_generate
 from mlx_kimi.generation.token_state import TokenState
@@ -40,7 +41,8 @@ def run(
         raise click.UsageError(f"{which} is part of a chat and --raw has none")
     folder = folder_of(model, budget)
     options = with_defaults(options, folder)
-    network, tokenizer = load(folder, budget)
+    with loading():
+        network, tokenizer = load(folder, budget)
     state = TokenState(network, options["latent_bits"], snapshot_every=None)
     conversation = Conversation(system)
     if prompt_cache:
@@ -49,7 +51,7 @@ def run(
     asked: Prompt = tokenizer.encode(prompt) if raw else conversation.messages
 
     chunks: list[Chunk] = []
-    with show.prefill_progress() as progress:
+    with work("reading", "tokens") as progress:
         stream = stream_generate(
             network, tokenizer, asked, stop=stop, progress=progress, state=state, **options
         )
@@ -82,7 +84,7 @@ def _cached(file: Path, folder: Path, state: TokenState, system: str | None) -> 
     """What `file` holds; `state` has read it if this model has."""
     if system is not None:
         raise click.UsageError("--prompt-cache has its own system message, or none")
-    with show.weights_progress() as progress:
+    with work("reading the weights, once, to know them again", BYTES) as progress:
         same = fingerprint(folder, state.latent_bits, progress=progress)
     conversation, notes = read_session(file, same, state)
     for note in notes:

@@ -11,8 +11,10 @@ import click
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_kimi.checkpoint.hub import is_folder
 from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli.given import model_or_pocket
+from mlx_kimi.cli.progress import work
 from mlx_kimi.cli.tuned import lines
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.fetch import headers_of
@@ -31,13 +33,17 @@ Implementation = tuple[str, str, str]  # how many tokens, what runs, why
 
 def run(model: str | None, kernels: bool, context: int | None, latent_bits: int | None) -> None:
     check_latent_bits(latent_bits)
-    folder, checkpoint = headers_of(model_or_pocket(model))
-    network = load_model(folder, lazy=True, checkpoint=checkpoint)
+    named = model_or_pocket(model)
+    with work() as doing:
+        if is_folder(named):  # (else the hub's own bars show what it downloads)
+            doing.at("reading headers")
+        folder, checkpoint = headers_of(named)
+        network = load_model(folder, lazy=True, checkpoint=checkpoint)
     if kernels:
         lines = _kernels(network)
     else:
         lines = chain(_facts(network), _memory(network, context, latent_bits))
-    for line in lines:
+    for line in list(lines):  # all of it, or an error
         click.echo(line)
 
 

@@ -1,19 +1,15 @@
-"""What commands print besides answers: progress and speeds, on stderr. What a terminal may get."""
+"""What commands print besides answers: speeds, on stderr. What a terminal may get."""
 
 from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlx_kimi.units import human_size
+from mlx_kimi.units import counted, human_size
 
 if TYPE_CHECKING:
     from mlx_kimi.evaluation.bench import BenchRow
@@ -81,8 +77,8 @@ def speeds(stats: Stats) -> str:
     """The closing line of an answer."""
     cached = f" ({stats.cached_tokens} kept)" if stats.cached_tokens else ""
     return (
-        f"prompt {stats.prompt_tokens} tokens{cached}, {stats.prompt_speed:.1f} tok/s | "
-        f"answer {stats.generated_tokens} tokens, {stats.generation_speed:.1f} tok/s | "
+        f"prompt {counted(stats.prompt_tokens, 'token')}{cached}, {stats.prompt_speed:.1f} tok/s | "
+        f"answer {counted(stats.generated_tokens, 'token')}, {stats.generation_speed:.1f} tok/s | "
         f"first token {stats.time_to_first_token:.2f} s | "
         f"peak memory {human_size(stats.peak_memory)}"
         + (f" | {experts(stats.experts, stats.generated_tokens - 1)}" if stats.experts else "")
@@ -118,42 +114,3 @@ def distance(found: Distance) -> list[str]:
         f"99 % below {found.high_kl:.5f}",
         f"same likeliest  {found.agreement:.2%} of the tokens",
     ]
-
-
-@contextmanager
-def weights_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar while all weights are read to know them again, where stderr is a terminal."""
-    columns = (TextColumn("reading the weights, once, to know them again"), BarColumn())
-    with Progress(
-        *columns,
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
-        task = bar.add_task("weights", total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
-
-
-@contextmanager
-def prefill_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar for prompts that take several steps, where stderr is a terminal; gone when done."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("reading"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} tokens"),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task("reading", total=None)
-
-    def update(done: int, total: int) -> None:
-        if done and sys.stderr.isatty():  # a prompt of one step needs no bar
-            bar.start()
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield update
-    finally:
-        if bar.live.is_started:
-            bar.stop()

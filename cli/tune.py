@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import click
-from rich.console import Console
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.cli.given import folder_of
+from mlx_kimi.cli.progress import work
 from mlx_kimi.cli.tuned import lines
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
@@ -21,12 +21,13 @@ def run(model: str | None, seconds: float) -> None:
     enlarge_command_buffers()  # as a load does: the child inherits it
     folder = folder_of(model)
     config = ModelConfig.read(folder)
-    with Console(stderr=True).status("trying the kernels on this GPU") as status:
+    with work() as doing:
+        doing.at("trying the kernels on this GPU")
         stored = tune(
             folder,
             config,
             dtype_of(folder),
-            lambda kernel: status.update(f"trying {kernel}"),
+            lambda kernel: doing.at(f"trying {kernel}"),
             again=True,
             seconds=seconds,
         )

@@ -16,12 +16,12 @@ from mlx_kimi.chat.session import refuse_longer
 from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.chat.tools import load_tools
 from mlx_kimi.checkpoint.config import ModelConfig
-from mlx_kimi.cli import show
 from mlx_kimi.cli.chat.completion import CommandCompleter
 from mlx_kimi.cli.chat.input import LineEditor, PipedLines
 from mlx_kimi.cli.chat.loop import Loop, status, toolbar
 from mlx_kimi.cli.chat.screen import PlainScreen, TerminalScreen
 from mlx_kimi.cli.given import budget_of, check_options, folder_of, with_defaults
+from mlx_kimi.cli.progress import BYTES, work
 from mlx_kimi.loading.load import load
 
 
@@ -52,7 +52,7 @@ def run(
     toolbox = load_tools(tools_file) if tools_file else None
     folder = folder_of(model, budget)
     options = with_defaults(options, folder)
-    with show.weights_progress() as progress:
+    with work("reading the weights, once, to know them again", BYTES) as progress:
         schemas = toolbox.schemas if toolbox else None
         same = fingerprint(folder, latent_bits, schemas, progress)
     if budget and resume is not None:  # likewise

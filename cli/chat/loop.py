@@ -177,7 +177,9 @@ class Loop:
         if stats.prompt_tokens + stats.generated_tokens >= chat.model.config.model_max_length:
             self.screen.note(f"[the context is full, {self.used()}: {FULL}]")
         else:
-            self.screen.note(f"[cut after {limit} tokens; /set max_tokens N allows more]")
+            self.screen.note(
+                f"[cut after {counted(limit, 'token')}; /set max_tokens N allows more]"
+            )
 
     def _result(self, call: Call) -> str:
         """Ask the user, and run the function if it is allowed."""

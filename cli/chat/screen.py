@@ -17,6 +17,7 @@ from rich.text import Text
 
 from mlx_kimi.cli import show
 from mlx_kimi.cli.chat.markdown import QUIET, MarkdownBlock, MarkdownBlocks
+from mlx_kimi.cli.progress import work
 from mlx_kimi.generation.answer import Chunk, Stats
 
 REDRAW_SECONDS = 0.05  # at least, between two drawings of the block that grows
@@ -113,7 +114,7 @@ class TerminalScreen:
     def _as_it_comes(self, stream: Callable[[Progress], Iterable[Chunk]]) -> Stats | None:
         stats, answer = None, show.AnswerWriter()
         try:
-            with show.prefill_progress() as progress:
+            with work("reading", "tokens") as progress:
                 for chunk in stream(progress):
                     answer.write(chunk.text)
                     stats = chunk.stats

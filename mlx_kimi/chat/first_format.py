@@ -15,6 +15,7 @@ from typing import Any
 
 from mlx_kimi.chat.conversation import Conversation, read_turn
 from mlx_kimi.errors import KimiError
+from mlx_kimi.units import counted
 from mlx_kimi.user_files import read_bytes
 
 PREVIOUS, FORMAT = "chat.previous.jsonl", 1
@@ -40,7 +41,7 @@ def read(
         return about, conversation, note
     for file in (folder / name, folder / PREVIOUS):
         if file.is_file() and (rescued := _rescued(file, most)).turns:
-            return {}, rescued, f"damaged: {len(rescued.turns)} turns could be read"
+            return {}, rescued, f"damaged: {counted(len(rescued.turns), 'turn')} could be read"
     raise KimiError(f"{folder}: no session can be read: {'; '.join(problems)}")
 
 
