@@ -73,12 +73,21 @@ class AnswerWriter:
         click.echo(self._printable.end() if self._printable else "")
 
 
+FEW = 8  # tokens, which are too few to tell a speed
+
+
+def generation_speed(stats: Stats) -> list[str]:
+    """Tokens a second, in words, if there are enough of them."""
+    return [f"{stats.generation_speed:.1f} tok/s"] if stats.generated_tokens >= FEW else []
+
+
 def speeds(stats: Stats) -> str:
     """The closing line of an answer."""
     cached = f" ({stats.cached_tokens} kept)" if stats.cached_tokens else ""
+    answer = [counted(stats.generated_tokens, "token"), *generation_speed(stats)]
     return (
         f"prompt {counted(stats.prompt_tokens, 'token')}{cached}, {stats.prompt_speed:.1f} tok/s | "
-        f"answer {counted(stats.generated_tokens, 'token')}, {stats.generation_speed:.1f} tok/s | "
+        f"answer {', '.join(answer)} | "
         f"first token {stats.time_to_first_token:.2f} s | "
         f"peak memory {human_size(stats.peak_memory)}"
         + (f" | {experts(stats.experts, stats.generated_tokens - 1)}" if stats.experts else "")

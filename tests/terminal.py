@@ -35,6 +35,8 @@ class Terminal:
 
     def __init__(self, *arguments: str | Path, columns: int = 80, rows: int = 24, **env: str):
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm-256color", **env}
+        for name in ("COLUMNS", "LINES"):  # of the terminal that the tests run in
+            environment.pop(name, None)
         self._process = pexpect.spawn(
             sys.executable,
             ["-m", "mlx_kimi", *map(str, arguments)],

@@ -82,7 +82,11 @@ def test_a_line_is_edited_sent_and_answered(start, folder) -> None:
     terminal.say("")
     terminal.wait_for(r"347 \+ 58 = 405\.")
     terminal.wait_for_prompt()
-    assert terminal.lines[:4] == ["", "> What is 347 + 58?", "", "347 + 58 = 405."]
+    assert terminal.lines[:6] == [
+        "pocket · 4 bits · 32,768 tokens of context",
+        "/help · Enter sends · Ctrl-C stops · Ctrl-D leaves",
+        *("", "> What is 347 + 58?", "", "347 + 58 = 405."),
+    ]
     terminal.wait_for(r"^\d+ of 32,768 tokens \(0%\) · [\d.]+ tok/s · [\d.]+ MB memory")
     terminal.type("one" + ALT_ENTER + "two")
     terminal.say("")
@@ -213,6 +217,34 @@ def test_what_is_typed_during_an_answer_waits_unseen(start, talker) -> None:
     assert terminal.text.count("typed ahead") == 1
 
 
+@pytest.mark.slow
+def test_forty_columns_are_enough(start, talker) -> None:
+    """Lines break between words, and what is below a line begins where its meaning does."""
+    terminal = start(*talker_options(talker, 60), columns=40, rows=30)
+    terminal.say("/help")
+    terminal.wait_for("^Ctrl-D +leave")
+    terminal.wait_for(r"^/show \[N\] +list the messages by\n +number, or show")
+    terminal.wait_for_prompt()
+    terminal.say("first")
+    terminal.wait_for("^Ctrl-C stops")
+    terminal.wait_for(r"^\[cut after 60 tokens; /set max_tokens N\n ?allows more\]")
+
+
+@pytest.mark.slow
+def test_a_dumb_terminal_has_a_prompt_and_asks_for_consent(folder, tmp_path) -> None:
+    (tmp_path / "weather.py").write_text(TOOLS.format(log=str(tmp_path / "log")))
+    options = ("--sessions", folder, "--tools", tmp_path / "weather.py")
+    terminal = Terminal("chat", *options, TERM="dumb")
+    terminal.wait_for("^> ?$")
+    terminal.say("What is the weather in Paris?")
+    terminal.wait_for(r"\[y/N/a\]")
+    terminal.say("y")
+    terminal.wait_for("Paris is sunny")
+    terminal.wait_for(r"^> ?$")
+    assert b"\x1b" not in terminal.raw
+    terminal.close()
+
+
 # ------------------------------------------------------------------------------------------ Ctrl-C
 @pytest.mark.slow
 def test_ctrl_c_while_the_message_is_read(start, talker, folder) -> None:
@@ -245,7 +277,7 @@ def test_ctrl_c_while_the_message_is_read(start, talker, folder) -> None:
 def test_ctrl_c_in_an_answer_keeps_what_was_said(start, talker, folder) -> None:
     terminal = start(*talker_options(talker, 3500))
     terminal.say("first")
-    terminal.wait_for(r"[\d.]+ tok/s · [1-9]\d\d of 4,096 tokens \(\d+%\) · .* · Ctrl-C stops")
+    terminal.wait_for(r"Ctrl-C stops · [\d.]+ tok/s · [1-9]\d\d of 4,096 tokens \(\d+%\) · ")
     terminal.type(CTRL_C)
     terminal.wait_for(r"\[stopped\]")
     terminal.wait_for_prompt()
@@ -374,7 +406,7 @@ def test_a_tool_is_called_with_consent_and_not_without(start, folder, tmp_path) 
     (tmp_path / "weather.py").write_text(TOOLS.format(log=str(log)))
     terminal = start("--tools", tmp_path / "weather.py")
     terminal.say("What is the weather in Paris?")
-    terminal.wait_for(r'Allow get_weather\(\{"city": "Paris"\}\)\? \[y/N\]')
+    terminal.wait_for(r'Allow get_weather\(\{"city": "Paris"\}\)\? \[y/N/a\]')
     assert not log.exists()
     terminal.say("y")
     terminal.wait_for("get_weather -> sunny, 24 degrees")
@@ -383,19 +415,26 @@ def test_a_tool_is_called_with_consent_and_not_without(start, folder, tmp_path) 
     assert log.read_text() == "Paris\n"
     assert "<|" not in terminal.text
     terminal.say("What is the weather in Rome?")
-    terminal.wait_for(r"Allow get_weather\(.*Rome.*\[y/N\]")
+    terminal.wait_for(r"Allow get_weather\(.*Rome.*\[y/N/a\]")
     terminal.say("")
     terminal.wait_for_prompt()
     replies = saved(folder).turns[1].replies
     assert [reply["role"] for reply in replies] == ["assistant", "tool", "assistant"]
     assert replies[1]["content"] == "The user did not allow this call."
     terminal.say("What is the weather in Oslo?")
-    terminal.wait_for(r"Allow get_weather\(.*Oslo.*\[y/N\]")
+    terminal.wait_for(r"Allow get_weather\(.*Oslo.*\[y/N/a\]")
     terminal.type(CTRL_C)
     terminal.wait_for(r"\[stopped\]")
     terminal.wait_for_prompt()
     assert [reply["role"] for reply in saved(folder).turns[2].replies] == ["assistant", "tool"]
     assert log.read_text() == "Paris\n", "only what was allowed has run"
+    terminal.say("What is the weather in Rome?")
+    terminal.wait_until(lambda: terminal.text.count('Rome"})? [y/N/a]') == 2)
+    terminal.say("a")
+    terminal.wait_for_prompt()
+    terminal.say("What is the weather in Paris?")
+    terminal.wait_until(lambda: terminal.text.count("Paris is sunny") == 2)
+    assert log.read_text() == "Paris\nRome\nParis\n", "and not asked for again"
 
 
 def test_a_call_where_there_are_no_tools_is_answered_with_that(loaded, tmp_path) -> None:

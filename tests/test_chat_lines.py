@@ -4,6 +4,7 @@ import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,10 +12,14 @@ import pytest
 from mlx_kimi import load
 from mlx_kimi.chat.chat import Chat
 from mlx_kimi.chat.sessions import Sessions
+from mlx_kimi.chat.tool_calls import Call
+from mlx_kimi.cli import show
 from mlx_kimi.cli.chat.commands import COMMANDS
+from mlx_kimi.cli.chat.input import Consent
 from mlx_kimi.cli.chat.loop import Loop
 from mlx_kimi.defaults import PREFILL_STEP
 from mlx_kimi.errors import LONGEST, KimiError, in_words
+from mlx_kimi.generation.answer import Stats
 
 OPTIONS: dict[str, Any] = {
     **{"max_tokens": 2, "temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
@@ -176,6 +181,43 @@ def test_files_are_listed_detached_and_left_with_their_conversation(
     assert "of the file" in chat.conversation.turns[-1].text
     after("/file folder", "/file lost")
     assert screen.errors == ["folder is a folder, and /file takes a file", "lost: no such file"]
+
+
+def test_messages_are_shown_with_the_numbers_that_edit_takes(chat: Chat) -> None:
+    screen = Notes()
+    lines = ["/show", "one", "two", "/show", "/show 1", "/show 3", "/show x"]
+    Loop(chat, cast(Any, screen), cast(Any, Typed(lines))).run()
+    notes = [note for note in screen.notes if not note.startswith("[cut")]
+    assert notes == ["nothing has been said yet", "  1  one\n  2  two", "> one"]
+    assert screen.errors == [
+        "messages are numbered 1 to 2, but 3 was given",
+        "/show takes a message's number, but was given 'x'",
+    ]
+
+
+def test_consent_to_a_function_lasts_until_another_conversation(chat: Chat) -> None:
+    asked: list[str] = []
+
+    class Answers(Typed):
+        def consents(self, question: str) -> Any:
+            asked.append(question)
+            return Consent.ALWAYS
+
+    loop = Loop(chat, cast(Any, Notes()), cast(Any, Answers([])))
+    chat.toolbox = cast(Any, SimpleNamespace(run=lambda call: "done", schemas=None))
+    for name in ("functions.f:0", "functions.f:1", "functions.g:2"):
+        assert loop._result(Call(name, "{}", True)) == "done"
+    assert asked == ["Allow f({})?", "Allow g({})?"]
+    loop.leave_all()
+    loop._result(Call("functions.f:3", "{}", True))
+    assert asked[2:] == ["Allow f({})?"]
+
+
+def test_no_speed_is_told_of_a_few_tokens() -> None:
+    """It was 1320.8 tok/s of two."""
+    assert "answer 1 token | " in show.speeds(Stats(10, 0, 1, 0.1, 0.0, 0.0, 0, 1))
+    assert "answer 2 tokens | " in show.speeds(Stats(10, 0, 2, 0.1, 0.0007, 0.0, 0, 1))
+    assert "answer 9 tokens, 8.0 tok/s | " in show.speeds(Stats(10, 0, 9, 0.1, 1.0, 0.0, 0, 1))
 
 
 def test_retry_at_temperature_0_says_why_the_answer_is_the_same(chat: Chat) -> None:

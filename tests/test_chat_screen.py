@@ -187,7 +187,7 @@ def test_a_call_that_is_asked_about_is_one_line(arguments: str, shown: str) -> N
             return False
 
     loop = Loop.__new__(Loop)
-    loop.input = cast(Any, Answers())
+    loop.input, loop._allowed = cast(Any, Answers()), set()
     loop.chat = cast(Any, SimpleNamespace(toolbox=object()))
     loop._result(Call("functions.f:0", arguments, True))
     assert asked == [f"Allow {shown}?"]

@@ -78,7 +78,7 @@ def _tools(sessions: Path) -> Terminal:
     terminal = Terminal("chat", *options, columns=120, rows=24)
     terminal.wait_for_prompt()
     terminal.type("What is the weather in Paris?" + ENTER)
-    terminal.wait_for(r"\[y/N\]")
+    terminal.wait_for(r"\[y/N/a\]")
     terminal.type("y" + ENTER)
     terminal.wait_for("The weather in Paris is")
     _say(terminal, "What is KDA?")

@@ -21,7 +21,7 @@ from mlx_kimi.cli.chat.input import LineEditor, PipedLines
 from mlx_kimi.cli.chat.loop import Loop, status, toolbar
 from mlx_kimi.cli.chat.screen import PlainScreen, TerminalScreen
 from mlx_kimi.cli.given import budget_of, check_options, folder_of, with_defaults
-from mlx_kimi.cli.progress import BYTES, work
+from mlx_kimi.cli.progress import BYTES, loading, work
 from mlx_kimi.loading.load import load
 
 
@@ -58,8 +58,12 @@ def run(
     if budget and resume is not None:  # likewise
         longest = budget.tokens(ModelConfig.read(folder))
         refuse_longer(Sessions(sessions).existing(resume), same, longest)
+    name = Path(model or folder).name
+    with loading():
+        network, tokenizer = load(folder, budget)
     chat = Chat(
-        *load(folder, budget),
+        network,
+        tokenizer,
         sessions=Sessions(sessions),
         fingerprint=same,
         options=options,
@@ -70,11 +74,21 @@ def run(
         snapshot_memory=int(snapshot_memory * 1e9),
     )
     loop = _on_terminal(chat, markdown) if is_terminal else Loop(chat, PlainScreen(), PipedLines())
+    if is_terminal:
+        loop.screen.note(opening_lines(chat, name))
     if resume is not None:
         loop.resume(resume)
     elif system is not None:
         chat.set_system(system)
     loop.run()
+
+
+def opening_lines(chat: Chat, name: str) -> str:
+    """Who answers, and the keys to know."""
+    config = chat.model.config
+    bits = f"{config.quantization.bits} bits" if config.quantization else "not quantized"
+    context = f"{config.model_max_length:,} tokens of context"
+    return f"{name} · {bits} · {context}\n/help · Enter sends · Ctrl-C stops · Ctrl-D leaves"
 
 
 def _on_terminal(chat: Chat, markdown: bool) -> Loop:

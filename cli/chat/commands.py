@@ -58,9 +58,34 @@ def run_command(loop: Loop, text: str) -> None:
     COMMANDS[name].run(loop, argument)
 
 
+KEYS = {
+    "Enter": "send",
+    "Alt-Enter, Ctrl-J": "break the line",
+    "Up, Ctrl-R": "what was typed before; search it",
+    "Tab": "complete a command",
+    "Ctrl-X Ctrl-E": "write in your editor",
+    "Ctrl-C": "stop an answer; drop a line",
+    "Ctrl-D": "leave",
+}
+
+
 def show_help(loop: Loop, argument: str) -> None:
-    lines = [f"/{name} {c.takes}".ljust(24) + c.does for name, c in COMMANDS.items()]
-    loop.screen.note("\n".join(lines))
+    loop.screen.pairs({f"/{name} {one.takes}": one.does for name, one in COMMANDS.items()})
+    loop.screen.note("")
+    loop.screen.pairs(KEYS)
+
+
+def show_messages(loop: Loop, argument: str) -> None:
+    turns = loop.chat.conversation.turns
+    if not argument:
+        lines = [f"{number:>3}  {opening(turn.text)}" for number, turn in enumerate(turns, 1)]
+        loop.screen.note("\n".join(lines) or "nothing has been said yet")
+        return
+    if not (argument.isdecimal() and len(argument) < 10):
+        raise KimiError(f"/show takes a message's number, but was given {argument!r}")
+    turn = loop.chat.conversation.turn(int(argument))
+    loop.screen.note(f"> {turn.text}")
+    loop.screen.said(turn.answer)
 
 
 def system(loop: Loop, argument: str) -> None:
@@ -181,6 +206,7 @@ def leave(loop: Loop, argument: str) -> None:
 COMMANDS = {
     "help": Command(show_help, "", "this list"),
     "system": Command(system, "[TEXT|-]", "show, set or remove the system message"),
+    "show": Command(show_messages, "[N]", "list the messages by number, or show message N"),
     "undo": Command(undo, "", "take back the last message and its answer"),
     "retry": Command(retry, "", "answer the last message again, with another seed"),
     "edit": Command(edit, "[N] [TEXT]", "change message N, or the last, and go on from there"),

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from enum import Enum
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +40,13 @@ PROMPT = FormattedText([("", "\n"), ("class:prompt", "> ")])  # apart from what 
 LEAVING = "(Ctrl-C again, Ctrl-D or /exit ends the chat)"
 
 
+class Consent(Enum):
+    """Of the user, to a call of a function."""
+
+    ONCE = "y"
+    ALWAYS = "a"
+
+
 class Input(Protocol):
     """Messages, one after another.
 
@@ -51,12 +59,12 @@ class Input(Protocol):
     def read(self, text: str = "") -> str | None:
         """The next message; `text` stands there to be changed. None: the chat ends."""
 
-    def consents(self, question: str) -> bool:
+    def consents(self, question: str) -> Consent | None:
         """Whether the user allows something; KeyboardInterrupt if they rather stop it all."""
 
 
 class PipedLines:
-    """A message a line. Nobody is there to consent."""
+    """A message a line, from a pipe or a terminal that is dumb."""
 
     takes_back = False
 
@@ -65,14 +73,18 @@ class PipedLines:
             sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
 
     def read(self, text: str = "") -> str | None:
+        if sys.stdin.isatty():  # of a terminal that has no line editor
+            click.echo("> ", nl=False, err=True)
         try:
             return input()
         except (EOFError, KeyboardInterrupt):
             return None
 
-    def consents(self, question: str) -> bool:
+    def consents(self, question: str) -> Consent | None:
+        if sys.stdin.isatty():
+            return _ask(question)
         click.echo(f"{question} no: nobody can be asked", err=True)
-        return False
+        return None
 
 
 class _KeptHistory(FileHistory):
@@ -132,14 +144,23 @@ class LineEditor:
                 text = ""
         return None
 
-    def consents(self, question: str) -> bool:
-        try:
-            return click.confirm(question, default=False)
-        except click.Abort:  # Ctrl-C or Ctrl-D
-            raise KeyboardInterrupt from None
+    def consents(self, question: str) -> Consent | None:
+        return _ask(question)
 
     def _was_empty(self) -> bool:
         return not self._session.default_buffer.text
+
+
+def _ask(question: str) -> Consent | None:
+    """Everything but yes is no; a consents to this function from now on."""
+    try:
+        answer = click.prompt(
+            f"{question} [y/N/a] (a: always this one)", "n", show_default=False, err=True
+        )
+    except click.Abort:  # Ctrl-C or Ctrl-D
+        raise KeyboardInterrupt from None
+    begins = answer.strip().lower()[:1]
+    return Consent(begins) if begins in {one.value for one in Consent} else None
 
 
 def _keys() -> KeyBindings:

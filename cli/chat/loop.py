@@ -11,7 +11,7 @@ from mlx_kimi.chat.tool_calls import Call
 from mlx_kimi.cli import show
 from mlx_kimi.cli.chat.commands import is_command, run_command
 from mlx_kimi.cli.chat.file import Attachment
-from mlx_kimi.cli.chat.input import Input
+from mlx_kimi.cli.chat.input import Consent, Input
 from mlx_kimi.cli.chat.screen import Screen, TerminalScreen
 from mlx_kimi.cli.listed import opening
 from mlx_kimi.cli.options import check_utf8
@@ -44,6 +44,7 @@ class Loop:
         self._draft = ""  # stands at the next prompt, to be changed
         self.stats: Stats | None = None
         self.is_over = False
+        self._allowed: set[str] = set()  # functions that run without being asked for
 
     def run(self) -> None:
         """Talk until the user leaves."""
@@ -151,8 +152,9 @@ class Loop:
                     self.attached = attached
 
     def leave_all(self) -> str:
-        """Detach all files: another conversation begins. What to say of it."""
+        """Another conversation begins, without files and consent. What to say of the files."""
         left, self.attached = len(self.attached), []
+        self._allowed.clear()
         return f"; files that were attached are not: {left}" if left else ""
 
     def _answer(self, restored: str) -> None:
@@ -186,8 +188,12 @@ class Loop:
         if self.chat.toolbox is None:
             return NO_TOOLS
         shown = show.one_line(f"{call.name}({_canonical(call.arguments)})", CALL_SHOWN)
-        if not self.input.consents(f"Allow {shown}?"):
-            return DENIED
+        if call.name not in self._allowed:
+            consent = self.input.consents(f"Allow {shown}?")
+            if not consent:
+                return DENIED
+            if consent is Consent.ALWAYS:
+                self._allowed.add(call.name)
         result = self.chat.toolbox.run(call)
         self.screen.note(show.one_line(f"{call.name} -> {result}", RESULT_SHOWN))
         return result
@@ -210,7 +216,7 @@ def toolbar(loop: Loop) -> str:
     parts = [f"attached: {len(loop.attached)}"] if loop.attached else []
     parts.append(loop.used())
     if loop.stats:
-        parts.append(f"{loop.stats.generation_speed:.1f} tok/s")
+        parts += show.generation_speed(loop.stats)
     parts.append(f"{human_size(mx.get_active_memory())} memory")
     parts.append(f"{human_size(loop.chat.state.snapshot_bytes)} snapshots")
     return " · ".join(parts)
@@ -220,5 +226,5 @@ def status(chat: Chat, stats: Stats) -> str:
     """The line below an answer that is being written."""
     limit = chat.model.config.model_max_length
     used = _share(stats.prompt_tokens + stats.generated_tokens, limit)
-    memory = human_size(mx.get_active_memory())
-    return f"{stats.generation_speed:.1f} tok/s · {used} · {memory} memory · Ctrl-C stops"
+    memory = f"{human_size(mx.get_active_memory())} memory"
+    return " · ".join(["Ctrl-C stops", *show.generation_speed(stats), used, memory])

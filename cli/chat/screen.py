@@ -6,13 +6,14 @@ import signal
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
 import click
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 from mlx_kimi.cli import show
@@ -44,6 +45,9 @@ class Screen(Protocol):
     def note(self, text: str) -> None:
         """Say something that is no answer."""
 
+    def pairs(self, rows: Mapping[str, str]) -> None:
+        """Say what each of the words on the left means."""
+
     def error(self, text: str) -> None:
         """Say what is wrong."""
 
@@ -68,6 +72,9 @@ class PlainScreen:
 
     def note(self, text: str) -> None:
         click.echo(show.printable(text), err=True)
+
+    def pairs(self, rows: Mapping[str, str]) -> None:
+        self.note("\n".join(f"{left:<20} {right}" for left, right in rows.items()))
 
     def error(self, text: str) -> None:
         click.echo(f"Error: {show.printable(text)}", err=True)
@@ -95,11 +102,19 @@ class TerminalScreen:
 
     def note(self, text: str) -> None:
         with _whole():
-            self.console.print(Text(show.printable(text)), style=QUIET, soft_wrap=True)
+            self.console.print(Text(show.printable(text), QUIET))
+
+    def pairs(self, rows: Mapping[str, str]) -> None:
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(width=20 if self.console.width >= 60 else None)
+        for row in rows.items():
+            table.add_row(*(Text(show.printable(cell), QUIET, overflow="fold") for cell in row))
+        with _whole():
+            self.console.print(table)
 
     def error(self, text: str) -> None:
         text = f"Error: {show.printable(text)}"
-        Console(stderr=True).print(Text(text), style="red", soft_wrap=True)
+        Console(stderr=True).print(Text(text, "red"))
 
     def _formatted(self, stream: Callable[[Progress], Iterable[Chunk]]) -> Stats | None:
         answer = _GrowingAnswer(self.console, self.status)
