@@ -210,7 +210,7 @@ def test_tab_completes_commands_and_a_wrong_one_is_told_the_nearest(start, talke
 def test_what_is_typed_during_an_answer_waits_unseen(start, talker) -> None:
     terminal = start(*talker_options(talker, 700))
     terminal.say("first")
-    terminal.wait_for("Ctrl-C stops")
+    terminal.wait_for("^Ctrl-C stops")
     terminal.type("typed ahead")
     terminal.wait_for("cut after 700 tokens")
     terminal.wait_for("^> typed ahead$")
@@ -277,7 +277,7 @@ def test_ctrl_c_while_the_message_is_read(start, talker, folder) -> None:
 def test_ctrl_c_in_an_answer_keeps_what_was_said(start, talker, folder) -> None:
     terminal = start(*talker_options(talker, 3500))
     terminal.say("first")
-    terminal.wait_for(r"Ctrl-C stops · [\d.]+ tok/s · [1-9]\d\d of 4,096 tokens \(\d+%\) · ")
+    terminal.wait_for(r"^Ctrl-C stops · [\d.]+ tok/s · [1-9]\d\d of 4,096 tokens \(\d+%\) · ")
     terminal.type(CTRL_C)
     terminal.wait_for(r"\[stopped\]")
     terminal.wait_for_prompt()
@@ -365,14 +365,14 @@ def test_killed_in_an_answer_the_chat_resumes(start, folder, talker) -> None:
     terminal = start(*talker_options(talker, 3000))
     terminal.paste("a beginning of many words " * 40)
     terminal.type(ENTER)
-    terminal.wait_for("Ctrl-C stops")
+    terminal.wait_for("^Ctrl-C stops")
     terminal.type(CTRL_C)
     terminal.wait_for(r"\[stopped\]")
     terminal.wait_for_prompt()
     answer = saved(folder).turns[0].answer
     terminal.say("and then?")
     terminal.wait_until(lambda: terminal.screen.display and len(saved(folder).turns) == 2)
-    terminal.wait_for("Ctrl-C stops")
+    terminal.wait_for("^Ctrl-C stops")
     os.kill(terminal.pid, signal.SIGKILL)
 
     again = Terminal("chat", "--sessions", folder, *talker_options(talker, 6), "--resume")
