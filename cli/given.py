@@ -110,6 +110,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     given = {name: value for name, value in options.items() if value is not None}
     check_lengths(given.pop("max_tokens", MAX_TOKENS), given.pop("prefill_step"))
     check_latent_bits(given.pop("latent_bits", None))
+    given.pop("speculate")
     Sampling(**given)
 
 

@@ -168,6 +168,12 @@ LENGTHS = [
     ),
     PREFILL,
     LATENT_BITS,
+    Setting(
+        ["--speculate"],
+        type=click.Choice(["off", "auto"]),
+        default="off",
+        help="auto: read several tokens in a step where the text repeats itself.",
+    ),
 ]
 BUDGET = [
     Setting(

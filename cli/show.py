@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_kimi.evaluation.bench import BenchRow
     from mlx_kimi.evaluation.evaluate import Distance
     from mlx_kimi.generation.answer import Stats
+    from mlx_kimi.generation.drafts import Drafts
     from mlx_kimi.offload.stats import Counts
 
 # Joiners of emoji and of Arabic and Indic scripts are format characters like those that turn the
@@ -91,7 +92,16 @@ def speeds(stats: Stats) -> str:
         f"first token {stats.time_to_first_token:.2f} s | "
         f"peak memory {human_size(stats.peak_memory)}"
         + (f" | {experts(stats.experts, stats.generated_tokens - 1)}" if stats.experts else "")
+        + (f" | {drafts(stats.drafts)}" if stats.drafts else "")
     )
+
+
+def drafts(counts: Drafts) -> str:
+    """What came of the tokens that were guessed."""
+    if not counts.steps:
+        return "no drafts"
+    steps = counted(counts.steps, "step")
+    return f"drafts {counts.accepted} of {counts.proposed} right, in {steps}"
 
 
 def experts(counts: Counts, tokens: int) -> str:

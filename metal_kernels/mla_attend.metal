@@ -3,27 +3,28 @@
 #include "tiles.h"
 #include "vectors.h"
 
-// One token's attention to a part of what came before it, for many heads at once: each latent is read
-// once for all heads of a threadgroup. Every split is an online softmax by itself, which mla_output
+// A token's attention to a part of what came before it, for many heads at once: each latent is read once for
+// all heads of a threadgroup. A text may have several tokens, of which each sees one more than the one before. Every split is an online softmax by itself, which mla_output
 // merges with the others. With z a latent, s its shared key, and q the scaled query of a head:
 //
 //     score = q . (z | s)      m = max score      l = sum of exp(score - m)      acc = sum of exp(score - m) z
 //
-//   queries       [B, H, Lora + Shared] float, as mla_query makes them: scaled
+//   queries       [B * H, Lora + Shared] float, as mla_query makes them: scaled
 //   tail          [B, Room, Lora + Shared] of any float type; sizes[0] of its rows are latents
 //   segment1 ...  [B, sizes[1], row] and so on: rows of StoredT, plain or packed as latents.h says; those
 //                 beyond the last are any array
-//   plan          [2 + 2 * (Segments + 1)] int: positions of a split, splits, then of the tail and of each
-//                 segment the first split, and last the sizes. A split lies in one segment, and has a
-//                 multiple of 8 positions unless it is the segment's last. Splits of the tail's room that
+//   plan          [2 + 2 * (Segments + 1) + 1] int: positions of a split, splits, then of the tail and of each
+//                 segment the first split, then the sizes, and last `tokens`, of a text. A split lies in one segment, and has a
+//                 multiple of 8 positions unless it is the segment's last. The tail's size is that of the
+//                 first token, and one more for each after it. Splits of the tail's room that
 //                 hold no latent yet are empty: m is -infinity there, and all else 0.
-//   acc           [B, Splits, H, Lora] float
-//   m_and_l       [B, Splits, H, 2] float
+//   acc           [B * tokens, Splits, H, Lora] float
+//   m_and_l       [B * tokens, Splits, H, 2] float
 // Template: TailT; StoredT, the same or, where Packed (a bool), uint; H, Heads, Lora, Shared, Channels,
 // Block, Room, Segments int. Heads, of a threadgroup, Shared and Block are multiples of 8; Channels is 32
 // or 64 and divides Lora.
-// Grid (32 * Lora / Channels, Splits, B * ceil(H / Heads)), threadgroup (32 * Lora / Channels, 1, 1): a
-// threadgroup owns the heads of one text in one split, a simdgroup a slice of Channels channels of the
+// Grid (32 * Lora / Channels, Splits, B * tokens * ceil(H / Heads)), threadgroup (32 * Lora / Channels, 1, 1): a
+// threadgroup owns the heads of one token in one split, a simdgroup a slice of Channels channels of the
 // queries, latents and acc, and some of the shared key's tiles of 8. It walks in blocks of Block positions.
 //
 // Of packed rows the codes are multiplied, as latents.h says. A simdgroup's channels lie in one group, so
@@ -49,7 +50,9 @@ const int index = thread_position_in_threadgroup.x;
 const int lane = index % 32;
 const int slice = index / 32;
 const int split = threadgroup_position_in_grid.y;
-const int b = threadgroup_position_in_grid.z / HeadGroups;
+const int b = threadgroup_position_in_grid.z / HeadGroups;  // a token of a text
+const int tokens = plan[2 + 2 * (Segments + 1)];
+const int text = b / tokens;
 const int first_head = threadgroup_position_in_grid.z % HeadGroups * Heads;
 const int row = tile_row(lane);
 const int channel = Channels * slice + 4 * tile_column(lane);  // the first of 8 neighbours of a lane
@@ -60,7 +63,8 @@ int segment = 0;
 for (int i = 1; i <= Segments; ++i) {
   segment += plan[2 + i] <= split;
 }
-const int size = plan[2 + Segments + 1 + segment];
+const int held = plan[2 + Segments + 1 + segment];  // its rows, of a segment that is frozen
+const int size = held + (segment == 0 ? b % tokens : 0);
 const int start = (split - plan[2 + segment]) * plan[0];
 const int count = min(plan[0], size - start);
 const device StoredT* chosen =
@@ -72,9 +76,9 @@ const device StoredT* chosen =
     : segment == 16 ? segment16 : segment == 17 ? segment17 : segment == 18 ? segment18 : segment19;
 // The tail of packed segments is plain: another type, with pointers and keys of its own.
 const bool in_tail = Packed && segment == 0;
-const auto tail_rows = tail + (size_t(b) * Room + start) * Width;
+const auto tail_rows = tail + (size_t(text) * Room + start) * Width;
 const auto rows = (segment == 0 ? as_stored(tail, chosen) : chosen) +
-    (size_t(b) * (segment == 0 ? Room : size) + start) * row_size(chosen, Width);
+    (size_t(text) * (segment == 0 ? Room : held) + start) * row_size(chosen, Width);
 
 float2 query[Sizes::Tiles + Sizes::Pairs][N];
 load_queries<Sizes, Packed, H>(queries + size_t(b) * H * Width, slice, first_head, lane, query, query_sums);

@@ -1,7 +1,8 @@
-"""One token of an MLA layer, between its input projection and its output projection.
+"""A token or a few of an MLA layer, between its input projection and its output projection.
 
 Three launches: into the space of latents, attention in many splits, and back. What lies between
-them is float32; the kernels round the new latent and the output, each once.
+them is float32; the kernels round the new latents and the output, each once. Each text of a batch
+has as many tokens, and each token attends to those before it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan, multiple_of, 
 from mlx_kimi.metal_kernels.tuning import AttendShape, tuning
 
 OUTPUT_THREADS = 512
+FEW = 8  # tokens of a text: each reads the latents for itself
 MOST_SPLITS = 1024  # of mla_output; `positions_of_a_split` asks for at most about 550
 
 
@@ -54,18 +56,25 @@ def naive_mla_decode(
     size: int,
     segments: Sequence[mx.array],
 ) -> tuple[mx.array, mx.array]:
-    """Apply a layer to one token of each of B texts.
+    """Apply a layer to the next T tokens of each of B texts.
 
     Args:
-        x: [B, H * (nope + shared) + lora + shared], the input projection: q_nope | q_shared of each
-            head, then latent | shared key.
+        x: [B * T, H * (nope + shared) + lora + shared], the input projection: q_nope | q_shared of
+            each head, then latent | shared key. A text's tokens are neighbours.
         tail: [B, room, lora + shared], of which the first size - 1 rows are the latest latents.
-        size: of the tail, with the new latent.
+        size: of the tail, with the first new latent; there is room for all of them.
         segments: [B, S, lora + shared] each, the latents before, in x's dtype or packed.
 
     Returns:
-        y [B, H * v] in x's dtype, for the output projection; the tail with the new latent.
+        y [B * T, H * v] in x's dtype, for the output projection; the tail with the new latents.
     """
+    T = len(x) // len(tail)
+    if T > 1:
+        outputs = []
+        for t in range(T):
+            y, tail = naive_mla_decode(x[t::T], weights, tail, size + t, segments)
+            outputs.append(y)
+        return mx.stack(outputs, axis=1).reshape(len(x), -1), tail
     B, H, lora = x.shape[0], weights.heads, weights.lora
     shared = weights.shared(x.shape[-1])
     width = lora + shared
@@ -93,7 +102,7 @@ def mla_decode(
 ) -> tuple[mx.array, mx.array]:
     """`naive_mla_decode` in three launches, for the sizes that `unsupported_reason` allows.
 
-    `plan` says the size of the tail. `shape` None: that of this GPU.
+    `plan` says the size of the tail, for the first token. `shape` None: that of this GPU.
     """
     queries, tail = mla_query(x, weights, tail, plan)
     acc, m_and_l = mla_attend(queries, tail, plan, segments, weights.lora, shape)
@@ -104,20 +113,21 @@ def mla_decode(
 def naive_mla_query(
     x: mx.array, weights: LatentWeights, tail: mx.array, plan: SplitKVPlan
 ) -> tuple[mx.array, mx.array]:
-    """The scaled queries [B, H, lora + shared] float32, and the tail with the new latent.
+    """The scaled queries [B * T, H, lora + shared] float32, and the tail with the new latents.
 
-    x and tail as of `naive_mla_decode`; `plan` counts the tail's latents with the new one.
+    x and tail as of `naive_mla_decode`; `plan` counts the tail's latents with the first new one.
     """
-    H, lora = weights.heads, weights.lora
+    H, lora, T = weights.heads, weights.lora, len(x) // len(tail)
     shared = weights.shared(x.shape[-1])
     q, latent, key = mx.split(x, [-lora - shared, -shared], axis=-1)
     q_nope, q_shared = mx.split(q.reshape(len(x), H, -1), [weights.nope], axis=-1)
     absorbed = weights.embed_q.times(q_nope[:, :, None])[:, :, 0]
     queries = mx.concatenate([absorbed, q_shared], axis=-1).astype(mx.float32) * weights.scale
     latent = mx.fast.rms_norm(latent, weights.norm, weights.eps)
-    new = mx.concatenate([latent, key], axis=-1)[:, None]
-    newest = sizes_in(plan.arrays[0])[0] - 1
-    return queries, mx.where(mx.arange(tail.shape[1])[:, None] == newest, new, tail)
+    new = mx.concatenate([latent, key], axis=-1).reshape(len(tail), T, lora + shared)
+    number = mx.arange(tail.shape[1]) - (sizes_in(plan.arrays[0])[0] - 1)  # of the new latents
+    is_new = ((number >= 0) & (number < T))[:, None]
+    return queries, mx.where(is_new, new[:, mx.clip(number, 0, T - 1)], tail)
 
 
 QUERY = Kernel(
@@ -135,9 +145,9 @@ def mla_query(
     x: mx.array, weights: LatentWeights, tail: mx.array, plan: SplitKVPlan
 ) -> tuple[mx.array, mx.array]:
     """`naive_mla_query` in one launch."""
-    B, H, lora = x.shape[0], weights.heads, weights.lora
+    rows, H, lora = x.shape[0], weights.heads, weights.lora
     shared = weights.shared(x.shape[-1])
-    room = tail.shape[1]
+    B, room, _ = tail.shape
     queries, tail = QUERY(
         inputs=[
             *(x, *weights.embed_q.buffers(), weights.norm),
@@ -148,9 +158,9 @@ def mla_query(
             *(("Room", room), ("Segments", SEGMENTS)),
             *weights.embed_q.storage(),
         ],
-        grid=(32, multiple_of(4, H * (lora // 4 + 1) + room), B),
+        grid=(32, multiple_of(4, H * (lora // 4 + 1) + room), rows),
         threadgroup=(32, 4, 1),
-        output_shapes=[(B, H, lora + shared), (B, room, lora + shared)],
+        output_shapes=[(rows, H, lora + shared), tail.shape],
         output_dtypes=[mx.float32, x.dtype],
     )
     return queries, tail
@@ -170,11 +180,12 @@ def naive_mla_attend(
     its others are empty, with m = -inf.
 
     Args:
-        queries: [B, H, lora + shared] float32, scaled; tail and segments as of `naive_mla_decode`.
+        queries: [B * T, H, lora + shared] float32, scaled; tail and segments as of
+            `naive_mla_decode`.
 
     Returns:
-        acc [B, splits, H, lora] float32, the sum of exp(score - m) times the latents; and m, the
-        largest score, with l, the sum of exp(score - m): [B, splits, H, 2] float32.
+        acc [B * T, splits, H, lora] float32, the sum of exp(score - m) times the latents; and m,
+        the largest score, with l, the sum of exp(score - m): [B * T, splits, H, 2] float32.
     """
     launches = [
         _all_in_one_split(
@@ -190,21 +201,25 @@ def _all_in_one_split(
     queries: mx.array, parts: Sequence[mx.array], array: mx.array, splits: int, lora: int
 ) -> tuple[mx.array, mx.array]:
     """`naive_mla_attend` to the tail and the segments of one launch."""
-    (B, H, width), sizes = queries.shape, sizes_in(array)
+    (R, H, width), sizes, B = queries.shape, sizes_in(array), len(parts[0])
+    queries = queries.reshape(B, R // B, H, width)
+    later = mx.arange(R // B)[:, None, None]  # how many more of the tail each token sees
     scores, values = [], []
     for i, rows in enumerate(parts):
         latents = unpack(rows, width) if is_packed(rows) else rows.astype(mx.float32)
-        here = queries @ latents.swapaxes(-1, -2)
-        scores.append(mx.where(mx.arange(latents.shape[1]) < sizes[i], here, -mx.inf))
+        latents = latents[:, None]  # [B, 1, S, width]
+        here = queries @ latents.swapaxes(-1, -2)  # [B, T, H, S]
+        size = mx.where(sizes[0] > 0, sizes[0] + later, 0) if i == 0 else sizes[i]
+        scores.append(mx.where(mx.arange(latents.shape[2]) < size, here, -mx.inf))
         values.append(latents[..., :lora])
     joined = mx.concatenate(scores, axis=-1)
     m = joined.max(axis=-1, keepdims=True)
     probs = mx.exp(joined - m)
-    acc = (probs @ mx.concatenate(values, axis=1))[:, None]
-    m_and_l = mx.concatenate([m, probs.sum(axis=-1, keepdims=True)], axis=-1)[:, None]
-    empty = mx.broadcast_to(mx.array([-mx.inf, 0.0]), (B, splits - 1, H, 2))
+    acc = (probs @ mx.concatenate(values, axis=2)).reshape(R, 1, H, lora)
+    m_and_l = mx.concatenate([m, probs.sum(axis=-1, keepdims=True)], axis=-1).reshape(R, 1, H, 2)
+    empty = mx.broadcast_to(mx.array([-mx.inf, 0.0]), (R, splits - 1, H, 2))
     return (
-        mx.concatenate([acc, mx.zeros((B, splits - 1, H, lora))], axis=1),
+        mx.concatenate([acc, mx.zeros((R, splits - 1, H, lora))], axis=1),
         mx.concatenate([m_and_l, empty], axis=1),
     )
 
@@ -259,7 +274,7 @@ def _attend(
     lora: int,
     shape: AttendShape,
 ) -> tuple[mx.array, mx.array]:
-    B, H, width = queries.shape
+    rows, H, width = queries.shape
     heads, channels, positions = shape
     threads = 32 * lora // channels
     absent = segments[0] if segments else tail
@@ -271,9 +286,9 @@ def _attend(
             *(("Channels", channels), ("Block", positions)),
             *(("Room", tail.shape[1]), ("Segments", SEGMENTS)),
         ],
-        grid=(threads, splits, B * -(-H // heads)),
+        grid=(threads, splits, rows * -(-H // heads)),
         threadgroup=(threads, 1, 1),
-        output_shapes=[(B, splits, H, lora), (B, splits, H, 2)],
+        output_shapes=[(rows, splits, H, lora), (rows, splits, H, 2)],
         output_dtypes=[mx.float32, mx.float32],
     )
     return acc, m_and_l

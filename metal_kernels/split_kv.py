@@ -24,14 +24,19 @@ class SplitKVPlan:
 
     @staticmethod
     def of(
-        size: int, room: int, segments: Sequence[int], positions: int | None = None
+        size: int,
+        room: int,
+        segments: Sequence[int],
+        positions: int | None = None,
+        tokens: int = 1,
     ) -> SplitKVPlan:
-        """The plan for `size` latents, the new one included, in a tail of `room` rows.
+        """The plan for `size` latents, the first new one included, in a tail of `room` rows.
 
         Args:
             segments: the sizes of the segments. A launch takes SEGMENTS of them; 2^20 tokens are
                 no more.
             positions: of a split, a multiple of 8; None: as many as keep a GPU busy.
+            tokens: of each text, which become latents of the tail.
         """
         if positions is None:
             positions = positions_of_a_split(room + sum(segments))
@@ -41,7 +46,7 @@ class SplitKVPlan:
             absent = [0] * (SEGMENTS - len(group))
             held, rooms = (size, room) if start == 0 else (0, 0)
             ends = list(accumulate(-(-n // positions) for n in [rooms, *group, *absent]))
-            numbers = [positions, ends[-1], 0, *ends[:-1], held, *group, *absent]
+            numbers = [positions, ends[-1], 0, *ends[:-1], held, *group, *absent, tokens]
             arrays.append(mx.array(numbers, mx.int32))
             splits.append(ends[-1])
         return SplitKVPlan(tuple(arrays), tuple(splits))
@@ -65,4 +70,4 @@ def multiple_of(divisor: int, x: int) -> int:
 
 def sizes_in(array: mx.array) -> mx.array:
     """Of one of a plan's arrays: how many latents are in the tail, and in each segment."""
-    return array[2 + SEGMENTS + 1 :]
+    return array[2 + SEGMENTS + 1 : -1]

@@ -10,6 +10,8 @@ import mlx.core as mx
 from mlx_kimi.metal_kernels import experts, sorted_experts
 from mlx_kimi.metal_kernels.add_norm import naive_add_norm
 from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, naive_kda_decode
+from mlx_kimi.metal_kernels.kda_prepare import Projected, naive_kda_finish, naive_kda_prepare
+from mlx_kimi.metal_kernels.kda_sequential import naive_kda
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch
 from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.mla_decode import (
@@ -58,6 +60,20 @@ def _kda_decode(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
     return naive_kda_decode(
         x["x"], DecodeWeights(x["taps"], f_b, g_b, *gate), x["tail"], x["state"]
     )
+
+
+def _kda_prepare(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    lengths = x["lengths"] if n["Padded"] else None
+    before = (x["x"], x["f"], x["taps"], x["tail"])
+    return naive_kda_prepare(Projected(*before, lengths, x["A_log"], x["dt_bias"]))
+
+
+def _kda_sequential(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    return naive_kda(*(x[name] for name in ("q", "k", "v", "alpha", "beta", "state")))
+
+
+def _kda_finish(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
+    return (naive_kda_finish(x["o"], x["g"], x["norm"], x["eps"].item()),)
 
 
 def _mla_query(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
@@ -156,6 +172,9 @@ def _shared_alike(n: Sizes) -> Sizes:
 REFERENCES = {
     "add_norm": _add_norm,
     "kda_decode": _kda_decode,
+    "kda_prepare": _kda_prepare,
+    "kda_sequential": _kda_sequential,
+    "kda_finish": _kda_finish,
     "mla_query": _mla_query,
     "mla_attend": _mla_attend,
     "mla_output": _mla_output,

@@ -62,7 +62,8 @@ class Case(NamedTuple):
         if form == "naive":
             return naive_mla_decode(*self)
         sizes = [segment.shape[1] for segment in self.segments]
-        plan = SplitKVPlan.of(self.size, self.tail.shape[1], sizes, columns)
+        tokens = len(self.x) // len(self.tail)
+        plan = SplitKVPlan.of(self.size, self.tail.shape[1], sizes, columns, tokens)
         return mla_decode(self.x, self.weights, self.tail, plan, self.segments, shape)
 
 
@@ -78,8 +79,9 @@ def case(
     spread: float = 1.0,
     spare: int = 11,
     mode: str = "affine",
+    T: int = 1,
 ) -> Case:
-    """A layer at random; `spread` is about the standard deviation of its scores.
+    """A layer and T tokens at random; `spread` is about the standard deviation of its scores.
 
     The tail's `spare` rows, beyond the new latent's, hold what must not be read as numbers.
     """
@@ -97,7 +99,7 @@ def case(
         spread * (lora + shared) ** -0.5,
     )
     latents = [mx.array(normal(B, size, lora + shared)).astype(dtype) for size in segments]
-    x = normal(B, H * (nope + shared) + lora + shared)
+    x = normal(B * T, H * (nope + shared) + lora + shared)
     recent = np.full((B, tail + 1 + spare, lora + shared), np.nan, np.float32)
     recent[:, :tail] = normal(B, tail, lora + shared)
     return Case(
@@ -262,6 +264,48 @@ def test_packed_channels_have_the_line_of_their_group(sizes: Sizes, shape: Atten
 def test_rounds_once_in_16_bits(bits: int, packed: bool, dtype: mx.Dtype, rms: float) -> None:
     given = case(POCKET, B=2, bits=bits, dtype=dtype, packed=packed, spread=4)
     assert_is_oracle("kernel", given, 4e-3, rms)
+
+
+# ------------------------------------------------------------------------------- several tokens
+def one_by_one(given: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The oracle of each token after another: y [B * T, H * v], and the tail."""
+    B, T = len(given.tail), len(given.x) // len(given.tail)
+    outputs, tail = [], given.tail
+    for t in range(T):
+        y, new = oracle(given._replace(x=given.x[t::T], tail=tail, size=given.size + t))
+        place = (mx.arange(tail.shape[1]) == given.size + t - 1)[:, None]
+        tail = mx.where(place, mx.array(new.astype(np.float32))[:, None].astype(tail.dtype), tail)
+        outputs.append(y)
+    return np.stack(outputs, axis=1).reshape(B * T, -1), numbers(tail)
+
+
+@of_form
+@pytest.mark.parametrize("T", [2, 3, 8])
+@pytest.mark.parametrize("sizes", [SMALL, Sizes(5, 96, 24, 40, 56)], ids=str)
+@pytest.mark.parametrize("B", [1, 2])
+def test_each_of_several_tokens_sees_those_before_it(
+    form: str, sizes: Sizes, T: int, B: int
+) -> None:
+    given = case(sizes, tail=13, B=B, T=T, spread=3)
+    y, tail = given.run(form, **({"columns": 8} if form == "kernel" else {}))
+    expected, kept = one_by_one(given)
+    assert_all_close(mx.float32, LARGEST, RMS, y=(y, expected))
+    held = given.size - 1 + T
+    assert_close("tail", tail[:, :held], kept[:, :held], LARGEST, RMS)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tail, spare", [(0, 7), (1, 255), (8, 7), (248, 7)])
+def test_several_tokens_have_the_bits_of_one_at_a_time(tail: int, spare: int, packed: bool) -> None:
+    """Whatever the tail holds, empty or full after them: a token's bits are its own."""
+    given = case(POCKET, tail, [128, 24, 8], B=2, packed=packed, spread=3, spare=spare, T=8)
+    together, kept = given.run(columns=64)
+    now = given.tail
+    for t in range(8):
+        one = given._replace(x=given.x[t::8], tail=now, size=given.size + t)
+        y, now = one.run(columns=64)
+        assert_same_bits(f"token {t}", together[t::8], y)
+    assert_same_bits("tail", kept[:, : tail + 8], now[:, : tail + 8])
 
 
 # --------------------------------------------------------------------------------- work and text

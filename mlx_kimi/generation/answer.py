@@ -9,6 +9,7 @@ from typing import Literal
 
 import mlx.core as mx
 
+from mlx_kimi.generation.drafts import Drafts
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.offload.stats import Counts
 from mlx_kimi.text.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ class Stats:
     peak_memory: int  # bytes
     seed: int
     experts: Counts | None = None  # of the tokens after the first; None without a memory budget
+    drafts: Drafts | None = None  # None: one token at a time
 
     @property
     def prompt_speed(self) -> float:
@@ -62,6 +64,7 @@ class Answer:
         prompt_tokens: int,
         seed: int,
         state: TokenState,
+        drafts: Drafts | None = None,
     ) -> None:
         """`limit`: tokens at most. `state`: what reads them, for the costs in `Stats`."""
         self.detokenizer = tokenizer.detokenizer()
@@ -71,6 +74,7 @@ class Answer:
         self.cached_tokens = self.count = 0
         self.started = time.perf_counter()
         self.first = self.latest = 0.0
+        self._drafts = drafts
         self._state, self._host_time_before = state, state.host_time
         self._counts = state.model.offload.counts if state.model.offload else None
         self._counts_at_first = Counts()
@@ -105,6 +109,7 @@ class Answer:
             mx.get_peak_memory(),
             self.seed,
             None if self._counts is None else self._counts - self._counts_at_first,
+            None if self._drafts is None else replace(self._drafts),
         )
 
 

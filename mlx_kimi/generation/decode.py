@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import mlx.core as mx
 
 from mlx_kimi.defaults import PREFILL_STEP, PREFILL_STEP_LIMIT
 from mlx_kimi.errors import OptionError
 from mlx_kimi.generation.sample import Sampler
+from mlx_kimi.generation.speculate import Speculation, decode_with_drafts
 from mlx_kimi.generation.token_state import TokenState
 
 
@@ -51,7 +53,13 @@ def check_prefill_step(step: int) -> None:
         )
 
 
-def decode(state: TokenState, hidden: mx.array, sampler: Sampler, limit: int) -> Iterator[int]:
+def decode(
+    state: TokenState,
+    hidden: mx.array,
+    sampler: Sampler,
+    limit: int,
+    speculation: Speculation | None = None,
+) -> Iterator[int]:
     """Yield up to `limit` tokens, of which `state` reads all but the last.
 
     The device computes the next token while the caller handles this one, which `state` has read by
@@ -60,27 +68,33 @@ def decode(state: TokenState, hidden: mx.array, sampler: Sampler, limit: int) ->
 
     Args:
         hidden: of `prefill`.
+        speculation: reads several tokens in a step where it expects to draw them; None: never.
 
     Raises:
         KimiError: the model's logits have NaN or +infinity, or another answer has begun in `state`.
     """
-    waits_for_files = state.model.offload is not None
+    how = _one_by_one if speculation is None else partial(decode_with_drafts, speculation)
     try:
-        with state.turn_of(hidden):
-            draw = state.first_draw(hidden, sampler)
-        for _ in range(limit - 1):
-            if waits_for_files:
-                with state.turn_of(hidden):
-                    token, draw = state.awaited(draw, sampler)
-                yield token
-            with state.turn_of(hidden):
-                token, draw = state.step(draw, sampler, is_known=waits_for_files)
-            if not waits_for_files:
-                yield token
-        with state.turn_of(hidden):
-            token, _ = state.awaited(draw, sampler)
-        yield token
+        yield from how(state, hidden, sampler, limit)
     finally:
         with state.turn:
             if state.answering is hidden:
                 state.settle()
+
+
+def _one_by_one(state: TokenState, hidden: mx.array, sampler: Sampler, limit: int) -> Iterator[int]:
+    waits_for_files = state.model.offload is not None
+    with state.turn_of(hidden):
+        draw = state.first_draw(hidden, sampler)
+    for _ in range(limit - 1):
+        if waits_for_files:
+            with state.turn_of(hidden):
+                token, draw = state.awaited(draw, sampler)
+            yield token
+        with state.turn_of(hidden):
+            token, draw = state.step(draw, sampler, is_known=waits_for_files)
+        if not waits_for_files:
+            yield token
+    with state.turn_of(hidden):
+        token, _ = state.awaited(draw, sampler)
+    yield token

@@ -14,6 +14,7 @@ from mlx_kimi.errors import ContextFull, KimiError, OptionError, beyond_budget
 from mlx_kimi.generation.answer import Answer, Chunk
 from mlx_kimi.generation.decode import check_prefill_step, decode, prefill
 from mlx_kimi.generation.sample import Sampler, Sampling
+from mlx_kimi.generation.speculate import Speculate, speculation_for
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ class Options(TypedDict, total=False):
     latent_bits: int | None
     progress: Callable[[int, int], None] | None
     state: TokenState | None
+    speculate: Speculate
 
 
 def generate(
@@ -65,6 +67,7 @@ def stream_generate(
     latent_bits: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     state: TokenState | None = None,
+    speculate: Speculate = "off",
 ) -> Generator[Chunk, None, None]:
     """Answer a prompt, one chunk a token.
 
@@ -80,6 +83,9 @@ def stream_generate(
         progress: called with (tokens read, tokens of the prompt) before each prefill step.
         state: of an earlier call, and updated by this one. What both prompts begin with is taken
             from its snapshots, as far as they reach.
+        speculate: "auto" reads several tokens in a step where the text seems to repeat itself, and
+            keeps those that would have been drawn. Not under a memory budget, unless all experts
+            are in memory.
 
     Raises:
         KimiError: the prompt is empty or fills the model's context, an option is out of range, or
@@ -92,10 +98,12 @@ def stream_generate(
     state = state or TokenState(model, latent_bits, snapshot_every=None)
     sampler = Sampler(sampling, ids, model.config.vocab_size)
     stop = (stop,) if isinstance(stop, str) else stop
-    answer = Answer(tokenizer, stop, limit, len(ids), sampler.seed, state)
+    speculation = speculation_for(state, speculate, ids)
+    drafts = speculation.counts if speculation else None
+    answer = Answer(tokenizer, stop, limit, len(ids), sampler.seed, state, drafts)
 
     hidden, answer.cached_tokens = prefill(state, ids, prefill_step, progress)
-    for token in decode(state, hidden, sampler, limit):
+    for token in decode(state, hidden, sampler, limit, speculation):
         chunk = answer.add(token)
         yield chunk
         if chunk.finish_reason:

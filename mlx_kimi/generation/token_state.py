@@ -23,8 +23,9 @@ from mlx_kimi.generation.faults import leave_out_what_failed
 from mlx_kimi.generation.not_finite import not_finite
 from mlx_kimi.generation.sample import Draw, Sampler
 from mlx_kimi.model import cache as caches
-from mlx_kimi.model.cache import CacheEntry, KDACache
+from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache
 from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.steps import Step, keep_first
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,9 @@ class TokenState:
         self.entries = self.entries or self._empty()
         self._source: tuple[int, list[CacheEntry]] | None = None  # of the latest `hidden`
         self._drawn: Drawn | None = None
+        self._steps: tuple[int, list[Step]] | None = (
+            None  # of the latest drafts, and where they began
+        )
 
     def _empty(self) -> list[CacheEntry]:
         return self.model.make_cache(self.latent_bits)
@@ -198,7 +202,75 @@ class TokenState:
 
     def settle(self) -> None:
         """Nothing that was drawn will be asked for any more: hold no state to draw it again."""
-        self._source = self._drawn = None
+        self._source = self._drawn = self._steps = None
+
+    def step_with_drafts(
+        self, token: int, drafts: Sequence[int], sampler: Sampler
+    ) -> tuple[list[int], Draw]:
+        """Read a token that has been awaited, and as many of `drafts` as the sampler draws, too.
+
+        Each position is drawn with the key, and after the tokens, that it would have had one by
+        one: the sampler goes on as if no draft had been. Interrupted meanwhile, tokens and cache
+        stay as they were. Where a kernel fails, the token is read without drafts.
+
+        Returns:
+            What was read, and the draw of the next token, which has been computed.
+
+        Raises:
+            KimiError: the logits have NaN or +infinity.
+        """
+        before = dict(vars(sampler))
+        self.take_snapshot_if_due()
+        try:
+            with self.atomic():
+                return self._step_with_drafts([token, *drafts], sampler)
+        except RuntimeError as error:
+            leave_out_what_failed(self.model, error)
+            vars(sampler).update(before)
+        draw = Draw(mx.array([token]), mx.zeros((1,)))
+        read, draw = self.step(draw, sampler, is_known=True)
+        return [read], self.awaited(draw, sampler)[1]
+
+    def _step_with_drafts(self, ids: list[int], sampler: Sampler) -> tuple[list[int], Draw]:
+        length, steps = len(self.ids), list[Step]()
+        began = time.thread_time()
+        logits = self.model.logits(self.model.hidden(mx.array([ids]), self.entries, steps=steps))
+        draws, after = [], []
+        for position in range(len(ids)):
+            draws.append(sampler(logits[:, position]))
+            after.append(dict(vars(sampler)))
+        tokens, lse = mx.concatenate(draws), mx.logsumexp(logits[0], axis=-1)
+        mx.async_eval(tokens, lse, *caches.arrays(self.entries))
+        self.host_time += time.thread_time() - began
+        drawn: Any = tokens.tolist()
+        kept = 1 + common_prefix(drawn, ids[1:])
+        if not all(map(math.isfinite, lse[:kept].tolist())):  # type: ignore[arg-type]
+            raise not_finite(self.model, self.ids + ids[:kept])
+        if kept < len(ids):
+            keep_first(self.entries, steps, kept)
+            mx.async_eval(*caches.arrays(self.entries))
+        vars(sampler).update(after[kept - 1])
+        self.ids += ids[:kept]
+        self.computed_by.add(self.model.choices.digest)
+        self._source, self._drawn, self._steps = None, None, (length, steps)
+        return ids[:kept], Draw(tokens[kept - 1 : kept], lse[kept - 1 : kept])
+
+    @property
+    def room(self) -> int:
+        """Tokens that a step may read at most without a copy of the latest latents."""
+        rooms = [entry.room for entry in self.entries if isinstance(entry, LatentCache)]
+        return min(rooms, default=TAIL)
+
+    def take_back(self, count: int) -> None:
+        """Forget the last `count` tokens of the latest `step_with_drafts`, all but its first."""
+        if not count:
+            return
+        assert self._steps is not None, "drafts were read last"
+        length, steps = self._steps
+        with self.atomic():
+            keep_first(self.entries, steps, len(self.ids) - count - length)
+            del self.ids[len(self.ids) - count :]
+        mx.async_eval(*caches.arrays(self.entries))
 
     def _go_back(self, length: int, entries: list[CacheEntry]) -> None:
         """To a state that has certainly been computed; later snapshots may not be."""
@@ -207,7 +279,7 @@ class TokenState:
 
     def _step(self, draw: Draw, sampler: Sampler) -> tuple[int, Draw]:
         with self.atomic():
-            self._source = len(self.ids), caches.snapshot(self.entries)
+            self._source, self._steps = (len(self.ids), caches.snapshot(self.entries)), None
             # Processor time: MLX lets a thread that is far ahead of the device wait in here.
             began = time.thread_time()
             following = self.draw(self.model.hidden(draw.token[:, None], self.entries), sampler)

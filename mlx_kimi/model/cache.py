@@ -170,15 +170,19 @@ class LatentCache:
             return Segment(mx.zeros((B, TAIL, width), dtype), spare=TAIL)
         return self.tail.with_room(TAIL)
 
-    def plan(self) -> SplitKVPlan:
-        """How `mla_decode` divides the next token's attention."""
-        held = 0 if self.tail is None else self.tail.size
-        return SplitKVPlan.of(held + 1, TAIL, [segment.size for segment in self.frozen])
+    @property
+    def room(self) -> int:
+        """Tokens until the tail is full."""
+        return TAIL - (0 if self.tail is None else self.tail.size)
 
-    def grow_tail(self, latents: mx.array) -> None:
-        """Take the latents of `roomy_tail`, with one more token among them."""
-        held = 0 if self.tail is None else self.tail.size
-        self._freeze_full(Segment(latents, spare=TAIL - held - 1))
+    def plan(self, tokens: int = 1) -> SplitKVPlan:
+        """How `mla_decode` divides the attention of the next tokens."""
+        frozen = [segment.size for segment in self.frozen]
+        return SplitKVPlan.of(TAIL - self.room + 1, TAIL, frozen, tokens=tokens)
+
+    def grow_tail(self, latents: mx.array, tokens: int = 1) -> None:
+        """Take the latents of `roomy_tail`, with so many more tokens among them, up to `room`."""
+        self._freeze_full(Segment(latents, spare=self.room - tokens))
 
     def _freeze_full(self, recent: Segment) -> None:
         """Freeze what is full of the latest tokens; the rest is the tail."""

@@ -1,8 +1,8 @@
-"""One token through the whole model, as a graph that is built once for many tokens.
+"""A token or a few through the whole model, as a graph that is built once for many steps.
 
-A step of the 48B is 237 launches. To build them from Python, kernel by kernel, takes the host
-longer than the GPU works on them. `mx.compile` keeps the graph for as long as the cache keeps its
-shapes: until a tail is full, 256 tokens.
+A step of one token of the 48B is 237 launches. To build them from Python, kernel by kernel, takes
+the host longer than the GPU works on them. `mx.compile` keeps the graph for as long as the cache
+keeps its shapes: until a tail is full, 256 tokens.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.metal_kernels.kernel import backend, is_traced
+from mlx_kimi.metal_kernels.mla_decode import FEW
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
 from mlx_kimi.model.forward_batch import ForwardBatch
+from mlx_kimi.model.kda import KimiDeltaAttention
 from mlx_kimi.model.mla import MultiHeadLatentAttention
+from mlx_kimi.model.steps import KDAStep, LatentStep, Step
 from mlx_kimi.offload.optimistic import OptimisticResidency
 from mlx_kimi.offload.stats import Counts
 
@@ -27,9 +30,10 @@ if TYPE_CHECKING:
     from mlx_kimi.model.kimi_linear import KimiLinear
 
 NOTHING_OFFLOADED = OptimisticResidency((), Counts(), np.zeros((0, 0), np.int64), np.zeros((0, 0)))
-MOST_GRAPHS = 4  # kept: conversations that take turns have caches of other shapes
+MOST_GRAPHS = 12  # kept: steps of several sizes; conversations that take turns have other caches
 Arrays = list[list[mx.array]]  # of each entry
-# ids, the plan's arrays, the cache's arrays, slot tables -> hidden, the cache's arrays, experts
+# ids, the plan's arrays, the cache's arrays, slot tables -> hidden, the cache's arrays (of several
+# tokens also what going back needs), experts
 Graph = Callable[
     [mx.array, tuple[mx.array, ...], Arrays, list[mx.array]],
     tuple[mx.array, Arrays, list[mx.array]],
@@ -37,7 +41,7 @@ Graph = Callable[
 
 
 class CompiledStep:
-    """`KimiLinear.run` for one token of each row, where kernels run.
+    """`KimiLinear.run` for one token or a few of each row, where kernels run.
 
     The graph holds the model's weights as they were at its first use.
     """
@@ -46,25 +50,27 @@ class CompiledStep:
         # The model owns this: a strong reference would be a cycle, and free the weights later.
         self._model = weakref.ref(model)
         self._graphs: dict[tuple[object, ...], Graph] = {}  # by shapes, the latest last
-        self._warm = False
+        self._warm: set[bool] = set()  # whether of several tokens
 
-    def takes(self, cache: Sequence[CacheEntry]) -> bool:
-        """Whether a graph may decode the next token: kernels run, nothing is padding, every MLA
-        layer has its kernel, and the experts are likely in memory."""
+    def takes(self, cache: Sequence[CacheEntry], T: int = 1) -> bool:
+        """Whether a graph may take the next T tokens: kernels run, nothing is padding, every MLA
+        layer has its kernel and room, and the experts are likely in memory."""
         return (
             is_traced()
+            and T <= FEW
             and all(
-                entry.lengths and not (isinstance(entry, LatentCache) and entry.is_masked)
+                entry.lengths
+                and not (isinstance(entry, LatentCache) and (entry.is_masked or entry.room < T))
                 for entry in cache
             )
             and self._has_mla_kernels
-            and self._experts_are_known(len(cache[0].lengths))
+            and self._experts_are_known(len(cache[0].lengths) * T)
         )
 
-    def _experts_are_known(self, B: int) -> bool:
-        """Several rows of a batch take experts in waves, which the host must know."""
+    def _experts_are_known(self, tokens: int) -> bool:
+        """Several tokens take experts in waves, which the host must know."""
         offload = self._owner.offload
-        return offload is None or (B == 1 and offload.optimistic.should_try())
+        return offload is None or (tokens == 1 and offload.optimistic.should_try())
 
     @cached_property
     def _has_mla_kernels(self) -> bool:
@@ -75,10 +81,13 @@ class CompiledStep:
             if isinstance(attention, MultiHeadLatentAttention)
         )
 
-    def __call__(self, ids: mx.array, cache: Sequence[CacheEntry]) -> mx.array:
-        """ids [B, 1] -> [B, 1, hidden]; updates the cache's arrays, not its lengths."""
+    def __call__(
+        self, ids: mx.array, cache: Sequence[CacheEntry], steps: list[Step] | None = None
+    ) -> mx.array:
+        """ids [B, T] -> [B, T, hidden]; updates the cache's arrays, not its lengths."""
         latents = [entry for entry in cache if isinstance(entry, LatentCache)]
-        plan = latents[0].plan() if latents else SplitKVPlan.of(1, TAIL, [])
+        T = ids.shape[1]
+        plan = latents[0].plan(T) if latents else SplitKVPlan.of(1, TAIL, [])
         frozen = [segment.size for segment in latents[0].frozen] if latents else []
         bits = latents[0].bits if latents else None
         shapes = (ids.shape, *frozen, bits, backend())
@@ -95,11 +104,17 @@ class CompiledStep:
             mx.async_eval(hidden, arrays)
         if not self._optimistic.verify(choices):
             return self._layer_by_layer(ids, cache)
-        for entry, new in zip(cache, arrays, strict=True):
+        for layer, entry, before, new in zip(self._owner.layers, cache, given, arrays, strict=True):
             if isinstance(entry, KDACache):
-                entry.conv_tail, entry.state = new
+                assert isinstance(layer.self_attn, KimiDeltaAttention)
+                if steps is not None:
+                    projected = layer.self_attn.projected(new[2], new[3], before[0])
+                    steps.append(KDAStep(entry.lengths, projected, before[1]))
+                entry.conv_tail, entry.state = new[:2]
             else:
-                entry.grow_tail(*new)
+                if steps is not None:
+                    steps.append(LatentStep(entry.snapshot(), new[0], TAIL - entry.room))
+                entry.grow_tail(new[0], T)
         return hidden
 
     @property
@@ -127,9 +142,10 @@ class CompiledStep:
     def _warm_up(self, ids: mx.array, cache: Sequence[CacheEntry]) -> None:
         """Run a step without a graph, which computes the arrays that layers cache at first use:
         within a graph they would be computed at every token."""
-        if not self._warm:
+        several = ids.shape[1] > 1
+        if several not in self._warm:
             mx.eval(self._layer_by_layer(ids, [entry.snapshot() for entry in cache]))
-            self._warm = True
+            self._warm.add(several)
 
     def _layer_by_layer(self, ids: mx.array, cache: Sequence[CacheEntry]) -> mx.array:
         return self._owner.run(ids, cache, ForwardBatch())
@@ -153,9 +169,13 @@ def _compiled(
         cache = [entry(*pair) for pair in zip(owner.make_cache(), arrays, strict=True)]
         optimistic = owner.offload.optimistic if owner.offload else NOTHING_OFFLOADED
         residency = optimistic.begin(slot_tables)
-        batch = ForwardBatch(plan=SplitKVPlan(plan, splits), residency=residency)
+        steps: list[Step] | None = [] if ids.shape[1] > 1 else None
+        batch = ForwardBatch(plan=SplitKVPlan(plan, splits), residency=residency, steps=steps)
         hidden = owner.run(ids, cache, batch)
         arrays = [e.arrays() if isinstance(e, KDACache) else e.arrays()[-1:] for e in cache]
+        for kept, taken in zip(arrays, steps or (), strict=False):
+            if isinstance(taken, KDAStep):
+                kept += [taken.projected.x, taken.projected.f]
         return hidden, arrays, residency.choices()
 
     graph: Graph = mx.compile(step)

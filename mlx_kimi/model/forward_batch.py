@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from mlx_kimi.metal_kernels.attention import SubmitLimit
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 from mlx_kimi.offload.optimistic import Residency
+
+if TYPE_CHECKING:
+    from mlx_kimi.model.steps import Step
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class ForwardBatch:
     # queued, and each MLA layer limits its own blocks.
     submit_limit: SubmitLimit | None = None
     residency: Residency | None = None  # the assumed slots of experts, in a graph
+    steps: list[Step] | None = None  # a layer adds how to go back within this pass; None: none does
     _zeros: dict[tuple[tuple[int, ...], mx.Dtype], mx.array] = field(default_factory=dict)
 
     @staticmethod

@@ -21,6 +21,7 @@ from mlx_kimi.metal_kernels.tuning import tuning
 from mlx_kimi.model.cache import KDACache
 from mlx_kimi.model.layers import RMSNorm
 from mlx_kimi.model.linear import FusedLinear
+from mlx_kimi.model.steps import KDAStep, Step
 
 if TYPE_CHECKING:
     from mlx_kimi.model.weights import Weights
@@ -51,12 +52,14 @@ class KimiDeltaAttention(nn.Module):
         cache: KDACache,
         lengths: mx.array | None = None,
         zeros: Callable[[tuple[int, ...], mx.Dtype], mx.array] = mx.zeros,
+        steps: list[Step] | None = None,
     ) -> mx.array:
         """x [B, T, hidden] -> [B, T, hidden]; updates `cache` by these T tokens.
 
         Args:
             lengths: [B] int32, the tokens of each row that are no padding; None: all T.
             zeros: makes what stands before the first token; layers may share it.
+            steps: takes what going back to fewer of these tokens needs.
         """
         B, T, _ = x.shape
         if (
@@ -69,10 +72,19 @@ class KimiDeltaAttention(nn.Module):
         f_a, g_a = mx.split(y, self.in_proj.ends, axis=-1)[1:3]  # (kda_prepare takes the rest)
         tail, state = self._memory(cache, B, y.dtype, zeros)
         f, g = self.f_b_proj(f_a), self.g_b_proj(g_a)
-        given = kda_prepare(Projected(y, f, self.taps, tail, lengths, self.A_log, self.dt_bias))
+        projected = self.projected(y, f, tail, lengths)
+        if steps is not None:
+            steps.append(KDAStep(cache.lengths, projected, state))
+        given = kda_prepare(projected)
         o, state = kda(given.q, given.k, given.v, given.alpha, given.beta, state)
         cache.conv_tail, cache.state = given.tail, state
         return self.o_proj(kda_finish(o, g, self.o_norm.weight, self.o_norm.eps))
+
+    def projected(
+        self, y: mx.array, f: mx.array, tail: mx.array, lengths: mx.array | None = None
+    ) -> Projected:
+        """What the delta rule is made of: y, f of two projections; `tail` stands before them."""
+        return Projected(y, f, self.taps, tail, lengths, self.A_log, self.dt_bias)
 
     def implementations(self) -> list[tuple[str, str, str]]:
         """Which implementation runs for how many tokens, and why: for `info --kernels`."""

@@ -20,6 +20,7 @@ from mlx_kimi.model.kda import KimiDeltaAttention
 from mlx_kimi.model.layers import MLP, RMSNorm
 from mlx_kimi.model.mla import MultiHeadLatentAttention
 from mlx_kimi.model.moe import MixtureOfExperts
+from mlx_kimi.model.steps import Step
 from mlx_kimi.model.weights import Weights
 
 if TYPE_CHECKING:
@@ -87,9 +88,11 @@ class DecoderLayer(nn.Module):
         """KDA or MLA alone: [B, T, hidden] -> the same; on one of several ranks, its part."""
         if isinstance(self.self_attn, KimiDeltaAttention):
             assert isinstance(entry, KDACache)
-            return self.self_attn(normed, entry, batch.lengths, batch.zeros)
+            return self.self_attn(normed, entry, batch.lengths, batch.zeros, batch.steps)
         assert isinstance(entry, LatentCache)
-        return self.self_attn(normed, entry, batch.valid, batch.plan, batch.submit_limit)
+        return self.self_attn(
+            normed, entry, batch.valid, batch.plan, batch.submit_limit, batch.steps
+        )
 
     def feed_forward(
         self, x: mx.array, residual: mx.array, batch: ForwardBatch
@@ -158,18 +161,25 @@ class KimiLinear(nn.Module):
         ids: mx.array,
         cache: list[CacheEntry] | None = None,
         lengths: Sequence[int] | None = None,
+        steps: list[Step] | None = None,
     ) -> mx.array:
-        """ids [B, T] -> final hidden states [B, T, hidden]: after the last norm, before lm_head."""
+        """ids [B, T] -> final hidden states [B, T, hidden]: after the last norm, before lm_head.
+
+        With a list of `steps`, which becomes one a layer, `keep_first` can go back within these
+        tokens, of which there are two at least and none is padding.
+        """
         B, T = ids.shape
+        if steps is not None and (T < 2 or lengths is not None):
+            raise ValueError(f"[hidden] steps must be of 2 tokens or more, unpadded, but T is {T}.")
         counts = [T] * B if lengths is None else [int(length) for length in lengths]
         cache = self.make_cache() if cache is None else cache
         with self._turn, self.choices.use():
             if min(counts) < T:
                 x = self.run(ids, cache, ForwardBatch.padded(T, counts))
-            elif T == 1 and self.compiled.takes(cache):
-                x = self.compiled(ids, cache)
+            elif (T == 1 or steps is not None) and self.compiled.takes(cache, T):
+                x = self.compiled(ids, cache, steps)
             else:
-                x = self.run(ids, cache, ForwardBatch())
+                x = self.run(ids, cache, ForwardBatch(steps=steps))
             self._finish(x)
             _advance_lengths(cache, counts)
         return x
@@ -208,7 +218,7 @@ class KimiLinear(nn.Module):
 
         Where no output is wanted, after that layer's attention: its experts would be for nothing.
         """
-        if ids.shape[1] > 1:  # (one token may be in a graph)
+        if ids.shape[1] > 1 and batch.plan is None:  # (with a plan it may be in a graph)
             batch = replace(batch, submit_limit=_submit_limit(cache, *ids.shape))
         x, residual = self._embed(ids), None
         for layer, entry in zip(self.layers, cache, strict=True):

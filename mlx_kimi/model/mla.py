@@ -22,9 +22,10 @@ from mlx_kimi.metal_kernels.kernel import Kernel, not_running
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 from mlx_kimi.metal_kernels.tuning import tuning
-from mlx_kimi.model.cache import LatentCache, Segment
+from mlx_kimi.model.cache import TAIL, LatentCache, Segment
 from mlx_kimi.model.layers import RMSNorm
 from mlx_kimi.model.linear import FusedLinear
+from mlx_kimi.model.steps import LatentStep, Step
 
 if TYPE_CHECKING:
     from mlx_kimi.model.weights import Weights
@@ -68,6 +69,7 @@ class MultiHeadLatentAttention(nn.Module):
         valid: mx.array | None,
         plan: SplitKVPlan | None = None,
         submit_limit: SubmitLimit | None = None,
+        steps: list[Step] | None = None,
     ) -> mx.array:
         """x [B, T, hidden] -> [B, T, hidden]; updates `cache` by these T tokens.
 
@@ -76,15 +78,20 @@ class MultiHeadLatentAttention(nn.Module):
             plan: how the decode kernel divides the cached positions, the same for all MLA layers
                 of a step; None: it is made here.
             submit_limit: queues the work on each block of KV positions; None: one for this call.
+            steps: takes what going back to fewer of these tokens needs.
         """
         B, T, _ = x.shape
-        if T == 1 and valid is None and self.decode_unsupported_reason(cache) is None:
-            return self._decode(x, cache, plan or cache.plan())
+        few = T == 1 or (steps is not None and T <= min(mla_decode.FEW, cache.room))
+        if few and valid is None and self.decode_unsupported_reason(cache) is None:
+            return self._decode(x, cache, plan or cache.plan(T), steps)
         heads = self.embed_q.weight.shape[0]
         x = self.in_proj.joined(x)  # (mla_prefill reads the queries at the front of each row)
         q, latent, shared = mx.split(x, [-self.width, self.lora - self.width], axis=-1)
         past = cache.positions
-        cache.append(mx.concatenate([self.kv_a_layernorm(latent), shared], axis=-1), valid)
+        latents = mx.concatenate([self.kv_a_layernorm(latent), shared], axis=-1)
+        if steps is not None:
+            steps.append(LatentStep(cache.snapshot(), latents, 0))
+        cache.append(latents, valid)
         submit_limit = submit_limit or SubmitLimit()
         expanding = expanding_pays(T, cache.positions)
         if expanding and self.prefill_unsupported_reason(cache) is None:
@@ -103,7 +110,7 @@ class MultiHeadLatentAttention(nn.Module):
         return [
             ("1 token", "ops form", reason)
             if reason
-            else ("1 token", "mla_query, mla_attend, mla_output", "supported shapes"),
+            else ("1 token", "mla_query, mla_attend, mla_output", "and of up to 8 with drafts"),
             (f"2 to {many - 1} tokens", "ops form", "absorbed, after a longer text"),
             (
                 f"{many} tokens or more; fewer in a new text",
@@ -112,14 +119,19 @@ class MultiHeadLatentAttention(nn.Module):
             ),
         ]
 
-    def _decode(self, x: mx.array, cache: LatentCache, plan: SplitKVPlan) -> mx.array:
-        """One token [B, 1, hidden], with three kernels between two matrices."""
-        tail = cache.roomy_tail(x.shape[0], self.width, x.dtype).latents
+    def _decode(
+        self, x: mx.array, cache: LatentCache, plan: SplitKVPlan, steps: list[Step] | None
+    ) -> mx.array:
+        """A few tokens [B, T, hidden], with three kernels between two matrices."""
+        B, T, hidden = x.shape
+        tail = cache.roomy_tail(B, self.width, x.dtype).latents
         frozen = [segment.latents for segment in cache.frozen]
-        x = self.in_proj.joined(x[:, 0])
+        x = self.in_proj.joined(x.reshape(B * T, hidden))
         y, tail = mla_decode.mla_decode(x, self._for_decode, tail, plan, frozen)
-        cache.grow_tail(tail)
-        return self.o_proj(y[:, None])
+        if steps is not None:
+            steps.append(LatentStep(cache.snapshot(), tail, TAIL - cache.room))
+        cache.grow_tail(tail, T)
+        return self.o_proj(y.reshape(B, T, -1))
 
     def decode_unsupported_reason(self, cache: LatentCache) -> str | None:
         """Why the decode kernel cannot run; None: it can."""
