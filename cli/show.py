@@ -85,10 +85,12 @@ def generation_speed(stats: Stats) -> list[str]:
 def speeds(stats: Stats) -> str:
     """The closing line of an answer."""
     cached = f" ({stats.cached_tokens} kept)" if stats.cached_tokens else ""
+    prompt = [f"{counted(stats.prompt_tokens, 'token')}{cached}"]
+    if stats.prompt_tokens - stats.cached_tokens >= FEW:
+        prompt.append(f"{stats.prompt_speed:.1f} tok/s")
     answer = [counted(stats.generated_tokens, "token"), *generation_speed(stats)]
     return (
-        f"prompt {counted(stats.prompt_tokens, 'token')}{cached}, {stats.prompt_speed:.1f} tok/s | "
-        f"answer {', '.join(answer)} | "
+        f"prompt {', '.join(prompt)} | answer {', '.join(answer)} | "
         f"first token {stats.time_to_first_token:.2f} s | "
         f"peak memory {human_size(stats.peak_memory)}"
         + (f" | {experts(stats.experts, stats.generated_tokens - 1)}" if stats.experts else "")

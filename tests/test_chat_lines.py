@@ -218,6 +218,9 @@ def test_no_speed_is_told_of_a_few_tokens() -> None:
     assert "answer 1 token | " in show.speeds(Stats(10, 0, 1, 0.1, 0.0, 0.0, 0, 1))
     assert "answer 2 tokens | " in show.speeds(Stats(10, 0, 2, 0.1, 0.0007, 0.0, 0, 1))
     assert "answer 9 tokens, 8.0 tok/s | " in show.speeds(Stats(10, 0, 9, 0.1, 1.0, 0.0, 0, 1))
+    assert show.speeds(Stats(21, 21, 1, 0.1, 0.0, 0.0, 0, 1)).startswith(
+        "prompt 21 tokens (21 kept) | "
+    )
 
 
 def test_retry_at_temperature_0_says_why_the_answer_is_the_same(chat: Chat) -> None:

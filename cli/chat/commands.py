@@ -18,7 +18,7 @@ from mlx_kimi.cli.chat.file import attachment
 from mlx_kimi.cli.listed import lines_of, opening
 from mlx_kimi.errors import KimiError
 from mlx_kimi.model import cache as caches
-from mlx_kimi.units import human_size
+from mlx_kimi.units import counted, human_size
 
 if TYPE_CHECKING:
     from mlx_kimi.cli.chat.loop import Loop
@@ -159,9 +159,10 @@ def stats(loop: Loop, argument: str) -> None:
     chat, last = loop.chat, loop.stats
     state = chat.state
     cache = sum(array.nbytes for array in caches.arrays(state.entries))
+    snapshots = counted(len(state.snapshots), "snapshot")
     lines = [
         f"context    {loop.used()}",
-        f"state      {human_size(cache)}, and {len(state.snapshots)} snapshots to go back to: "
+        f"state      {human_size(cache)}, and {snapshots} to go back to: "
         f"{human_size(state.snapshot_bytes)} of at most {human_size(state.snapshot_memory)}",
         f"memory     {human_size(mx.get_active_memory())} now, "
         f"{human_size(mx.get_peak_memory())} at most",
