@@ -3,7 +3,7 @@
     python -m tools.screens docs
 
 Keys are sent to `mlx_kimi chat` in a pty; the screen that a terminal emulator shows is written as
-SVG, once dark with 80 columns and once light with 120.
+SVG, dark and light.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from rich.style import Style
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
+from mlx_kimi.chat.conversation import Conversation, Turn
+from mlx_kimi.chat.transcript import Transcript
 from tests.terminal import ENTER, Terminal
 
 # background, foreground, the eight colours, and their bright forms
@@ -46,13 +48,31 @@ def get_weather(city: str) -> str:
 '''
 
 
+ANSWER = """The loop adds one number after another:
+
+```python
+def total(numbers: list[int]) -> int:
+    result = 0
+    for number in numbers:  # in order
+        result += number
+    return result
+```
+
+| numbers | total |
+|---|---:|
+| 3, 4 | 7 |
+| 42, 7, 19 | 68 |
+"""
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
-    with tempfile.TemporaryDirectory() as made:
-        dark = _going_back(Path(made) / "dark")
-        _write(dark, folder / "chat-dark.svg", DARK)
-        light = _tools(Path(made) / "light")
-        _write(light, folder / "chat-light.svg", LIGHT)
+    for scene in (_going_back, _tools, _markdown):
+        with tempfile.TemporaryDirectory() as made:
+            terminal = scene(Path(made) / "sessions")
+            for name, theme in (("dark", DARK), ("light", LIGHT)):
+                _write(terminal, folder / f"chat{scene.__name__}_{name}.svg", theme)
+            terminal.close()
 
 
 def _going_back(sessions: Path) -> Terminal:
@@ -89,6 +109,17 @@ def _tools(sessions: Path) -> Terminal:
     return terminal
 
 
+def _markdown(sessions: Path) -> Terminal:
+    """80 columns: an answer with code and a table, of a conversation that was saved."""
+    turn = Turn("How are numbers added up?")
+    turn.replies.append({"role": "assistant", "content": ANSWER})
+    (sessions / "sums").mkdir(parents=True)
+    Transcript(sessions / "sums").save(Conversation(None, [turn]), {})
+    terminal = Terminal("chat", "--sessions", sessions, "--resume", "sums", columns=80, rows=24)
+    terminal.wait_for_prompt()
+    return terminal
+
+
 def _say(terminal: Terminal, text: str) -> None:
     terminal.wait_for_prompt()
     terminal.type(text)
@@ -112,8 +143,8 @@ def _write(terminal: Terminal, file: Path, theme: TerminalTheme) -> None:
     # A font of the reader's machine, and none from elsewhere.
     picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
     picture = picture.replace("Fira Code, monospace", FONTS)
+    picture = picture.replace('stroke="rgba(255,255,255,0.35)"', 'stroke="rgba(128,128,128,0.6)"')
     file.write_text(picture, encoding="utf-8")
-    terminal.close()
     print(f"{file}: {file.stat().st_size:,} bytes")
 
 
