@@ -235,11 +235,12 @@ def _plot(file: Path, title: str, rows: Sequence[BenchRow]) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     figure.suptitle(title)
     prompt, answer = figure.subplots(1, 2)
-    prompt.plot(contexts, [row.prompt_speed for row in rows], "o-")
+    # (Markers at the edge of the axes are whole.)
+    prompt.plot(contexts, [row.prompt_speed for row in rows], "o-", clip_on=False)
     speeds = [row.generation_speed for row in rows]
     slower = [row.generation_speed - 1 / max(row.token_times) for row in rows]
     faster = [1 / min(row.token_times) - row.generation_speed for row in rows]
-    answer.errorbar(contexts, speeds, (slower, faster), fmt="o-", capsize=3)
+    answer.errorbar(contexts, speeds, (slower, faster), fmt="o-", capsize=3, clip_on=False)
     for axes, what in ((prompt, "prompt, from the context before"), (answer, "answer")):
         axes.set_title(what)
         axes.set_xlabel("context, tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -25,8 +26,10 @@ from mlx_kimi.model.cache import check_latent_bits
 from mlx_kimi.model.kda import KimiDeltaAttention
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.layers import MLP
-from mlx_kimi.units import human_size
+from mlx_kimi.units import counted, human_size
 
+PART, TOKENS = 20, 41  # columns
+OPERATIONS = ("ops form", "kda_chunk", "naive_kda")  # forms without our kernels
 LENGTHS = (4096, 32_768, 131_072)  # tokens of context
 Implementation = tuple[str, str, str]  # how many tokens, what runs, why
 
@@ -90,15 +93,24 @@ def _facts(network: KimiLinear) -> Iterator[str]:
 
 
 def _kernels(network: KimiLinear) -> Iterator[str]:
-    if backend() is not None:
-        yield f"kernels run on {mx.default_device()}; {OFF}=1 in the environment turns them off"
-    else:
-        yield f"no kernels run on {mx.default_device()}"
+    """One table of the model: parts of layers, by the tokens that they take at a time."""
+    if backend() is None:
+        yield (
+            f"MLX's own operations run everything on this {mx.default_device().type.name.upper()}: "
+            f"our kernels, which are faster, need a GPU, and {OFF} unset"
+        )
+        return
+    yield "fast: our kernels; slow: MLX's operations, whose answers are as right"
+    yield f"{OFF}=1 in the environment turns our kernels off"
+    yield ""
     with network.choices.use():
-        for name, rows in _implementations(network).items():
-            yield name
-            for tokens, form, why in rows:
-                yield f"  {tokens:<18} {form}: {why}"
+        parts = _implementations(network)
+    yield f"{'part':<{PART}}tokens at a time"
+    for part, rows in parts.items():
+        for number, (tokens, form, why) in enumerate(rows):
+            said = f"slow  {why}" if form in OPERATIONS else f"fast  {form}"
+            yield f"{'' if number else part:<{PART}}{tokens:<{TOKENS}}{said}"
+    yield ""
     if is_traced():
         yield from _found_out(network)
 
@@ -122,7 +134,10 @@ def _implementations(network: KimiLinear) -> dict[str, list[Implementation]]:
         for part, name in ((layer.self_attn, attention), (layer.mlp, "experts")):
             if not isinstance(part, MLP):
                 alike.setdefault((name, tuple(part.implementations())), []).append(number)
+    kinds = Counter(name for name, _ in alike)
     return {
-        f"{name} of layers {', '.join(map(str, numbers))}": list(rows)
+        f"{name}, {counted(len(numbers), 'layer')}"
+        if kinds[name] == 1
+        else f"{name} of {', '.join(map(str, numbers))}": list(rows)
         for (name, rows), numbers in alike.items()
     }

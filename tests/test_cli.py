@@ -17,11 +17,16 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from mlx_kimi.cli import generate
+from mlx_kimi.bundled import pocket_folder
+from mlx_kimi.cli import generate, info
 from mlx_kimi.cli.main import cli
 from mlx_kimi.generation.answer import Chunk
 from mlx_kimi.generation.generate import stream_generate
+from mlx_kimi.loading.load import load_model
+from mlx_kimi.metal_kernels.kernel import use_backend
+from mlx_kimi.metal_kernels.tuning import BASE, Choices
 from tests import processes
+from tests.emulated import emulator
 from tests.processes import ENVIRONMENT, PROGRAM
 
 PROMPT = "Which words are names?"
@@ -120,7 +125,20 @@ def test_info_says_what_a_model_is_and_what_runs_it() -> None:
     facts = run("info").stdout.decode()
     assert "6 KDA and 2 MLA layers" in facts and "4 bits" in facts
     kernels = run("info", "--kernels").stdout.decode()
-    assert "1 token" in kernels and "1 to 8 tokens" in kernels
+    assert kernels.startswith("MLX's own operations run everything on this CPU: our kernels")
+    assert kernels.count("\n") == 1
+
+
+def test_the_table_of_kernels_is_one_and_says_what_is_fast() -> None:
+    model = load_model(pocket_folder(), lazy=True)
+    with use_backend(emulator):
+        model.choices = Choices(BASE, {"kda_decode": "it hung"})
+        table = "\n".join(info._kernels(model))
+    assert table.count("tokens at a time") == 1
+    for part, layers in (("KDA", 6), ("experts", 7), ("MLA", 2)):
+        assert table.count(f"\n{part}, {layers} layers") == 1
+    assert re.search(r"^KDA, 6 layers +1 token +slow  kda_decode is off: it hung$", table, re.M)
+    assert re.search(r"^MLA, 2 layers +1 token +fast  mla_query, mla_attend", table, re.M)
 
 
 # ----------------------------------------------------------------------------------- early endings

@@ -98,7 +98,7 @@ class KimiDeltaAttention(nn.Module):
             else ("1 token", "kda_decode", "supported shapes"),
             (f"2 to {chunked_from - 1} tokens", few.name, few.why),
             (f"{chunked_from} tokens or more", many.name, many.why),
-            ("2 tokens or more", *prepared_by(self.in_proj.width, self.head_dim)),
+            ("2 tokens or more, around these", *prepared_by(self.in_proj.width, self.head_dim)),
         ]
 
     def _memory(

@@ -111,7 +111,7 @@ class MultiHeadLatentAttention(nn.Module):
             ("1 token", "ops form", reason)
             if reason
             else ("1 token", "mla_query, mla_attend, mla_output", "and of up to 8 with drafts"),
-            (f"2 to {many - 1} tokens", "ops form", "absorbed, after a longer text"),
+            (f"2 to {many - 1} tokens", "ops form", "no kernel takes so few after a longer text"),
             (
                 f"{many} tokens or more; fewer in a new text",
                 "ops form" if many_reason else "mla_prefill",
