@@ -586,7 +586,7 @@ def test_a_session_beyond_the_budget_is_refused_before_a_model_is_loaded(
         (("--resume", "lost"), 1, "there is no session lost"),
         (("--resume",), 1, "there are no sessions in"),
         (("--resume", "x", "--system", "s"), 2, "--resume goes on"),
-        (("--tools", "lost.py"), 2, "does not exist"),
+        (("--tools", "lost.py"), 1, "lost.py: cannot be read: No such file"),
     ],
 )
 def test_a_mistake_is_one_clear_line(talker, folder, options, code, said) -> None:

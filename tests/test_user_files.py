@@ -13,7 +13,7 @@ from mlx_kimi.chat.transcript import TEXT
 from mlx_kimi.checkpoint.fields import read_json
 from mlx_kimi.checkpoint.files import read_header
 from mlx_kimi.checkpoint.weight_file import FileVersion, OpenFile
-from mlx_kimi.cli.chat.file import file_message
+from mlx_kimi.cli.chat.file import attachment
 from mlx_kimi.convert.journal import Journal, first_record
 from mlx_kimi.durable import checksum
 from mlx_kimi.errors import KimiError
@@ -32,7 +32,7 @@ READS: dict[str, Reads] = {
     "weights": lambda file: OpenFile(file, VERSION, "it is read"),
     "checksum": checksum,
     "journal": Journal,
-    "/file": lambda file: file_message(str(file)),
+    "/file": lambda file: attachment(str(file)),
 }
 OTHERS = {"pipe": is_fifo, "folder": is_folder, "device": is_endless}
 
