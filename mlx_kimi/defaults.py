@@ -9,7 +9,6 @@ SNAPSHOT_MEMORY = 1 << 30  # bytes: 24 KDA states of the 48B
 NO_TUNE = "MLX_KIMI_NO_TUNE"
 AUTOSAVE_LIMIT = 5 * 10**9  # bytes: sixteen chats of the 48B, or two thousand of the pocket model
 CONTEXT = 32_768  # tokens that a memory budget leaves room for
-BUFFERS = 256 << 20  # bytes that MLX may keep of freed arrays under a budget, to use again
 WINDOW = 512  # tokens that `evaluate` reads together, each window from nothing
 EVALUATED_TOKENS = 2048  # of its text
 REPORTED_TOKENS = 1024  # of the text of `convert --report`, all in memory at once

@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,12 +23,12 @@ from click.testing import CliRunner
 from mlx_kimi import load, stream_generate
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cli.grammar import COMMANDS
-from mlx_kimi.defaults import BUFFERS
 from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.generation.decode import prefill
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.loading.load import load_model
+from mlx_kimi.loading.memory import BUFFERS, LEAST_BUFFERS
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model import moe
@@ -490,8 +492,25 @@ def test_what_failed_or_was_interrupted_leaves_the_slots_right(
 
 # ---------------------------------------------------------------------------------- the budget
 def test_a_budget_too_small_says_what_is_needed() -> None:
-    with pytest.raises(KimiError, match=r"budget of 0.10 GB is too small: .* make \d+\.\d+"):
-        load_model(pocket_folder(), budget=Budget(GB // 10))
+    with pytest.raises(KimiError, match=r"budget of 10.00 MB is too small: .* make \d+ MB; a"):
+        load_model(pocket_folder(), budget=Budget(GB // 100))
+
+
+def test_an_answer_reads_no_more_at_once_than_the_budget_has_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer = load(pocket_folder(), replace(ROOMY, prefill_step=16))
+    seen: list[int] = []
+    own = KimiLinear.hidden
+
+    def hidden(self: KimiLinear, tokens: mx.array, *rest: Any) -> mx.array:
+        seen.append(tokens.shape[1])
+        return own(self, tokens, *rest)
+
+    monkeypatch.setattr(KimiLinear, "hidden", hidden)
+    monkeypatch.setattr(KimiLinear, "advance", lambda *given: mx.eval(hidden(*given)))
+    list(stream_generate(model, tokenizer, ids(40), max_tokens=2))
+    assert seen == [16, 16, 8, 1]
 
 
 def test_a_budget_beyond_the_machine_is_refused() -> None:
@@ -527,12 +546,16 @@ def test_mlx_keeps_few_buffers_as_long_as_a_budget_lasts(
     gc.collect()  # models that other tests left: the limit is the process's
     before = mx.set_cache_limit(3 * BUFFERS)
     try:
-        first, second = streamed(pocket_folder(), 2), streamed(pocket_folder(), 2)
-        assert limit() == BUFFERS
-        del first
-        gc.collect()
-        assert limit() == BUFFERS
+        first = streamed(pocket_folder(), 2)
+        budget = replace(ROOMY, prefill_step=64)
+        small = limit()
+        monkeypatch.setattr(import_module("mlx_kimi.loading.load"), "slots_for", lambda *_: 2)
+        second = load_model(pocket_folder(), budget=budget)
+        assert LEAST_BUFFERS < limit() < small < BUFFERS, "as the work space is"
         del second
+        gc.collect()
+        assert limit() == small
+        del first
         gc.collect()
         assert limit() == 3 * BUFFERS
     finally:

@@ -22,6 +22,8 @@ def prefill(
 ) -> tuple[mx.array, int]:
     """Read what `state` has not read of the prompt `ids`, `step` tokens at once.
 
+    Under a memory budget never more than it has room for.
+
     Returns:
         The final hidden state of the last token, [1, 1, hidden], and how many tokens had been read
         before.
@@ -30,6 +32,8 @@ def prefill(
         KimiError: `step` is out of range.
     """
     check_prefill_step(step)
+    if state.model.offload is not None:
+        step = min(step, state.model.offload.prefill_step)
     with state.turn:
         state.answering = None  # whatever ends this: another answer in this state is over
         state.settle()

@@ -14,7 +14,7 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.checkpoint.tensors import ALWAYS_FLOAT32, Join, tensors
 from mlx_kimi.errors import KimiError, in_words
-from mlx_kimi.loading.budget import Budget, slots_for
+from mlx_kimi.loading.budget import Budget, slots_for, work_for
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
 from mlx_kimi.loading.fetch import fetched
 from mlx_kimi.loading.finite import not_finite_place
@@ -27,6 +27,7 @@ from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.weights import Weights
 from mlx_kimi.offload.expert_files import ExpertFiles, ExpertStack
 from mlx_kimi.offload.offload import ExpertOffload
+from mlx_kimi.offload.read_pool import THREADS
 from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -199,14 +200,31 @@ def _offload(
                     stack = files.stack(matcher.checkpoint, name, stored, dtype)
                     layers.setdefault(path, []).append(stack)
         routed = {stack.name for stacks in layers.values() for stack in stacks}
-        resident = sum(array.nbytes for name, array in arrays.items() if name not in routed)
-        one_slot = sum(stack.nbytes for stacks in layers.values() for stack in stacks)
-        slots = slots_for(budget, matcher.config, resident, one_slot)
+        beside = {name: array.nbytes for name, array in arrays.items() if name not in routed}
+        resident = sum(beside.values())
+        stacks = [stack for of_layer in layers.values() for stack in of_layer]
+        one_slot = sum(stack.nbytes for stack in stacks)
+        reading = THREADS * max((stack.reading_bytes for stack in stacks), default=0)
+        slots = slots_for(
+            budget, matcher.config, resident, one_slot, reading, _loading_bytes(beside)
+        )
     except BaseException:
         files.close()
         raise
     config = matcher.config
-    return ExpertOffload(files, layers, slots, budget.tokens(config) < config.model_max_length)
+    bounded = budget.tokens(config) < config.model_max_length
+    buffers = work_for(budget, config, resident).buffers
+    return ExpertOffload(files, layers, slots, buffers, budget.prefill_step, bounded)
+
+
+def _loading_bytes(sizes: Mapping[str, int]) -> int:
+    """What `_read_weights` takes beside the weights: of the largest part, each tensor as it is
+    stored, and what is joined to another of them as a copy."""
+    parts: dict[str, int] = {}
+    for name, size in sizes.items():
+        part = ".".join(name.split(".")[:3]) if ".layers." in name else name
+        parts[part] = parts.get(part, 0) + size
+    return 3 * max(parts.values(), default=0) // 2
 
 
 def dtype_of(folder: Path) -> mx.Dtype:

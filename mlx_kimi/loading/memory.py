@@ -12,15 +12,24 @@ import psutil
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import Join, tensors
-from mlx_kimi.defaults import BUFFERS, CONTEXT, PREFILL_STEP, SNAPSHOT_MEMORY
+from mlx_kimi.defaults import CONTEXT, PREFILL_STEP, SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
-from mlx_kimi.metal_kernels.attention import GPU_QUERY_BLOCK
+from mlx_kimi.metal_kernels.attention import GPU_QUERY_BLOCK, query_block
 from mlx_kimi.metal_kernels.latents import GROUP, GROUP_WORDS
+from mlx_kimi.metal_kernels.matmul import COPY_FROM
+from mlx_kimi.metal_kernels.tuning import tuning
+from mlx_kimi.model.kimi_linear import PIECE_TOKENS
 from mlx_kimi.model.mla import EXPANDED, LARGEST_BLOCK, MOST_SCORES
+from mlx_kimi.offload.expert_cache import WAVE
 from mlx_kimi.units import human_size
 
 ANY_SIZE = "MLX_KIMI_ANY_SIZE"  # set in the environment, models load whether they fit or not
 BITS = (8, 6, 5, 4, 3, 2)  # of `convert`
+MARGIN = 16  # the share of an estimate under a budget that is added to it
+BUFFERS, LEAST_BUFFERS = 256 << 20, 8 << 20  # bytes
+# Bytes of code and of threads that are used first when a model runs: on Linux's CPU 16 to 18 MB,
+# and an allowance for what a GPU's kernels are compiled with, which nobody has measured.
+PROCESS, PROCESS_GPU = 20 << 20, 100 << 20
 SCALES = 0.5  # bits a weight, at `convert`'s group size: a scale and a bias of 16 bits for 64
 
 
@@ -32,6 +41,11 @@ class MemoryEstimate:
     state: int  # of all KDA layers, however long the text is
     latent: int  # of all MLA layers, for one token
     work: int  # what a prefill step holds meanwhile, about
+
+    @property
+    def buffers(self) -> int:
+        """What MLX may keep of freed arrays under a memory budget, to use them again."""
+        return min(BUFFERS, LEAST_BUFFERS + self.work // 4)
 
     def at(self, context: int) -> int:
         """All of it, for a context of so many tokens."""
@@ -69,12 +83,22 @@ class Machine:
 
 
 def needs(
-    config: ModelConfig, weights: int, latent_bits: int | None = None, number: int | None = None
+    config: ModelConfig,
+    weights: int,
+    latent_bits: int | None = None,
+    number: int | None = None,
+    prefill_step: int = PREFILL_STEP,
+    context: int = CONTEXT,
 ) -> MemoryEstimate:
     """Of a model whose weights take so many bytes in memory, for one text.
 
     A KDA layer keeps a matrix a head in float32 and a few tokens of q | k | v; an MLA layer keeps a
-    latent a token, which `latent_bits` 8 packs. `number`: bytes of an activation; None: as here.
+    latent a token, which `latent_bits` 8 packs.
+
+    Args:
+        number: bytes of an activation; None: as here.
+        prefill_step: tokens that are read at once.
+        context: the longest text; beyond some thousand tokens it changes no work space.
     """
     if number is None:
         number = 4 if mx.default_device() == mx.Device(mx.cpu) else 2
@@ -87,12 +111,12 @@ def needs(
         weights,
         kinds.count("kda") * state,
         kinds.count("mla") * latent,
-        _work(config, number),
+        _work(config, number, min(prefill_step, context), context),
     )
 
 
 def non_expert_bytes(
-    wanted: MemoryEstimate, context: int, snapshots: int = 0, prefill_step: int = PREFILL_STEP
+    wanted: MemoryEstimate, context: int, snapshots: int = 0, loading: int = 0
 ) -> int:
     """Bytes that this process would take with a memory budget, but for its routed experts.
 
@@ -100,29 +124,87 @@ def non_expert_bytes(
         wanted: of a model whose weights are all but the routed experts'.
         context: the longest text, in tokens.
         snapshots: bytes of states to go back to.
+        loading: bytes that reading the weights takes beside them.
     """
-    here = psutil.Process().memory_info().rss
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    here = psutil.Process().memory_info().rss + (PROCESS if on_cpu else PROCESS_GPU)
     # The state before a step, and that where the prompt ended, are kept beside the present one.
-    fixed = here + BUFFERS + wanted.at(context) + 2 * wanted.state + snapshots
-    return fixed + wanted.work * max(0, prefill_step - PREFILL_STEP) // PREFILL_STEP
+    running = wanted.at(context) - wanted.weights + 2 * wanted.state + snapshots
+    taken = wanted.buffers + wanted.weights + max(running, loading)
+    return here + taken + taken // MARGIN
 
 
-def _work(config: ModelConfig, number: int) -> int:
+def _work(config: ModelConfig, number: int, step: int, context: int) -> int:
     """Two halves of a layer at a time, as `model.PIECE_TOKENS` says, and two blocks of columns.
 
-    Steps of fewer tokens take less, in more layers at a time (tests/test_command_buffers).
-    A block has scores, or its keys, values and some outputs in float32: which, the kernels decide.
+    Of few tokens more halves are queued at a time, up to those of all layers.
     """
+    queued = max(step, min(PIECE_TOKENS, step * len(config.layers)))  # tokens, in halves of layers
     delta_rule = config.kda_width * (9 * number + 16)  # q, k, v thrice; decays, outputs in float32
     experts = config.num_experts_per_token * (
         2 * config.hidden_size + 3 * config.moe_intermediate_size
     )
     feed_forward = number * max(experts, 3 * config.intermediate_size)
-    scores = min(MOST_SCORES, config.num_attention_heads * GPU_QUERY_BLOCK * LARGEST_BLOCK)
-    expanded = EXPANDED * (config.qk_nope_head_dim + config.v_head_dim) * number
-    outputs = 4 * PREFILL_STEP * config.num_attention_heads * config.v_head_dim
-    block = max(scores * (8 + number), expanded + 2 * outputs)
-    return PREFILL_STEP * (delta_rule + feed_forward) + 2 * block
+    work = queued * (delta_rule + feed_forward)
+    if number == 2:
+        return work + _gpu_block(config, step, context)
+    return work + _cpu_block(config, step, context) + _cpu_copies(config, step)
+
+
+def _cpu_copies(config: ModelConfig, step: int) -> int:
+    """Matrices that are made plain, or laid out anew, to multiply many rows: all of the largest
+    half of a layer, while the next half begins. Those of routed experts: `wave_bytes`."""
+    if step < COPY_FROM:
+        return 0
+    halves: dict[str, dict[int, int]] = {"self_attn": {}, "mlp": {}}
+    for tensor in tensors(config):
+        _, _, place = tensor.name.partition("model.layers.")
+        number, _, rest = place.partition(".")
+        if tensor.matrix and place and tensor.join is not Join.STACK:
+            half = halves[rest.partition(".")[0]]
+            half[int(number)] = half.get(int(number), 0) + prod(tensor.shape)
+    largest = sorted(max(half.values(), default=0) for half in halves.values())
+    return int(4 * (_copied(config) * largest[1] + largest[0]))
+
+
+def _copied(config: ModelConfig) -> float:
+    """How often a matrix is in memory while it becomes plain: unpacked, scaled, laid out. As
+    measured: 2.7 at most."""
+    return 1 if config.quantization is None else 2.7
+
+
+def wave_bytes(config: ModelConfig, slots: int, step: int) -> int:
+    """What the routed experts take that are computed together, each for its rows of a step."""
+    is_cpu = mx.default_device() == mx.Device(mx.cpu)
+    rows = 2 * step * config.num_experts_per_token // max(1, config.num_experts)  # of a busy one
+    if not is_cpu or rows < COPY_FROM:
+        return 0
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    return int(4 * _copied(config) * expert * min(WAVE, max(1, slots // 2)))
+
+
+def _cpu_block(config: ModelConfig, step: int, context: int) -> int:
+    """Scores, keys and values of two blocks of columns; queries and sums of all rows. In float32,
+    as all is on a CPU."""
+    heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    rows = heads * min(step, query_block())
+    columns = min(LARGEST_BLOCK, context, max(1, MOST_SCORES // rows))
+    keys = 4 * heads * (2 * nope + config.qk_rope_head_dim + value)  # joined of two parts
+    if step < min(context, tuning().expand_from):
+        keys = 0  # (attention is to the latents themselves)
+    blocks = 1 if step <= query_block() and columns == context else 2
+    sums = 4 * step * heads * (nope + config.qk_rope_head_dim + 2 * value)
+    return blocks * (columns * (12 * rows + keys) + sums)
+
+
+def _gpu_block(config: ModelConfig, step: int, context: int) -> int:
+    """Two blocks of scores, or of keys, values and some outputs in float32: which, the kernels
+    decide."""
+    heads, value = config.num_attention_heads, config.v_head_dim
+    rows, number = heads * min(step, GPU_QUERY_BLOCK), 2
+    scores = min(MOST_SCORES, rows * min(LARGEST_BLOCK, context))
+    expanded = min(EXPANDED, heads * context) * (config.qk_nope_head_dim + value) * number
+    return 2 * max(scores * (8 + number), expanded + 2 * 4 * step * heads * value)
 
 
 def refuse_what_does_not_fit(folder: Path, config: ModelConfig, weights: int) -> None:
@@ -162,6 +244,7 @@ def _or_stream(config: ModelConfig, wanted: MemoryEstimate, limit: int) -> str:
     beside = non_expert_bytes(
         replace(wanted, weights=wanted.weights - routed), context, SNAPSHOT_MEMORY
     )
+    of_a_token += wave_bytes(config, config.num_experts_per_token, PREFILL_STEP)
     budget = limit // 10**9
     if not routed or beside + of_a_token > budget * 10**9:
         return ""

@@ -30,6 +30,13 @@ class ExpertStack:
         """Of one expert in memory."""
         return prod(self.shape) * self.dtype.size
 
+    @property
+    def reading_bytes(self) -> int:
+        """What `read` takes meanwhile: what is stored, and what it becomes, twice."""
+        if self.stored == self.dtype:
+            return 0
+        return prod(self.shape) * self.stored.size + 2 * self.nbytes
+
     def read(self, expert: int, into: Bytes) -> int:
         """Fill `into` [nbytes] with one expert's array; returns the bytes read."""
         file, offset = self.places[expert]

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from mlx_kimi.defaults import BUFFERS
 from mlx_kimi.offload.expert_cache import EMPTY, ExpertCache
 from mlx_kimi.offload.expert_files import ExpertFiles, ExpertStack
 from mlx_kimi.offload.optimistic import OptimisticResidency
@@ -23,6 +22,7 @@ class ExpertOffload:
         bounds_context: whether the budget, and not the model, says how long a text may be.
         expert_caches: by the path of the stacks, `model.layers.3.mlp.switch_mlp`.
         slots: of each expert cache.
+        prefill_step: tokens that the budget has room to read at once.
         optimistic: decodes a token as if its experts were in memory, and verifies it after.
     """
 
@@ -31,12 +31,15 @@ class ExpertOffload:
         files: ExpertFiles,
         layers: Mapping[str, list[ExpertStack]],
         slots: int,
+        buffers: int,
+        prefill_step: int,
         bounds_context: bool = False,
     ) -> None:
-        self.bounds_context = bounds_context
+        """`buffers`: bytes that MLX may keep of freed arrays, to use them again."""
+        self.bounds_context, self.prefill_step = bounds_context, prefill_step
         self.slots, self.counts, self.readers = slots, Counts(), ReadPool()
         weakref.finalize(self, _close, files, self.readers)
-        CACHE_LIMIT.while_alive(self)
+        CACHE_LIMIT.while_alive(self, buffers)
         experts = max((len(s.places) for stacks in layers.values() for s in stacks), default=0)
         slot_table = np.full((len(layers), experts), EMPTY)
         scores = np.zeros((len(layers), experts))
@@ -63,21 +66,22 @@ class ExpertOffload:
 
 
 class CacheLimit:
-    """While any `ExpertOffload` lives, MLX keeps at most `BUFFERS` bytes of freed arrays."""
+    """While any `ExpertOffload` lives, MLX keeps as few bytes of freed arrays as all allow."""
 
     def __init__(self) -> None:
-        self._alive = self._before = 0
+        self._limits: dict[int, int] = {}
+        self._before = 0
 
-    def while_alive(self, owner: object) -> None:
-        if not self._alive:
-            self._before = mx.set_cache_limit(BUFFERS)
-        self._alive += 1
-        weakref.finalize(owner, self._one_less)
+    def while_alive(self, owner: object, limit: int) -> None:
+        number = max(self._limits, default=0) + 1
+        before = mx.set_cache_limit(min([limit, *self._limits.values()]))
+        self._before = self._before if self._limits else before
+        self._limits[number] = limit
+        weakref.finalize(owner, self._one_less, number)
 
-    def _one_less(self) -> None:
-        self._alive -= 1
-        if not self._alive:
-            mx.set_cache_limit(self._before)
+    def _one_less(self, number: int) -> None:
+        del self._limits[number]
+        mx.set_cache_limit(min(self._limits.values(), default=self._before))
 
 
 CACHE_LIMIT = CacheLimit()  # the limit is the process's
