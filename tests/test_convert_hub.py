@@ -226,10 +226,12 @@ def test_a_terminal_shows_each_download_below_what_is_said(hub: Hub, tmp_path: P
     assert terminal.wait_for_end() == 0
     lines = terminal.lines
     (said,) = [n for n, line in enumerate(lines) if line.startswith("94.73 MB to write, and at")]
-    shown = [line for line in lines[said + 1 :] if line]
-    for number in range(1, SHARDS + 1):
-        assert shard(number) in shown[number - 1] and "100%" in shown[number - 1]
-    assert shown[SHARDS].startswith(str(out)[:100])
+    # (Between them the hub's library may draw its own bars of the small files, late.)
+    downloads = [line for line in lines[said + 1 :] if ".safetensors" in line]
+    for number, line in enumerate(downloads, 1):
+        assert shard(number) in line and "100%" in line
+    assert len(downloads) == SHARDS
+    assert any(line.startswith(str(out)[:100]) for line in lines[said + 1 + SHARDS :])
     assert not any("converting" in line for line in lines)
 
 

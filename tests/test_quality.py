@@ -249,7 +249,7 @@ def test_bad_input_is_one_line_before_the_conversion(
     for source, content, options, line in (
         (talker, b"ab\xff", ["--report"], "text is not UTF-8: byte 0xff at position 2"),
         (talker, b"", ["--report"], "the text must have at least 2 tokens but has 0"),
-        (talker, b"text", [], "--report-text needs --report."),
+        (talker, b"text", [], "--report-text needs --report"),
         (folder("tiny"), b"text", ["--report"], "tiktoken.model"),
     ):
         text.write_bytes(content)
