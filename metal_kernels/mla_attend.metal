@@ -4,27 +4,28 @@
 #include "vectors.h"
 
 // A token's attention to a part of what came before it, for many heads at once: each latent is read once for
-// all heads of a threadgroup. A text may have several tokens, of which each sees one more than the one before. Every split is an online softmax by itself, which mla_output
-// merges with the others. With z a latent, s its shared key, and q the scaled query of a head:
+// all heads of a threadgroup. A text may have several tokens, of which each sees one more than the one
+// before. Every split is an online softmax by itself, which mla_output merges with the others. With z a
+// latent, s its shared key, and q the scaled query of a head:
 //
 //     score = q . (z | s)      m = max score      l = sum of exp(score - m)      acc = sum of exp(score - m) z
 //
-//   queries       [B * H, Lora + Shared] float, as mla_query makes them: scaled
+//   queries       [B * tokens, H, Lora + Shared] float, as mla_query makes them: scaled
 //   tail          [B, Room, Lora + Shared] of any float type; sizes[0] of its rows are latents
 //   segment1 ...  [B, sizes[1], row] and so on: rows of StoredT, plain or packed as latents.h says; those
 //                 beyond the last are any array
 //   plan          [2 + 2 * (Segments + 1) + 1] int: positions of a split, splits, then of the tail and of each
-//                 segment the first split, then the sizes, and last `tokens`, of a text. A split lies in one segment, and has a
-//                 multiple of 8 positions unless it is the segment's last. The tail's size is that of the
-//                 first token, and one more for each after it. Splits of the tail's room that
-//                 hold no latent yet are empty: m is -infinity there, and all else 0.
+//                 segment the first split, then the sizes, and last `tokens`, of a text. A split lies in one
+//                 segment, and has a multiple of 8 positions unless it is the segment's last. The tail's
+//                 size is that of the first token, and one more for each after it. Splits of the tail's
+//                 room that hold no latent yet are empty: m is -infinity there, and all else 0.
 //   acc           [B * tokens, Splits, H, Lora] float
 //   m_and_l       [B * tokens, Splits, H, 2] float
 // Template: TailT; StoredT, the same or, where Packed (a bool), uint; H, Heads, Lora, Shared, Channels,
 // Block, Room, Segments int. Heads, of a threadgroup, Shared and Block are multiples of 8; Channels is 32
 // or 64 and divides Lora.
-// Grid (32 * Lora / Channels, Splits, B * tokens * ceil(H / Heads)), threadgroup (32 * Lora / Channels, 1, 1): a
-// threadgroup owns the heads of one token in one split, a simdgroup a slice of Channels channels of the
+// Grid (32 * Lora / Channels, Splits, B * tokens * ceil(H / Heads)), threadgroup (32 * Lora / Channels, 1,
+// 1): a threadgroup owns the heads of one token in one split, a simdgroup a slice of Channels channels of the
 // queries, latents and acc, and some of the shared key's tiles of 8. It walks in blocks of Block positions.
 //
 // Of packed rows the codes are multiplied, as latents.h says. A simdgroup's channels lie in one group, so

@@ -16,7 +16,7 @@
 //   tail          [B, Room, Lora + Shared] of x's type: latents, and behind them room for more
 //   plan          as mla_attend takes it: sizes[0] counts the tail's latents with the first new one
 //   scale, eps    float; eps is of the norm
-//   queries       [B * H, Lora + Shared] float
+//   queries       [B * tokens, H, Lora + Shared] float
 //   new_tail      like tail, with the new latents from place sizes[0] - 1 on
 // Template: H, Nope, Lora, Shared, Room, Segments, Bits, Group int. Nope and Lora are multiples of 8,
 // Nope of Group.
