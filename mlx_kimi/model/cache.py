@@ -171,14 +171,19 @@ class LatentCache:
         return self.tail.with_room(TAIL)
 
     @property
+    def held(self) -> int:
+        """Tokens in the tail."""
+        return 0 if self.tail is None else self.tail.size
+
+    @property
     def room(self) -> int:
         """Tokens until the tail is full."""
-        return TAIL - (0 if self.tail is None else self.tail.size)
+        return TAIL - self.held
 
     def plan(self, tokens: int = 1) -> SplitKVPlan:
         """How `mla_decode` divides the attention of the next tokens."""
         frozen = [segment.size for segment in self.frozen]
-        return SplitKVPlan.of(TAIL - self.room + 1, TAIL, frozen, tokens=tokens)
+        return SplitKVPlan.of(self.held + 1, TAIL, frozen, tokens=tokens)
 
     def grow_tail(self, latents: mx.array, tokens: int = 1) -> None:
         """Take the latents of `roomy_tail`, with so many more tokens among them, up to `room`."""

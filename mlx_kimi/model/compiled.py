@@ -113,7 +113,7 @@ class CompiledStep:
                 entry.conv_tail, entry.state = new[:2]
             else:
                 if steps is not None:
-                    steps.append(LatentStep(entry.snapshot(), new[0], TAIL - entry.room))
+                    steps.append(LatentStep(entry.snapshot(), new[0], entry.held))
                 entry.grow_tail(new[0], T)
         return hidden
 

@@ -22,7 +22,7 @@ from mlx_kimi.metal_kernels.kernel import Kernel, not_running
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 from mlx_kimi.metal_kernels.tuning import tuning
-from mlx_kimi.model.cache import TAIL, LatentCache, Segment
+from mlx_kimi.model.cache import LatentCache, Segment
 from mlx_kimi.model.layers import RMSNorm
 from mlx_kimi.model.linear import FusedLinear
 from mlx_kimi.model.steps import LatentStep, Step
@@ -110,7 +110,11 @@ class MultiHeadLatentAttention(nn.Module):
         return [
             ("1 token", "ops form", reason)
             if reason
-            else ("1 token", "mla_query, mla_attend, mla_output", "and of up to 8 with drafts"),
+            else (
+                "1 token",
+                "mla_query, mla_attend, mla_output",
+                f"and of up to {mla_decode.FEW} with drafts",
+            ),
             (f"2 to {many - 1} tokens", "ops form", "no kernel takes so few after a longer text"),
             (
                 f"{many} tokens or more; fewer in a new text",
@@ -129,7 +133,7 @@ class MultiHeadLatentAttention(nn.Module):
         x = self.in_proj.joined(x.reshape(B * T, hidden))
         y, tail = mla_decode.mla_decode(x, self._for_decode, tail, plan, frozen)
         if steps is not None:
-            steps.append(LatentStep(cache.snapshot(), tail, TAIL - cache.room))
+            steps.append(LatentStep(cache.snapshot(), tail, cache.held))
         cache.grow_tail(tail, T)
         return self.o_proj(y.reshape(B, T, -1))
 
