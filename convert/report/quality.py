@@ -24,10 +24,10 @@ from mlx_kimi.convert.plan import PROCESS
 from mlx_kimi.convert.report.divergence import divergence
 from mlx_kimi.convert.report.layerwise import EXPERTS, Layers
 from mlx_kimi.convert.report.weight_error import Squares, weight_errors
-from mlx_kimi.defaults import PREFILL_STEP, REPORTED_TOKENS, WINDOW
+from mlx_kimi.defaults import REPORTED_TOKENS, WINDOW
 from mlx_kimi.evaluation.evaluate import Evaluation, first_tokens, windows
 from mlx_kimi.loading.match import check
-from mlx_kimi.loading.memory import needs
+from mlx_kimi.loading.memory import activation_bytes
 from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.text.tokenizer import load_tokenizer
 
@@ -85,7 +85,7 @@ def peak_memory(config: ModelConfig) -> int:
             layer = tensor.name.split(".")[2]
             shape = tensor.shape[1:] if tensor.join is Join.STACK else tensor.shape
             sizes[layer] = sizes.get(layer, 0) + 4 * math.prod(shape)
-    work = needs(config, 0, number=4).work * REPORTED_TOKENS // PREFILL_STEP
+    work = activation_bytes(config, 4, REPORTED_TOKENS, WINDOW)
     return PROCESS + COPIES * (max(sizes.values()) + EXPERTS) + work
 
 

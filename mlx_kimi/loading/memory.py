@@ -115,6 +115,27 @@ def needs(
     )
 
 
+def activation_bytes(config: ModelConfig, number: int, step: int, context: int) -> int:
+    """What one prefill step computes beside its weights and copies of them.
+
+    Two halves of a layer at a time, as `model.PIECE_TOKENS` says, and two blocks of columns. Of few
+    tokens more halves are queued at a time, up to those of all layers.
+
+    Args:
+        number: bytes of an activation.
+        step: tokens that are read at once.
+        context: the longest text, in tokens.
+    """
+    queued = max(step, min(PIECE_TOKENS, step * len(config.layers)))  # tokens, in halves of layers
+    delta_rule = config.kda_width * (9 * number + 16)  # q, k, v thrice; decays, outputs in float32
+    experts = config.num_experts_per_token * (
+        2 * config.hidden_size + 3 * config.moe_intermediate_size
+    )
+    feed_forward = number * max(experts, 3 * config.intermediate_size)
+    block = _gpu_block if number == 2 else _cpu_block
+    return queued * (delta_rule + feed_forward) + block(config, step, context)
+
+
 def non_expert_bytes(
     wanted: MemoryEstimate, context: int, snapshots: int = 0, loading: int = 0
 ) -> int:
@@ -135,20 +156,8 @@ def non_expert_bytes(
 
 
 def _work(config: ModelConfig, number: int, step: int, context: int) -> int:
-    """Two halves of a layer at a time, as `model.PIECE_TOKENS` says, and two blocks of columns.
-
-    Of few tokens more halves are queued at a time, up to those of all layers.
-    """
-    queued = max(step, min(PIECE_TOKENS, step * len(config.layers)))  # tokens, in halves of layers
-    delta_rule = config.kda_width * (9 * number + 16)  # q, k, v thrice; decays, outputs in float32
-    experts = config.num_experts_per_token * (
-        2 * config.hidden_size + 3 * config.moe_intermediate_size
-    )
-    feed_forward = number * max(experts, 3 * config.intermediate_size)
-    work = queued * (delta_rule + feed_forward)
-    if number == 2:
-        return work + _gpu_block(config, step, context)
-    return work + _cpu_block(config, step, context) + _cpu_copies(config, step)
+    copies = 0 if number == 2 else _cpu_copies(config, step)
+    return activation_bytes(config, number, step, context) + copies
 
 
 def _cpu_copies(config: ModelConfig, step: int) -> int:
