@@ -136,6 +136,17 @@ def prompt_ids(
         ids = tokenizer.apply_chat_template(messages, list(tools) if tools else None)
     else:
         ids = [_token_id(number, token) for number, token in enumerate(prompt)]
+    check_ids(model, ids)
+    return ids
+
+
+def check_ids(model: KimiLinear, ids: Sequence[int]) -> None:
+    """Refuse a prompt that the model cannot read and answer.
+
+    Raises:
+        ContextFull: it fills the model's context.
+        KimiError: it is empty, or has ids beyond the vocabulary.
+    """
     if not ids:
         raise KimiError("the prompt is empty")
     limit, vocab = model.config.model_max_length, model.config.vocab_size
@@ -149,7 +160,6 @@ def prompt_ids(
     outside = next((token for token in ids if not 0 <= token < vocab), None)
     if outside is not None:
         raise KimiError(f"token ids must be from 0 to {vocab - 1} but the prompt has {outside}")
-    return ids
 
 
 def _check_message(number: int, message: Any) -> None:
