@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.cli.fence import fenced
 from mlx_kimi.cli.settings import typed
-from mlx_kimi.defaults import MAX_TOKENS
+from mlx_kimi.defaults import MAX_TOKENS, PREFILL_STEP
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generation.generate import check_lengths
 from mlx_kimi.generation.model_defaults import model_defaults
@@ -108,9 +108,9 @@ def _decoded(data: bytes, name: str) -> str:
 def check_options(options: Mapping[str, Any]) -> None:
     """Refuse absurd values of LENGTHS and SAMPLING before a model is loaded."""
     given = {name: value for name, value in options.items() if value is not None}
-    check_lengths(given.pop("max_tokens", MAX_TOKENS), given.pop("prefill_step"))
+    check_lengths(given.pop("max_tokens", MAX_TOKENS), given.pop("prefill_step", PREFILL_STEP))
     check_latent_bits(given.pop("latent_bits", None))
-    given.pop("speculate")
+    given.pop("speculate", None)
     Sampling(**given)
 
 
@@ -140,7 +140,7 @@ def with_defaults(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def budget_of(
     memory_budget: int | None,
     context: int | None,
-    prefill_step: int,
+    prefill_step: int = PREFILL_STEP,
     latent_bits: int | None = None,
 ) -> Budget | None:
     """--memory-budget and --context; None without."""

@@ -19,6 +19,7 @@ from mlx_kimi.cli.options import (
     FILES,
     LATENT_BITS,
     LENGTHS,
+    LONGEST,
     MODEL,
     NO_TUNE_FIRST,
     PREFILL,
@@ -124,6 +125,56 @@ CHAT = Command(
     In a pipe every line is a message, answers go to stdout, and nothing is kept without /save NAME.
     """,
     module="chat.command",
+)
+
+SERVE = Command(
+    "serve",
+    [
+        MODEL,
+        Setting(
+            ["--host"],
+            default="127.0.0.1",
+            help="The address to listen on; another than this machine's own needs --api-key.",
+        ),
+        Setting(
+            ["--port"],
+            type=click.IntRange(0, 65535),
+            default=8080,
+            help="The port to listen on; 0 is any that is free.",
+        ),
+        Setting(
+            ["--api-key"],
+            metavar="KEY",
+            callback=utf8,
+            help="What requests must show. Others can read a command line: MLX_KIMI_API_KEY is "
+            "the same.",
+        ),
+        click.Option(
+            ["--allow-origin"],
+            multiple=True,
+            metavar="URL",
+            callback=utf8,
+            help="A web page that may ask, such as http://localhost:3000; may repeat.",
+        ),
+        click.Option(
+            ["--allow-host"],
+            multiple=True,
+            metavar="NAME",
+            callback=utf8,
+            help="A further name of this machine that requests may use; may repeat.",
+        ),
+        _flag("--log-prompts", "Also log what is asked and answered."),
+        LONGEST,
+        LATENT_BITS,
+        *BUDGET,
+        NO_TUNE_FIRST,
+        *SAMPLING,
+    ],
+    """Serve the model to other programs, as OpenAI's API: chat and text completions.
+
+    Requests that say nothing of sampling and lengths get what is given here. The log goes to
+    stderr, a line of JSON a request.
+    """,
 )
 
 NAME = click.Argument(["name"], callback=utf8)
@@ -394,6 +445,7 @@ COMMANDS: dict[str, click.Command] = {
     for command in (
         GENERATE,
         CHAT,
+        SERVE,
         KEPT,
         CACHE,
         CONVERT,

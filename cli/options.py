@@ -159,13 +159,14 @@ LATENT_BITS = Setting(
     show_default="those of the model's dtype",
     help="8 halves the memory that a long context takes.",
 )
+LONGEST = Setting(
+    ["--max-tokens"],
+    type=int,
+    show_default=f"{OF_MODEL} {MAX_TOKENS}",
+    help="Longest answer, in tokens.",
+)
 LENGTHS = [
-    Setting(
-        ["--max-tokens"],
-        type=int,
-        show_default=f"{OF_MODEL} {MAX_TOKENS}",
-        help="Longest answer, in tokens.",
-    ),
+    LONGEST,
     PREFILL,
     LATENT_BITS,
     Setting(

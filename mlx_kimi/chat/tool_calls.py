@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from mlx_kimi.text.tokenizer import Tokenizer
 
@@ -18,6 +18,12 @@ CALL_BEGIN, ARGUMENT_BEGIN, CALL_END = (
     "<|tool_call_end|>",
 )
 ID = re.compile(r"(?:functions\.)?(?P<name>.+?)(?::\d+)?")
+
+
+def marks(tokenizer: Tokenizer, *names: str) -> frozenset[int]:
+    """The ids of those of these control tokens that the tokenizer has."""
+    ids = tokenizer.control_tokens
+    return frozenset(ids[name] for name in names if name in ids)
 
 
 @dataclass(frozen=True)
@@ -40,14 +46,50 @@ class Call:
         return {"id": self.id, "type": "function", "function": function}
 
 
-@dataclass
-class _Draft:
-    id: list[int] = field(default_factory=list)
-    arguments: list[int] | None = None
-    ended: bool = False
+class CallDelta(NamedTuple):
+    """What one token adds to a call."""
 
-    def add(self, token: int) -> None:
-        (self.id if self.arguments is None else self.arguments).append(token)
+    number: int  # of the call in the answer, from 0
+    id: str | None  # as the model wrote it; in the first delta of the call alone
+    arguments: str
+    ended: bool
+
+
+class _Draft:
+    """A call that is being written."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._text = tokenizer.detokenizer()
+        self.number = -1  # until its id is whole
+        self.id = ""
+        self.arguments = ""
+        self.ended = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its id is whole."""
+        return self.number >= 0
+
+    def add(self, token: int) -> CallDelta | None:
+        return self._more(self._text.add(token))
+
+    def open(self, number: int) -> CallDelta:
+        """The id is whole."""
+        self.id += self._text.finish()
+        self.number, self._text = number, self._tokenizer.detokenizer()
+        return CallDelta(number, self.id, "", False)
+
+    def flush(self) -> CallDelta | None:
+        """No more text comes."""
+        return self._more(self._text.finish())
+
+    def _more(self, text: str) -> CallDelta | None:
+        if not self.is_open:
+            self.id += text
+            return None
+        self.arguments += text
+        return CallDelta(self.number, None, text, False) if text else None
 
 
 class CallReader:
@@ -61,15 +103,16 @@ class CallReader:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         ids = tokenizer.control_tokens
-        self._section_begin = {ids[name] for name in SECTION_BEGIN if name in ids}
-        self._section_end = {ids[name] for name in SECTION_END if name in ids}
+        self._section_begin = marks(tokenizer, *SECTION_BEGIN)
+        self._section_end = marks(tokenizer, *SECTION_END)
         self._call_begin = ids.get(CALL_BEGIN)
         self._argument_begin, self._call_end = ids.get(ARGUMENT_BEGIN), ids.get(CALL_END)
         self._drafts: list[_Draft] = []
+        self._opened = 0
         self.in_text, self.is_finished = True, False
 
-    def add(self, token: int) -> None:
-        """Take one token."""
+    def add(self, token: int) -> CallDelta | None:
+        """Take one token. What it adds to a call whose id is whole, if anything."""
         draft = self._drafts[-1] if self._drafts else None
         if token in self._section_begin:
             self.in_text = False
@@ -77,24 +120,43 @@ class CallReader:
             self.is_finished = not self.in_text
         elif token == self._call_begin:  # some models leave out the section
             self.in_text = False
-            self._drafts.append(_Draft())
+            self._drafts.append(_Draft(self._tokenizer))
         elif self.in_text or draft is None or draft.ended:
             pass
         elif token == self._argument_begin:
-            draft.arguments = []
-        elif token == self._call_end or token in self._tokenizer.stop_ids:
-            draft.ended = token == self._call_end
+            return None if draft.is_open else self._open(draft)
+        elif token == self._call_end:
+            return self._end(draft)
+        elif token in self._tokenizer.stop_ids:
+            return draft.flush()
         else:
-            draft.add(token)
+            return draft.add(token)
+        return None
+
+    def finish(self) -> CallDelta | None:
+        """No more tokens come: what half a character of a call that is cut off becomes."""
+        is_cut = self._drafts and not self._drafts[-1].ended
+        return self._drafts[-1].flush() if is_cut else None
 
     def calls(self) -> list[Call]:
         """The calls so far; the last may be cut off."""
+        self.finish()
         return [self._call(draft) for draft in self._drafts]
 
+    def _open(self, draft: _Draft) -> CallDelta:
+        self._opened += 1
+        return draft.open(self._opened - 1)
+
+    def _end(self, draft: _Draft) -> CallDelta:
+        opened = None if draft.is_open else self._open(draft)  # a call without arguments
+        rest = draft.flush()
+        draft.ended = True
+        text = rest.arguments if rest else ""
+        return CallDelta(draft.number, opened.id if opened else None, text, True)
+
     def _call(self, draft: _Draft) -> Call:
-        id = self._tokenizer.decode(draft.id)
-        arguments = self._tokenizer.decode(draft.arguments or [])
-        return Call(id, arguments, draft.ended or _is_object(arguments))
+        is_whole = draft.ended or _is_object(draft.arguments)
+        return Call(draft.id, draft.arguments, is_whole)
 
 
 def _is_object(text: str) -> bool:

@@ -21,7 +21,7 @@ from mlx_kimi.text.chat_template import (
     special_tokens,
 )
 from mlx_kimi.text.control_tokens import REMEMBERED, SHORT, ControlTokens
-from mlx_kimi.text.detokenize import StreamingDetokenizer
+from mlx_kimi.text.detokenize import REPLACEMENT, StreamingDetokenizer
 from mlx_kimi.text.sentencepiece_vocabulary import load_sentencepiece
 from mlx_kimi.text.tiktoken_vocabulary import load_tiktoken
 from mlx_kimi.text.vocabulary import Vocabulary, check_names, is_text
@@ -107,6 +107,14 @@ class Tokenizer:
         """Text of `ids`, without control tokens unless asked for; broken UTF-8 gives U+FFFD."""
         detokenizer = self.detokenizer(skip_control)
         return "".join([*map(detokenizer.add, ids), detokenizer.finish()])
+
+    def bytes_of(self, id: int) -> bytes:
+        """What an id stands for by itself: a character may need several; a control token's name."""
+        pieces = self._vocabulary.pieces
+        name = pieces.control.get(id)
+        if name is not None:
+            return name.encode("utf-8", "replace")
+        return pieces.text[id] if 0 <= id < len(pieces.text) else REPLACEMENT
 
     def detokenizer(self, skip_control: bool = True) -> StreamingDetokenizer:
         """A new stream of text; it drops control tokens, as `decode` does."""

@@ -1,0 +1,60 @@
+"""`mlx_kimi serve`: one model for many programs, over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from mlx_kimi.cli.given import budget_of, check_options, folder_of, with_defaults
+from mlx_kimi.cli.progress import loading
+from mlx_kimi.loading.load import load
+from mlx_kimi.server.app import make_app
+from mlx_kimi.server.engine import Engine
+from mlx_kimi.server.http import JsonLines, Server, address_of, listening
+from mlx_kimi.server.security import Access
+from mlx_kimi.server.service import Service
+
+TERMINATED = 143  # 128 + SIGTERM, as shells report a program that it ended
+
+
+def run(
+    model: str | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    allow_origin: tuple[str, ...],
+    allow_host: tuple[str, ...],
+    log_prompts: bool,
+    latent_bits: int | None,
+    memory_budget: int | None,
+    context: int | None,
+    **options: Any,
+) -> None:
+    check_options({**options, "latent_bits": latent_bits})
+    access = Access(host, api_key, allow_origin, allow_host)
+    budget = budget_of(memory_budget, context, latent_bits=latent_bits)
+    signal.signal(signal.SIGTERM, _terminated)
+    with listening(host, port) as opened:  # first: a port in use is known at once
+        folder = folder_of(model, budget)
+        options = with_defaults(options, folder)
+        with loading():
+            network, tokenizer = load(folder, budget)
+        engine = Engine(network, latent_bits=latent_bits)
+        name, longest = Path(model or folder).name, network.config.model_max_length
+        service = Service(engine, tokenizer, name, longest, options, log_prompts=log_prompts)
+        logging.basicConfig(handlers=[JsonLines()], level=logging.WARNING)
+        engine.start()
+        click.echo(f"{name} · {longest:,} tokens of context · {address_of(opened)}/v1", err=True)
+        try:
+            Server(make_app(service, access), service).run([opened])
+        finally:
+            engine.stop(patience=0)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(TERMINATED)

@@ -1,0 +1,121 @@
+"""POST /v1/chat/completions"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_kimi.errors import KimiError
+from mlx_kimi.server.answers import Step, Whole
+from mlx_kimi.server.api_errors import ApiError
+from mlx_kimi.server.body import parsed
+from mlx_kimi.server.engine import Request, Token
+from mlx_kimi.server.reader import AnswerReader, SentCall, stop_ids
+from mlx_kimi.server.reply import Json, Reply
+from mlx_kimi.server.service import Service
+from mlx_kimi.server.validation import ChatBody, checked
+from mlx_kimi.text.tokenizer import Tokenizer
+
+
+class ChatReply(Reply):
+    """Answers as messages."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+    body: ChatBody
+
+    def choice(self, number: int, whole: Whole) -> Json:
+        message: Json = {"role": "assistant", "content": whole.text, "refusal": None}
+        if whole.calls:
+            message |= {"content": whole.text or None, "tool_calls": whole.calls}
+        return {
+            "index": number,
+            "message": message,
+            "logprobs": self.logprobs(whole.tokens),
+            "finish_reason": whole.finish,
+        }
+
+    def parts(self, step: Step) -> list[Json]:
+        found = []
+        if step.begins:
+            found.append(self._part(step, {"role": "assistant", "content": ""}))
+        if not step.delta.is_empty:
+            delta: Json = {}
+            if step.delta.text or step.delta.tokens:
+                delta["content"] = step.delta.text
+            if step.delta.calls:
+                delta["tool_calls"] = [_call(call) for call in step.delta.calls]
+            found.append(self._part(step, delta, self.logprobs(step.delta.tokens)))
+        if step.finish:
+            found.append({**self._part(step, {}), "finish_reason": step.finish})
+        return found
+
+    def logprobs(self, tokens: Sequence[Token]) -> Json | None:
+        if not self.body.logprobs:
+            return None
+        return {"content": [self._logprob(token) for token in tokens], "refusal": None}
+
+    def _part(self, step: Step, delta: Json, logprobs: Json | None = None) -> Json:
+        return {
+            "index": step.choice,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": None,
+        }
+
+    def _logprob(self, token: Token) -> Json:
+        top = [self._spelled(id, logprob) for id, logprob in token.top]
+        return {**self._spelled(token.id, token.logprob), "top_logprobs": top}
+
+    def _spelled(self, id: int, logprob: float | None) -> Json:
+        spelling = self._tokenizer.bytes_of(id)
+        text = spelling.decode("utf-8", "replace")
+        return {"token": text, "logprob": logprob, "bytes": list(spelling)}
+
+
+def _call(call: SentCall) -> Json:
+    function: dict[str, Any] = {"arguments": call.arguments}
+    if call.id is None:
+        return {"index": call.number, "function": function}
+    function = {"name": call.name, **function}
+    return {"index": call.number, "id": call.id, "type": "function", "function": function}
+
+
+def understood(service: Service, raw: bytes, client: str) -> ChatReply:
+    """What a body asks for. Takes a while: it renders and encodes the messages.
+
+    Raises:
+        ApiError: it is no such request, or the template refuses the messages.
+    """
+    body = checked(ChatBody, parsed(raw))
+    service.check_model(body.model)
+    tokenizer, tools = service.tokenizer, body.offered
+    messages = service.tool_ids.native([message.plain for message in body.messages])
+    try:
+        ids = tokenizer.apply_chat_template(messages, tools or None)
+    except KimiError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+    stops = stop_ids(tokenizer, bool(tools), body.parallel_tool_calls is False)
+    requests = [
+        Request(
+            ids=tuple(ids),
+            boundaries=boundaries(tokenizer, ids),
+            sampling=sampling,
+            max_tokens=service.max_tokens(body.max_completion_tokens or body.max_tokens),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            client=f"{client} {body.user or ''}".strip(),
+            stop_ids=stops,
+            wants_progress=bool(body.return_progress and body.stream),
+        )
+        for sampling in service.samplings(body, body.choices)
+    ]
+    readers = [AnswerReader(tokenizer, body.stops, service.tool_ids, stops) for _ in requests]
+    return ChatReply(body, service.name, tokenizer, requests, readers)
+
+
+def boundaries(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[int, ...]:
+    """The lengths of the prefixes of a prompt that end with a whole message, or with the tools.
+
+    A message ends with a token that ends answers, and no message's text can spell one. The last of
+    these prefixes is the prompt without what asks for an answer.
+    """
+    return tuple(at + 1 for at, id in enumerate(ids) if id in tokenizer.stop_ids)
