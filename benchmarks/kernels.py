@@ -35,7 +35,7 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.evaluation.random_model import model_of, random_arrays
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
 from mlx_kimi.loading.load import load_model
-from mlx_kimi.metal_kernels.add_norm import add_norm, naive_add_norm
+from mlx_kimi.metal_kernels.add_norm import add_norm_kernel, naive_add_norm
 from mlx_kimi.metal_kernels.attention import Block, attend
 from mlx_kimi.metal_kernels.experts import (
     SwiGLUWeights,
@@ -161,7 +161,7 @@ def _sums() -> Comparisons:
         x, part, weight = (
             mx.random.normal(shape).astype(dtype) for shape in ((3, HIDDEN), (3, HIDDEN), (HIDDEN,))
         )
-        total, normed = add_norm(x, part, weight, 1e-5)
+        total, normed = add_norm_kernel(x, part, weight, 1e-5)
         _, expected = naive_add_norm(
             total.astype(mx.float32), mx.zeros_like(x), weight.astype(mx.float32), 1e-5
         )

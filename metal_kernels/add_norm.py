@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.kernel import Kernel, not_running
+from mlx_kimi.metal_kernels.kernel import Kernel
 
 MOST_THREADS = 256  # of a row
 
@@ -18,17 +18,6 @@ def naive_add_norm(
     """`s = x + part` and `s / sqrt(mean(s^2) + eps) * weight`, all [..., W] of one dtype."""
     x = x + part
     return x, mx.fast.rms_norm(x, weight, eps)
-
-
-def add_norm(
-    x: mx.array, part: mx.array, weight: mx.array, eps: float
-) -> tuple[mx.array, mx.array]:
-    """`naive_add_norm`, in a kernel where kernels run."""
-    return (
-        naive_add_norm(x, part, weight, eps)
-        if not_running(KERNEL)
-        else add_norm_kernel(x, part, weight, eps)
-    )
 
 
 KERNEL = Kernel(

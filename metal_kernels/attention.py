@@ -130,8 +130,10 @@ class _Rows:
         seen = [block for block in seen if block.size]
         if not seen:
             return
-        scores = _joined([self._scores(block, self._visible(block)) for block in seen])
-        probs, lse = _softmax(scores, seen[0].values)
+        masks = [self._visible(block) for block in seen]
+        scores = _joined([self._scores(*each) for each in zip(seen, masks, strict=True)])
+        all_see = all(mask is None for mask in masks)
+        probs, lse = _softmax(scores, seen[0].values, all_see)
         output = _weighed(probs, [block.values for block in seen])
         if self.sums is not None:
             lse, output = merge_attention(*self.sums, lse, output)
@@ -157,12 +159,19 @@ class _Rows:
         return self.sums[1]
 
 
-def _softmax(scores: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+def _softmax(scores: mx.array, values: mx.array, all_see: bool) -> tuple[mx.array, mx.array]:
     """Of each row its softmax, in the dtype of the values that it weighs, and its lse.
 
     A GPU is bound by how often scores are read and written, a CPU by how many exponentials it
-    takes: each has the form that suits it.
+    takes: each has the form that suits it. For one token, all of whose scores are here as a rule,
+    nobody asks for the lse, and it is not computed.
+
+    all_see: no score is masked.
     """
+    if all_see and scores.shape[2] == 1:
+        return mx.softmax(scores, axis=-1).astype(values.dtype), mx.logsumexp(
+            scores, axis=-1, keepdims=True
+        )
     if mx.default_device() == mx.Device(mx.cpu):
         m = mx.maximum(scores.max(axis=-1, keepdims=True), NO_KEY)
         probs = mx.exp(scores - m)
@@ -220,10 +229,11 @@ def _weighed(probs: mx.array, values: list[mx.array]) -> mx.array:
 def _product(
     x: mx.array, y: mx.array, multiply: Callable[[mx.array, mx.array], mx.array]
 ) -> mx.array:
-    """x [B, H, T, n] times y [B, H or 1, ...]: the heads of one token are rows of one product.
+    """x [B, H, T, n] times y [B, H or 1, ...]: heads that share y are rows of one product.
 
-    On CPU that is five times as fast as a product for each head.
+    On CPU that is five times as fast as a product for each head, for which MLX may copy y.
     """
-    if x.shape[2] == 1 and y.shape[1] == 1:
-        return multiply(x.swapaxes(1, 2), y).swapaxes(1, 2)
+    B, H, T, n = x.shape
+    if y.shape[1] == 1:
+        return multiply(x.reshape(B, 1, H * T, n), y).reshape(B, H, T, -1)
     return multiply(x, y)

@@ -311,18 +311,20 @@ def unsupported_reason(
 
 # ------------------------------------------------------------------------ the sum of sorted experts
 def naive_expert_combine(
-    y: mx.array, places: mx.array, weights: mx.array, shared: mx.array | None
+    y: mx.array, places: mx.array | None, weights: mx.array, shared: mx.array | None
 ) -> mx.array:
     """Each token's weighted sum of its experts' outputs, and the shared expert's.
 
     Args:
-        y: [N * k, W], in any order. places: [N, k] int32, where a token's outputs stand in y.
+        y: [N * k, W], in any order. places: [N, k] int32, where a token's outputs stand in y; None:
+            they stand one token after another, in router order.
         weights: [N, k] float32. shared: [N, W] in y's dtype.
 
     Returns:
         [N, W] in y's dtype.
     """
-    total = (y[places] * weights[..., None]).sum(axis=-2).astype(y.dtype)
+    each = y.reshape(*weights.shape, -1) if places is None else y[places]  # [N, k, W]
+    total = (each * mx.expand_dims(weights, -1)).sum(axis=-2).astype(y.dtype)
     return total if shared is None else total + shared
 
 
@@ -335,7 +337,7 @@ COMBINE = Kernel(
 
 
 def expert_combine(
-    y: mx.array, places: mx.array, weights: mx.array, shared: mx.array | None
+    y: mx.array, places: mx.array | None, weights: mx.array, shared: mx.array | None
 ) -> mx.array:
     """`naive_expert_combine`, in one launch where kernels run and W is a multiple of 4.
 
@@ -344,7 +346,9 @@ def expert_combine(
     W = y.shape[-1]
     if W % 4 or not_running(COMBINE):
         return naive_expert_combine(y, places, weights, shared)
-    N, top_k = places.shape
+    N, top_k = weights.shape
+    if places is None:
+        places = mx.arange(N * top_k).reshape(N, top_k)
     (combined,) = COMBINE(
         inputs=[y, places.astype(mx.int32), weights, y if shared is None else shared],
         template=[("TopK", top_k), ("W", W), ("Shared", shared is not None)],

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.fused import fused, silu
+from mlx_kimi.metal_kernels.fused import compiles, fused, silu
 from mlx_kimi.metal_kernels.kda_gate import forget_gate
 from mlx_kimi.metal_kernels.kernel import Kernel, not_running
 
@@ -106,10 +106,15 @@ def _gated(o: mx.array, gate: mx.array) -> mx.array:
 def l2_normalised(x: mx.array, scale: float = 1.0) -> mx.array:
     """`scale * x / sqrt(sum(x^2) + 1e-6)` over the last axis.
 
-    rms_norm divides by sqrt(mean + eps), so its eps is 1e-6 / D and D^-1/2 is left to multiply.
+    Where functions are compiled, rms_norm is one launch: it divides by sqrt(mean + eps), so its eps
+    is 1e-6 / D and D^-1/2 is left to multiply.
     """
     width = x.shape[-1]
-    return mx.fast.rms_norm(x, None, 1e-6 / width) * (scale * width**-0.5)
+    if compiles():
+        return mx.fast.rms_norm(x, None, 1e-6 / width) * (scale * width**-0.5)
+    squares = mx.square(x.astype(mx.float32)).sum(axis=-1, keepdims=True)
+    y = (x * mx.rsqrt(squares + 1e-6)).astype(x.dtype)
+    return y if scale == 1 else y * scale
 
 
 def short_convolution(

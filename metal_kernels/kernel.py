@@ -94,6 +94,7 @@ _REFUSED: dict[str, str] = {}  # kernels that cannot run on this GPU, and the me
 _OFF: ContextVar[Mapping[str, str]] = ContextVar("kernels off", default={})  # noqa: B039
 # In what MLX says where memory is short.
 NO_MEMORY = ("Insufficient Memory", "OutOfMemory", "out of memory", "Unable to allocate")
+CPU = mx.Device(mx.cpu)
 NO_BACKEND = "nothing runs kernels here"  # why an operator uses its ops form
 NARROW_SIZE = 1 << 31  # elements that an index of 32 bits does not reach
 OFF = "MLX_KIMI_NO_KERNELS"  # set in the environment, every operator uses its ops form
@@ -104,7 +105,7 @@ def backend() -> Backend | None:
     chosen = _CHOSEN.get()
     if chosen is not None:
         return chosen[0]
-    if os.environ.get(OFF) or mx.default_device() == mx.Device(mx.cpu):
+    if mx.default_device() == CPU or os.environ.get(OFF):
         return None
     if mx.cuda.is_available():
         from mlx_kimi.metal_kernels.cuda import cuda  # here: on other machines it is never needed

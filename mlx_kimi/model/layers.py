@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_kimi.metal_kernels.add_norm import add_norm
-from mlx_kimi.metal_kernels.fused import fused, silu
+from mlx_kimi.metal_kernels.add_norm import KERNEL, add_norm_kernel
+from mlx_kimi.metal_kernels.fused import compiles, fused, silu
+from mlx_kimi.metal_kernels.kernel import not_running
 from mlx_kimi.model.linear import FusedLinear
 
 if TYPE_CHECKING:
@@ -25,7 +27,22 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, self.weight, self.eps)
+        if compiles():
+            return mx.fast.rms_norm(x, self.weight, self.eps)
+        scaled, eps = self._of_sums
+        squares = mx.square(x.astype(mx.float32)).sum(axis=-1, keepdims=True)
+        return (x * mx.rsqrt(squares + eps) * scaled).astype(x.dtype)
+
+    @cached_property
+    def _of_sums(self) -> tuple[mx.array, mx.array]:
+        """The weight and eps for the sum of squares in place of their mean: an operation less.
+
+        On CPU, rms_norm is seven operations of MLX, and each costs a token more than its numbers.
+        """
+        width = self.weight.shape[-1]
+        constants = self.weight * width**0.5, mx.array(width * self.eps)
+        mx.eval(constants)
+        return constants
 
     def add_norm(self, x: mx.array, residual: mx.array | None) -> tuple[mx.array, mx.array]:
         """x, residual [..., hidden] -> the norm of their sum, and the sum, in one launch.
@@ -34,7 +51,10 @@ class RMSNorm(nn.Module):
         """
         if residual is None:
             return self(x), x
-        total, normed = add_norm(residual, x, self.weight, self.eps)
+        if not_running(KERNEL):
+            total = residual + x
+            return self(total), total
+        total, normed = add_norm_kernel(residual, x, self.weight, self.eps)
         return normed, total
 
 

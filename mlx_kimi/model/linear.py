@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
+from math import prod
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_kimi.checkpoint.config import Quantization
 from mlx_kimi.metal_kernels.matmul import gather_times_transposed, plain_pays, times_transposed
@@ -55,8 +57,13 @@ class Linear(nn.Module):
 
     def _plain_for(self, rows: int) -> bool:
         """Whether the product with so many rows is one of plain matrices."""
+        return self.quantization is None or plain_pays(rows, self._size)
+
+    @cached_property
+    def _size(self) -> int:
+        """Elements of W."""
         q = self.quantization
-        return q is None or plain_pays(rows, self.weight.size * 32 // q.bits)
+        return self.weight.size if q is None else self.weight.size * 32 // q.bits
 
     @cached_property
     def _is_refused_by_mlx(self) -> bool:
@@ -98,6 +105,7 @@ class Linear(nn.Module):
             self.weight,
             self.scales,
             self.get("biases"),
+            lhs_indices=None if sorted_indices else _rows_in_order(x.shape[:-2], *indices.shape),
             rhs_indices=indices,
             transpose=True,
             sorted_indices=sorted_indices,
@@ -137,6 +145,16 @@ class Linear(nn.Module):
         if self.quantization is None:
             return self.weight
         return mx.dequantize(self.weight, self.scales, self.get("biases"), **self._format())
+
+
+@lru_cache(maxsize=64)
+def _rows_in_order(rows: tuple[int, ...], *indices: int) -> mx.array:
+    """For each of the `indices` of a product its place among the `rows` of x.
+
+    Left to itself MLX makes them anew for every product.
+    """
+    places = np.arange(prod(rows), dtype=np.uint32).reshape(rows)
+    return mx.array(np.broadcast_to(places, indices))
 
 
 class FusedLinear(nn.Module):

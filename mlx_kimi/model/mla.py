@@ -203,14 +203,19 @@ class MultiHeadLatentAttention(nn.Module):
         self, q: mx.array, cache: LatentCache, past: int, submit_limit: SubmitLimit
     ) -> mx.array:
         """Queries go through kv_b's key half into latent space, results through its value half."""
-        q = mx.concatenate([self.embed_q(q[..., : self.nope]), q[..., self.nope :]], axis=-1)
+        content, shared = mx.split(q, [self.nope], axis=-1)
+        q = mx.concatenate([self.embed_q(content), shared], axis=-1)
+        # The values are the front of each row. To cut them out first would copy them on CPU: for
+        # the rows of one token that takes longer than to weigh whole rows.
+        whole = q.shape[2] == 1
 
         def latents(segment: Segment) -> tuple[mx.array, mx.array]:
-            keys = segment.plain(self.width, q.dtype).latents[:, None]  # [B, 1, S, lora + shared]
-            return keys, keys[..., : self.lora]
+            # [B, 1, S, lora + shared]
+            keys = mx.expand_dims(segment.plain(self.width, q.dtype).latents, 1)
+            return keys, keys if whole else keys[..., : self.lora]
 
         o = attend(q, _blocks(q, cache, latents), self.scale, past, submit_limit)
-        return self.unembed_out(o)
+        return self.unembed_out(o[..., : self.lora])
 
     def _expanded(
         self, q: mx.array, cache: LatentCache, past: int, submit_limit: SubmitLimit
@@ -243,7 +248,8 @@ def _blocks(
     start = 0
     for segment in cache.segments:
         for first in range(0, segment.size, size):
-            part = segment.slice(first, min(first + size, segment.size))
+            whole = segment.size <= size
+            part = segment if whole else segment.slice(first, min(first + size, segment.size))
             yield Block(start, *keys_and_values(part), part.valid)
             start += part.size
 

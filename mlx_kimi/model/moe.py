@@ -46,7 +46,7 @@ class Router(nn.Module):
         self.scale = config.routed_scaling_factor
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x [B, T, hidden] -> experts [B, T, k], best first, and their weights [B, T, k] float32.
+        """x [..., hidden] -> experts [..., k], best first, and their weights [..., k] float32.
 
         The bias decides who is chosen; the weights are the scores without it.
         """
@@ -98,8 +98,8 @@ class Experts(nn.Module):
         """
         k, flat = experts.shape[-1], experts.reshape(-1)
         if experts.size < tuning().sort_from:
-            y = self._mlp(x[:, None, None], experts, False).reshape(flat.size, -1)
-            return expert_combine(y, mx.arange(flat.size).reshape(-1, k), weights, shared)
+            y = self._mlp(mx.expand_dims(x, (1, 2)), experts, False).reshape(flat.size, -1)
+            return expert_combine(y, None, weights, shared)
         order = mx.argsort(flat)
         y = self._mlp(x[order // k][:, None], flat[order], True)[:, 0]
         return expert_combine(y, mx.argsort(order).reshape(-1, k), weights, shared)
@@ -207,14 +207,13 @@ class MixtureOfExperts(nn.Module):
 
         residency: the assumed slots, within a graph; None: experts are looked up, and read.
         """
-        experts, weights = self.router(x)
+        rows = x.reshape(-1, x.shape[-1])
+        experts, weights = self.router(rows)
         if self._is_part:
             here = self.switch_mlp.count
             experts = experts.astype(mx.int32) - self.first_expert
             weights = mx.where((experts >= 0) & (experts < here), weights, 0)
             experts = mx.clip(experts, 0, here - 1)
-        rows = x.reshape(-1, x.shape[-1])
-        experts, weights = (y.reshape(len(rows), -1) for y in (experts, weights))
         many = self.many_tokens.unsupported_reason(*experts.shape) is None
         together = many and self.many_tokens.has_shared(*experts.shape)
         cache = self.expert_cache
