@@ -1,10 +1,12 @@
 """Samplers against the distributions they stand for."""
 
+import random
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kimi.generation.sample import Sampler, Sampling
+from mlx_kimi.generation.sample import BatchSampler, Sampler, Sampling
 
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 1.5], np.float32)
 DRAWS = 4000
@@ -57,3 +59,45 @@ def test_the_penalty_lowers_tokens_of_the_prompt_and_of_the_answer() -> None:
     sampler = Sampler(Sampling(repetition_penalty=10.0), [0], len(LOGITS))
     tokens = [int(sampler(mx.array(LOGITS)[None]).item()) for _ in range(3)]
     assert tokens == [4, 1, 0]  # then all that are left are worse than 2.0 / 10
+
+
+OPTIONS = [
+    Sampling(),
+    Sampling(repetition_penalty=1.4),
+    Sampling(temp=1.0, seed=1),
+    Sampling(temp=0.7, seed=2, top_k=20),
+    Sampling(temp=1.3, seed=3, top_p=0.9, repetition_penalty=1.1),
+    Sampling(temp=0.9, seed=4, min_p=0.02),
+    Sampling(temp=2.0, seed=5, top_k=300, top_p=0.8, min_p=0.01, repetition_penalty=0.8),
+    Sampling(temp=1.0, seed=2**63, top_k=10**21),
+]
+
+
+def test_a_row_draws_what_its_sampler_draws_alone_whoever_joins_and_leaves() -> None:
+    vocab, choose = 500, random.Random(0)
+    logits = mx.random.normal((60, vocab), key=mx.random.key(0)) * 3
+    prompts = [[place, 7 * place] for place in range(len(OPTIONS))]
+    alone = [Sampler(s, ids, vocab) for s, ids in zip(OPTIONS, prompts, strict=True)]
+    rows = [0, 1, 2]
+    batch = BatchSampler([Sampler(OPTIONS[row], prompts[row], vocab) for row in rows])
+    drawn: list[list[int]] = [[] for _ in OPTIONS]
+    for step in range(60):
+        missing = [row for row in range(len(OPTIONS)) if row not in rows]
+        if missing and choose.random() < 0.5:
+            row = choose.choice(missing)  # it was here before, perhaps: it goes on
+            sampler = Sampler(OPTIONS[row], prompts[row], vocab)
+            sampler.skip(drawn[row])
+            batch.join(BatchSampler([sampler]))
+            rows.append(row)
+        if len(rows) > 1 and choose.random() < 0.4:
+            kept = choose.sample(range(len(rows)), len(rows) - 1)
+            batch.take(kept)
+            rows = [rows[place] for place in kept]
+        given = mx.stack([mx.roll(logits[step], 13 * row) for row in rows])
+        tokens = batch(given).tolist()
+        assert tokens == [
+            alone[row](given[place : place + 1]).item() for place, row in enumerate(rows)
+        ]
+        for row, token in zip(rows, tokens, strict=True):
+            drawn[row].append(token)
+    assert min(map(len, drawn)) > 5

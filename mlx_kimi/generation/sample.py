@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import secrets
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,10 +43,10 @@ class Sampling:
 
 
 class Draw(NamedTuple):
-    """A token that was drawn, and that the device may still be computing."""
+    """A token of each row that was drawn, and that the device may still be computing."""
 
-    token: mx.array  # [1]
-    lse: mx.array  # [1], the logsumexp of its logits: finite unless one is NaN or +infinity
+    token: mx.array  # [B]
+    lse: mx.array  # [B], the logsumexp of its logits: finite unless one is NaN or +infinity
 
 
 class Sampler:
@@ -65,10 +67,7 @@ class Sampler:
         s = self.sampling
         logits = logits.astype(mx.float32)
         if self._seen is not None:
-            penalized = mx.where(
-                logits > 0, logits / s.repetition_penalty, logits * s.repetition_penalty
-            )
-            logits = mx.where(self._seen, penalized, logits)
+            logits = _penalized(logits, self._seen, [s])
         token = mx.argmax(logits, axis=-1) if s.temp == 0 else self._draw(logits / s.temp)
         if self._seen is not None:
             self._seen = self._seen | (mx.arange(self._seen.size) == token)
@@ -76,28 +75,124 @@ class Sampler:
 
     def _draw(self, logits: mx.array) -> mx.array:
         self._key, key = mx.random.split(self._key)
-        s = self.sampling
-        if s.top_k or s.top_p < 1 or s.min_p:
-            logits = _filtered(logits, s)
-        return mx.random.categorical(logits, key=key)
+        return mx.random.categorical(_filtered(logits, [self.sampling]), key=key)
+
+    def skip(self, tokens: Sequence[int]) -> None:
+        """Go on as if these had been drawn."""
+        for _ in tokens if self.sampling.temp else ():
+            self._key = mx.random.split(self._key)[0]
+        if self._seen is not None and tokens:
+            seen = self._seen[...]  # another array: the first may be held elsewhere
+            seen[mx.array(list(tokens))] = True
+            self._seen = seen
 
 
-def _filtered(logits: mx.array, s: Sampling) -> mx.array:
-    """logits [1, vocab] float32 with -inf where top-k, top-p or min-p exclude a token.
+class BatchSampler:
+    """Chooses a token for each of several rows: the one that the row's own `Sampler` would choose.
+
+    Rows join and leave between two calls.
+    """
+
+    def __init__(self, samplers: Sequence[Sampler]) -> None:
+        """The rows go on where `samplers` are; those are not changed."""
+        self._options = [sampler.sampling for sampler in samplers]
+        self._keys = [sampler._key for sampler in samplers]  # of each row
+        self._seen = [sampler._seen for sampler in samplers]  # of each row [vocab], or None
+
+    def join(self, other: BatchSampler) -> None:
+        """Add the other's rows behind these."""
+        self._options += other._options
+        self._keys += other._keys
+        self._seen += other._seen
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
+        self._options = [self._options[row] for row in rows]
+        self._keys = [self._keys[row] for row in rows]
+        self._seen = [self._seen[row] for row in rows]
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """logits [B, vocab] -> tokens [B]; nothing is computed yet."""
+        logits = logits.astype(mx.float32)
+        penalized = [row for row, seen in enumerate(self._seen) if seen is not None]
+        if penalized:
+            seen = mx.stack([seen for seen in self._seen if seen is not None])
+            options = [self._options[row] for row in penalized]
+            logits = _with_rows(logits, penalized, lambda rows: _penalized(rows, seen, options))
+        tokens = mx.argmax(logits, axis=-1)
+        drawn = [row for row, s in enumerate(self._options) if s.temp]
+        if drawn:
+            tokens = _with_rows(tokens, drawn, lambda _: self._draw(logits, drawn))
+        for row in penalized:
+            before = self._seen[row]
+            assert before is not None
+            self._seen[row] = before | (mx.arange(before.size) == tokens[row])
+        return tokens
+
+    def _draw(self, logits: mx.array, rows: list[int]) -> mx.array:
+        """logits [B, vocab] -> a token for each of `rows`."""
+        options = [self._options[row] for row in rows]
+        chosen = logits[mx.array(rows)] / _column(s.temp for s in options)
+        filtering = [place for place, s in enumerate(options) if _filters(s)]
+        if filtering:
+            those = [options[place] for place in filtering]
+            chosen = _with_rows(chosen, filtering, lambda logits: _filtered(logits, those))
+        tokens = []
+        for place, row in enumerate(rows):  # (MLX draws with one key at a time)
+            self._keys[row], key = mx.random.split(self._keys[row])
+            tokens.append(mx.random.categorical(chosen[place : place + 1], key=key))
+        return mx.concatenate(tokens)
+
+
+def _with_rows(
+    whole: mx.array, rows: list[int], change: Callable[[mx.array], mx.array]
+) -> mx.array:
+    """`whole` [B, ...] with some rows as `change` makes them."""
+    if len(rows) == whole.shape[0]:
+        return change(whole)
+    index = mx.array(rows)
+    changed = whole[...]  # another array: what is assigned to it is not seen through the first
+    changed[index] = change(whole[index]).astype(whole.dtype)
+    return changed
+
+
+def _column(values: Iterable[float]) -> mx.array:
+    return mx.array(list(values), mx.float32)[:, None]
+
+
+def _penalized(logits: mx.array, seen: mx.array, options: Sequence[Sampling]) -> mx.array:
+    """logits [B, vocab] float32, those of tokens in `seen` [B, vocab] made less likely."""
+    penalty = _column(s.repetition_penalty for s in options)
+    lower = mx.where(logits > 0, logits / penalty, logits * penalty)
+    return mx.where(seen, lower, logits)
+
+
+def _filters(s: Sampling) -> bool:
+    return bool(s.top_k or s.top_p < 1 or s.min_p)
+
+
+def _filtered(logits: mx.array, options: Sequence[Sampling]) -> mx.array:
+    """logits [B, vocab] float32 with -inf where a row's top-k, top-p or min-p exclude a token.
 
     The most likely token always stays.
     """
+    if not any(map(_filters, options)):
+        return logits
+    vocab = logits.shape[-1]
     order = mx.argsort(-logits, axis=-1)
     p = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)  # most likely first
     keep = mx.ones(p.shape, mx.bool_)
-    if s.top_k:
-        keep = keep & (mx.arange(p.shape[-1]) < min(s.top_k, p.shape[-1]))
+    if any(s.top_k for s in options):
+        counts = mx.array([min(s.top_k or vocab, vocab) for s in options])[:, None]
+        keep = keep & (mx.arange(vocab) < counts)
         p = mx.where(keep, p, 0)
-        p = p / p.sum(axis=-1, keepdims=True)
-    if s.top_p < 1:
+        cut = p / p.sum(axis=-1, keepdims=True)
+        p = mx.where(mx.array([bool(s.top_k) for s in options])[:, None], cut, p)
+    if any(s.top_p < 1 for s in options):
         before = mx.cumsum(p, axis=-1) - p  # the share of the tokens that are more likely
-        keep = keep & (before < s.top_p)
-    if s.min_p:
-        keep = keep & (p >= s.min_p * p[..., :1])
+        # (of a row without: what rounding makes of a share may reach 1)
+        keep = keep & (before < _column(s.top_p if s.top_p < 1 else math.inf for s in options))
+    if any(s.min_p for s in options):
+        keep = keep & (p >= _column(s.min_p for s in options) * p[..., :1])
     place = mx.argsort(order, axis=-1)
     return mx.where(mx.take_along_axis(keep, place, axis=-1), logits, -mx.inf)
