@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -12,6 +13,7 @@ import click
 
 from mlx_kimi.cli.given import budget_of, check_options, folder_of, with_defaults
 from mlx_kimi.cli.progress import loading
+from mlx_kimi.defaults import SNAPSHOT_MEMORY
 from mlx_kimi.loading.load import load
 from mlx_kimi.server.app import make_app
 from mlx_kimi.server.engine import Engine
@@ -38,13 +40,16 @@ def run(
     check_options({**options, "latent_bits": latent_bits})
     access = Access(host, api_key, allow_origin, allow_host)
     budget = budget_of(memory_budget, context, latent_bits=latent_bits)
+    if budget is not None:
+        budget = replace(budget, snapshots=SNAPSHOT_MEMORY)
     signal.signal(signal.SIGTERM, _terminated)
     with listening(host, port) as opened:  # first: a port in use is known at once
         folder = folder_of(model, budget)
         options = with_defaults(options, folder)
         with loading():
             network, tokenizer = load(folder, budget)
-        engine = Engine(network, latent_bits=latent_bits)
+        states = None if budget is None else budget.snapshots
+        engine = Engine(network, latent_bits=latent_bits, tree_memory=states)
         name, longest = Path(model or folder).name, network.config.model_max_length
         service = Service(engine, tokenizer, name, longest, options, log_prompts=log_prompts)
         logging.basicConfig(handlers=[JsonLines()], level=logging.WARNING)

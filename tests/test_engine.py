@@ -1,8 +1,13 @@
 """The engine: requests of token ids in, events out, from any thread."""
 
 import asyncio
-from collections.abc import Iterator
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mlx_kimi.errors import ContextFull, KimiError
@@ -10,24 +15,43 @@ from mlx_kimi.generation.generate import stream_generate
 from mlx_kimi.generation.sample import Sampling
 from mlx_kimi.loading.load import load
 from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.server import engine as engine_module
+from mlx_kimi.server.batch import Batch
 from mlx_kimi.server.engine import (
     Engine,
     Event,
     Failed,
     Finished,
+    OutOfMemory,
+    Progress,
     QueueFull,
     Request,
     Started,
+    Ticket,
     Token,
 )
+from mlx_kimi.server.prefill import Prefill, late_in_a_text, measured_slice, stops
+from mlx_kimi.server.prefix_tree import as_array
 from mlx_kimi.text.tokenizer import Tokenizer
+from tests.agent_conversation import SMALL, Recorded
 
 PROMPT = tuple(range(5, 45))
 
 
 @pytest.fixture(scope="module")
-def loaded() -> tuple[KimiLinear, Tokenizer]:
+def loaded(talker: Path) -> tuple[KimiLinear, Tokenizer]:
+    return load(talker)
+
+
+@pytest.fixture(scope="module")
+def pocket() -> tuple[KimiLinear, Tokenizer]:
     return load()
+
+
+@pytest.fixture
+def one_step_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that rows of short answers meet, though prompts are slow to read here."""
+    monkeypatch.setattr(engine_module, "DECODE_SHARE", 0.0)
 
 
 @pytest.fixture
@@ -40,15 +64,28 @@ def engine(loaded) -> Iterator[Engine]:
 
 def alone(loaded, request: Request) -> list[int]:
     """The tokens that `stream_generate` gives, which stop where the request says."""
-    s = request.sampling
     tokens = []
-    for chunk in stream_generate(
-        *loaded, request.ids, max_tokens=request.max_tokens, temp=s.temp, seed=s.seed
-    ):
+    options = {"max_tokens": request.max_tokens, **vars(request.sampling)}
+    for chunk in stream_generate(*loaded, request.ids, **options):
         tokens.append(chunk.token)
         if chunk.token in request.stop_ids or chunk.finish_reason == "length":
             break
     return tokens
+
+
+def answered(loaded, requests: list[Request], **options: Any) -> list[list[Event]]:
+    """The events of requests that an engine of their own is given at once."""
+    engine = Engine(loaded[0], **{"prefill_slice": 64} | options)
+    tickets = [engine.submit(request) for request in requests]
+    engine.start()
+    try:
+        return [list(ticket) for ticket in tickets]
+    finally:
+        engine.stop(0)
+
+
+def started(events: list[Event]) -> Started:
+    return next(event for event in events if isinstance(event, Started))
 
 
 def tokens(events: list[Event]) -> list[int]:
@@ -59,7 +96,8 @@ def tokens(events: list[Event]) -> list[int]:
     "sampling", [Sampling(), Sampling(temp=1.0, seed=3)], ids=["greedy", "sampled"]
 )
 def test_an_answer_is_that_of_stream_generate(loaded, engine: Engine, sampling: Sampling) -> None:
-    request = Request(PROMPT, sampling=sampling, max_tokens=12, stop_ids=loaded[1].stop_ids)
+    first = alone(loaded, Request(PROMPT, sampling=sampling, max_tokens=12))
+    request = Request(PROMPT, sampling=sampling, max_tokens=12, stop_ids=frozenset(first[7:8]))
     events = list(engine.submit(request))
     assert isinstance(events[0], Started) and events[0].prompt_tokens == len(PROMPT)
     assert tokens(events) == alone(loaded, request)
@@ -121,7 +159,7 @@ def test_stopping_ends_what_runs_and_waits(loaded) -> None:
 def test_a_thread_that_dies_fails_all_tickets(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(loaded[0])
     tickets = [engine.submit(Request(PROMPT)) for _ in range(3)]
-    monkeypatch.setattr(engine, "_answer", lambda ticket: 1 / 0)
+    monkeypatch.setattr(engine, "_work", lambda: 1 / 0)
     engine.start()
     for ticket in tickets:
         (event,) = ticket
@@ -129,3 +167,407 @@ def test_a_thread_that_dies_fails_all_tickets(loaded, monkeypatch: pytest.Monkey
     assert engine.status().state == "failed"
     with pytest.raises(KimiError, match="division"):
         engine.submit(Request(PROMPT))
+
+
+# ------------------------------------------------------------------------------- rows
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temp=1.0, seed=3),
+    Sampling(temp=0.8, seed=4, top_k=40),
+    Sampling(temp=1.2, seed=5, top_p=0.9, repetition_penalty=1.2),
+]
+
+
+@pytest.mark.slow
+def test_eight_requests_that_join_and_leave_at_random_answer_as_alone(
+    pocket, one_step_a_slice
+) -> None:
+    choose = random.Random(7)
+    requests = [
+        Request(
+            tuple(choose.randrange(5, 700) for _ in range(choose.randrange(3, 90))),
+            sampling=SAMPLINGS[number % 4],
+            max_tokens=choose.randrange(3, 20),
+            logprobs=choose.choice([None, 0, 3]),
+            stop_ids=pocket[1].stop_ids,
+        )
+        for number in range(8)
+    ]
+    expected = [alone(pocket, request) for request in requests]
+    engine = Engine(pocket[0], prefill_slice=32, rows=5)
+    sizes = set[int]()
+    step = engine._batch.step
+
+    def counted() -> None:
+        sizes.add(len(engine._batch.jobs))
+        step()
+
+    engine._batch.step = counted  # type: ignore[method-assign]
+    engine.start()
+    try:
+        tickets = []
+        for request in requests:
+            tickets.append(engine.submit(request))
+            threading.Event().wait(choose.random() / 5)
+        events = [list(ticket) for ticket in tickets]
+    finally:
+        engine.stop(0)
+    assert list(map(tokens, events)) == expected
+    assert len(sizes) > 1, "rows joined and left"
+    for request, got in zip(requests, events, strict=True):
+        for event in got:
+            if isinstance(event, Token):
+                assert (event.logprob is None) == (request.logprobs is None)
+                assert len(event.top) == (request.logprobs or 0)
+                values = [value for _, value in event.top]
+                assert values == sorted(values, reverse=True) and all(v <= 0 for v in values)
+                if not request.sampling.temp and event.top:
+                    assert (event.id, event.logprob) == event.top[0]
+
+
+def test_the_same_seed_gives_the_same_answer_and_none_another(loaded) -> None:
+    seeded = Request(PROMPT, sampling=Sampling(temp=1.0, seed=9), max_tokens=8)
+    any_seed = Request(PROMPT, sampling=Sampling(temp=1.0), max_tokens=8)
+    first, second, *others = map(tokens, answered(loaded, [seeded, seeded, any_seed, any_seed]))
+    assert first == second
+    assert len({tuple(other) for other in (first, *others)}) == 3
+
+
+# ------------------------------------------------------------------------------- prompts
+def test_states_are_kept_at_boundaries_but_not_close_together() -> None:
+    assert stops((), 0, 100) == [100]
+    assert stops((), 50, 100) == [], "too near to where it went on from"
+    assert stops((10, 200, 230, 300, 395), 0, 400) == [10, 200, 300, 395]
+    assert stops((10, 200), 200, 270) == [270]
+    assert stops((), 0, 9000) == [4096, 8192, 9000]
+
+
+def test_a_turn_reads_what_is_new_and_draws_what_it_would_draw_cold(loaded) -> None:
+    engine = Engine(loaded[0], prefill_slice=64)
+    engine.start()
+    try:
+        first = Request(PROMPT * 4, boundaries=(150,), max_tokens=6, logprobs=4)
+        answer = tokens(list(engine.submit(first)))
+        longer = (*first.ids, *answer, 7, 8, 9)
+        warm = list(engine.submit(Request(longer, max_tokens=4, logprobs=4)))
+        edited = (*first.ids[:155], 9, *first.ids[156:])
+        told = list(engine.submit(Request(edited, max_tokens=2)))
+    finally:
+        engine.stop(0)
+    assert started(warm).cached_tokens == len(first.ids) + len(answer)
+    assert "is new" in started(warm).why
+    assert started(told).cached_tokens == 150
+    assert started(told).why == "differs from what was read at token 155"
+    (cold,) = answered(loaded, [Request(longer, max_tokens=4, logprobs=4)])
+    assert started(cold).why == "no earlier prompt begins with these tokens"
+    for hit, read in zip(warm, cold, strict=True):
+        if isinstance(hit, Token) and isinstance(read, Token):
+            assert hit.id == read.id
+            # Both are float32 sums of the same terms in other orders: 1e-4 of a logprob.
+            assert hit.top == [(token, pytest.approx(p, abs=1e-4)) for token, p in read.top] or [
+                pytest.approx(p, abs=1e-4) for _, p in read.top
+            ] == [p for _, p in hit.top]
+
+
+def test_equal_prompts_at_once_are_read_once(loaded) -> None:
+    ids = tuple(range(5, 305))
+    requests = [
+        Request(ids, boundaries=(290,), max_tokens=3, client=client) for client in ("a", "a", "b")
+    ]
+    other = Request((700, *ids), max_tokens=3, client="c")
+    engine = Engine(loaded[0], prefill_slice=64)
+    tickets = [engine.submit(request) for request in (*requests, other)]
+    engine.start()
+    events = [list(ticket) for ticket in tickets]
+    engine.stop(0)
+    assert engine.status().counters.read_tokens == 300 + 10 + 10 + 301
+    assert [started(told).cached_tokens for told in events] == [0, 290, 290, 0]
+    assert tokens(events[0]) == tokens(events[1]) == tokens(events[2])
+
+
+def test_progress_is_told_to_who_wants_it(loaded) -> None:
+    (told,) = answered(loaded, [Request(PROMPT * 4, wants_progress=True, max_tokens=1)])
+    assert told[:4] == [Progress(read, 160) for read in (0, 64, 128, 160)]
+    assert [type(event) for event in told[4:]] == [Started, Token, Finished]
+
+
+def test_a_long_prompt_lets_others_go_on(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two slices every running answer gets a token; a short prompt need not wait."""
+    engine = Engine(loaded[0], prefill_slice=64)
+    log = list[str]()
+    for owner, name, said in ((Prefill, "read_slice", "slice"), (Batch, "step", "step")):
+        method = getattr(owner, name)
+
+        def logged(*given: Any, method: Any = method, said: str = said) -> Any:
+            log.append(said)
+            return method(*given)
+
+        monkeypatch.setattr(owner, name, logged)
+    engine.start()
+    running = engine.submit(Request(PROMPT, max_tokens=1000, client="a"))
+    events = iter(running)
+    while not isinstance(next(events), Token):
+        pass
+    del log[:]
+    long = engine.submit(Request(tuple(range(5, 505)) * 2, max_tokens=1, client="b"))
+    short = engine.submit(Request(PROMPT[::-1], max_tokens=1, client="c"))
+    list(short)
+    assert log.count("slice") <= 4 and not long.is_closed
+    list(long)
+    running.cancel()
+    engine.stop(5)
+    slices = [place for place, said in enumerate(log) if said == "slice"]
+    assert len(slices) >= 1000 // 64 + 2
+    assert all(after - before > 1 for before, after in zip(slices, slices[1:], strict=False))
+
+
+def test_the_length_of_slices_is_measured(pocket) -> None:
+    later = late_in_a_text(pocket[0].config)
+    assert 5 < later < 50, "this model is small: attention is most of a long text's work"
+    seconds: dict[float, int] = {0.0: 2048, 0.1 / later / 64: 256, 1.0: 32}
+    for one, expected in seconds.items():
+        assert measured_slice(pocket[0], None, lambda count, one=one: one * count) == expected
+
+
+# ------------------------------------------------------------------------------- ends
+def until(condition: Callable[[], bool]) -> None:
+    """Wait, for half a minute at most."""
+    for _ in range(3000):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it did not come true")
+
+
+def test_a_cancelled_request_frees_its_place_wherever_it_is(loaded) -> None:
+    engine = Engine(loaded[0], prefill_slice=32, rows=2)
+    engine.start()
+    decoding = engine.submit(Request(PROMPT, max_tokens=10_000))
+    until(lambda: engine.status().decoding == 1)
+    ids = tuple(range(5, 505)) * 8
+    reading = engine.submit(Request(ids, max_tokens=1, wants_progress=True))
+    events = iter(reading)
+    while next(events) < Progress(96, len(ids)):
+        pass
+    queued = engine.submit(Request(PROMPT[::-1], max_tokens=1))
+    until(lambda: engine.status().queued == 1)
+    for ticket in (queued, reading, decoding):
+        ticket.cancel()
+        ticket.cancel()
+    assert list(events)[-1] == Finished("cancelled")
+    assert [list(ticket)[-1] for ticket in (queued, decoding)] == [Finished("cancelled")] * 2
+    until(lambda: (s := engine.status()).queued + s.reading + s.decoding == 0)
+    assert engine._tree.find(as_array(ids)).length >= 96, "what was read is not read again"
+    engine.stop(0)
+    assert engine.status().counters.cancelled == 3
+    assert engine.status().state == "stopped"
+
+
+@pytest.mark.parametrize("place", ["prefill", "decode"])
+def test_too_little_memory_ends_one_request(
+    loaded, monkeypatch: pytest.MonkeyPatch, one_step_a_slice, place: str
+) -> None:
+    requests = [Request(PROMPT[n:] * 3, max_tokens=8, client=str(n)) for n in range(3)]
+    expected = [alone(loaded, request) for request in requests]
+    message = "[METAL] Command buffer execution failed: Insufficient Memory (00000008)."
+    fails(monkeypatch, 2 if place == "prefill" else 3, message, place)
+    events = answered(loaded, requests)
+    failed = [told for told in events if isinstance(told[-1], Failed)]
+    assert len(failed) == 1 and "memory is too small" in str(failed[0][-1].error)
+    for told, wanted in zip(events, expected, strict=True):
+        assert told in failed or tokens(told) == wanted
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, at: int, message: str, place: str) -> None:
+    """The call number `at` of `KimiLinear.hidden` for a prompt, or for several rows, fails once."""
+    hidden, calls = KimiLinear.hidden, [0]
+
+    def once(self: KimiLinear, ids: mx.array, *given: Any, **named: Any) -> mx.array:
+        counts = ids.shape[0] > 1 if place == "decode" else ids.shape[1] > 1
+        calls[0] += counts
+        if counts and calls[0] == at:
+            raise RuntimeError(message)
+        return hidden(self, ids, *given, **named)
+
+    monkeypatch.setattr(KimiLinear, "hidden", once)
+
+
+@pytest.mark.parametrize("place", ["prefill", "decode"])
+def test_a_kernel_that_fails_changes_no_answer(
+    loaded, monkeypatch: pytest.MonkeyPatch, one_step_a_slice, tmp_path, place: str
+) -> None:
+    monkeypatch.setenv("MLX_KIMI_CACHE", str(tmp_path))
+    monkeypatch.setattr(loaded[0], "choices", loaded[0].choices)
+    requests = [
+        Request(PROMPT[n:] * 3, sampling=SAMPLINGS[n], max_tokens=8, logprobs=1) for n in range(3)
+    ]
+    expected = [alone(loaded, request) for request in requests]
+    message = "[metal::Device] Unable to load kernel custom_kernel_kda_decode_3f"
+    fails(monkeypatch, 2, message, place)
+    events = answered(loaded, requests)
+    assert list(map(tokens, events)) == expected
+    assert [sum(isinstance(e, Started) for e in told) for told in events] == [1, 1, 1]
+    assert list(loaded[0].choices.off) == ["kda_decode"]
+
+
+def test_a_lost_gpu_ends_all_requests(loaded, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("MLX_KIMI_CACHE", str(tmp_path))
+    message = "[METAL] Command buffer execution failed: Caused GPU Hang Error (00000003)."
+    fails(monkeypatch, 1, message, "prefill")
+    events = answered(loaded, [Request(PROMPT, max_tokens=2)] * 2)
+    assert ["the GPU failed" in str(told[-1].error) for told in events] == [True, True]
+
+
+def test_logits_that_are_no_numbers_end_their_row_alone(
+    loaded, monkeypatch: pytest.MonkeyPatch, one_step_a_slice
+) -> None:
+    requests = [Request(PROMPT[n:] * 3, max_tokens=8) for n in range(3)]
+    expected = [alone(loaded, request) for request in requests]
+    logits, calls = KimiLinear.logits, [0]
+
+    def broken(self: KimiLinear, hidden: mx.array) -> mx.array:
+        found = logits(self, hidden)
+        calls[0] += found.shape[0] == 3
+        if found.shape[0] == 3 and calls[0] == 2:
+            found = mx.concatenate([found[:1], found[1:2] * mx.nan, found[2:]])
+        return found
+
+    monkeypatch.setattr(KimiLinear, "logits", broken)
+    first, second, third = answered(loaded, requests)
+    assert isinstance(second[-1], Failed) and "NaN" in str(second[-1].error)
+    assert [tokens(first), tokens(third)] == [expected[0], expected[2]]
+    assert tokens(second) == expected[1][: len(tokens(second))]
+
+
+def memory_of(loaded, *requests: Request) -> int:
+    """Bytes that just hold such rows together, and what a step works in."""
+    guard = Engine(loaded[0], prefill_slice=64)._guard
+    rows = sum(guard.of(len(request.ids) + request.max_tokens) for request in requests)
+    return guard.memory - guard.for_rows + rows
+
+
+def test_what_cannot_fit_into_the_memory_is_refused(loaded) -> None:
+    request = Request(PROMPT, max_tokens=100)
+    engine = Engine(loaded[0], memory=memory_of(loaded, request), prefill_slice=64)
+    assert engine.submit(request)
+    with pytest.raises(OutOfMemory, match="of 40 tokens and an answer of 4,056 take .* are free"):
+        engine.submit(Request(PROMPT, max_tokens=10**6))
+    with pytest.raises(OutOfMemory, match="of 140 tokens and an answer of 1 take"):
+        engine.submit(Request(PROMPT * 3 + PROMPT[:20], max_tokens=1))
+
+
+def test_rows_wait_for_memory(loaded) -> None:
+    """Two rows do not fit together: one after the other, and the tree makes room."""
+    requests = [Request(PROMPT[n:], max_tokens=20, client=str(n)) for n in range(3)]
+    memory = memory_of(loaded, *requests[:1])
+    engine = Engine(loaded[0], prefill_slice=64, memory=memory)
+    tickets = [engine.submit(request) for request in requests]
+    most = [0]
+    step = engine._batch.step
+
+    def counted() -> None:
+        most[0] = max(most[0], len(engine._batch.jobs))
+        step()
+
+    engine._batch.step = counted  # type: ignore[method-assign]
+    engine.start()
+    events = [list(ticket) for ticket in tickets]
+    engine.stop(0)
+    assert [told[-1] for told in events] == [Finished("length")] * 3 and most == [1]
+    assert engine.status().tree_states == 0
+
+
+def test_many_clients_who_come_and_go(loaded) -> None:
+    """Counters are the sums of what was told, nothing hangs, and all memory comes back."""
+    engine = Engine(loaded[0], prefill_slice=64, rows=6, tree_memory=4 << 20)
+    engine.start()
+    choose = random.Random(1)
+    told = list[list[Event]]()
+
+    def client(name: int, turns: list[tuple[int, int, bool]]) -> None:
+        ids: tuple[int, ...] = (5, 6, 7, name % 3)
+        for new, count, is_cancelled in turns:
+            ids = (*ids, *range(10, 10 + new))
+            ticket = engine.submit(Request(ids, max_tokens=count, client=str(name)))
+            if is_cancelled:
+                threading.Event().wait(choose.random() / 20)
+                ticket.cancel()
+            events = list(ticket)
+            told.append(events)
+            ids = (*ids, *tokens(events))
+
+    threads = [
+        threading.Thread(
+            target=client,
+            args=(
+                name,
+                [
+                    (choose.randrange(1, 40), choose.randrange(1, 6), choose.random() < 0.1)
+                    for _ in range(2)
+                ],
+            ),
+        )
+        for name in range(40)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    engine.stop(0)
+    sums = engine.status().counters
+    ends = [events[-1] for events in told]
+    assert len(told) == 80 == sums.submitted and not sums.failed and not sums.refused
+    assert sums.stopped + sums.length + sums.cancelled == 80
+    assert sums.cancelled == ends.count(Finished("cancelled"))
+    assert sums.generated_tokens == sum(len(tokens(events)) for events in told)
+    begun = [started(events) for events in told if any(isinstance(e, Started) for e in events)]
+    assert sums.prompt_tokens == sum(event.prompt_tokens for event in begun)
+    assert sums.cached_tokens == sum(event.cached_tokens for event in begun) > 0
+    status = engine.status()
+    assert status.tree_bytes <= 4 << 20 and status.queued + status.reading + status.decoding == 0
+
+
+def test_tickets_are_read_by_tasks_while_the_engine_dies(loaded, monkeypatch) -> None:
+    engine = Engine(loaded[0], prefill_slice=64)
+
+    async def all_of(ticket: Ticket) -> list[Event]:
+        return [event async for event in ticket.events()]
+
+    async def both() -> list[list[Event]]:
+        tickets = [engine.submit(Request(PROMPT, max_tokens=100)) for _ in range(2)]
+        tasks = [asyncio.create_task(all_of(ticket)) for ticket in tickets]
+        await asyncio.sleep(0.05)
+        monkeypatch.setattr(engine._batch, "step", lambda: 1 / 0)
+        engine.start()
+        return await asyncio.wait_for(asyncio.gather(*tasks), 30)
+
+    for events in asyncio.run(both()):
+        assert isinstance(events[-1], Failed) and "division" in str(events[-1].error)
+
+
+@pytest.mark.slow
+def test_an_agent_reads_its_new_tokens_and_no_more_than_64_others(loaded, one_step_a_slice) -> None:
+    """28 tools, 20 rounds, two sub-agents and a title beside them, an edit in the middle."""
+    engine = Engine(loaded[0], prefill_slice=256)
+    engine.start()
+    seen, names = set[str](), list[str]()
+    try:
+        for turn in Recorded(range(10, 500), SMALL).turns():
+            events = list(engine.submit(turn.request))
+            turn.answer = tokens(events)
+            told = started(events)
+            conversation = turn.name.removesuffix(" edited")
+            names.append(turn.name)
+            if conversation not in seen and conversation in ("main", "title"):
+                assert told.cached_tokens == 0
+            elif conversation not in seen:
+                assert told.cached_tokens == turn.request.boundaries[0], "the tools are known"
+            else:
+                read = told.prompt_tokens - told.cached_tokens
+                assert turn.new < told.prompt_tokens and read <= turn.new + 64, turn.name
+            seen.add(conversation)
+    finally:
+        engine.stop(0)
+    assert names.count("main") == 20 and names.count("main edited") == 1
+    assert names.count("agent 1") == names.count("agent 2") == 4 and "title" in names
+    assert engine.status().counters.evicted == 0

@@ -278,6 +278,17 @@ def arrays(cache: Sequence[CacheEntry]) -> list[mx.array]:
     return [array for entry in cache for array in entry.arrays()]
 
 
+def take(cache: Sequence[CacheEntry], rows: Sequence[int]) -> list[CacheEntry]:
+    """The cache of the batch that consists of these rows of another, in this order."""
+    return [entry.take(rows) for entry in cache]
+
+
+def join(batches: Sequence[Sequence[CacheEntry]]) -> list[CacheEntry]:
+    """The cache of one batch made of the rows of several. Each must have read a token."""
+    layers: Any = zip(*batches, strict=True)
+    return [type(entries[0]).join(entries) for entries in layers]
+
+
 def _all_filled(arrays: Sequence[mx.array | None]) -> list[mx.array]:
     filled = [array for array in arrays if array is not None]
     if len(filled) < len(arrays):

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Literal
 
+import mlx.core as mx
+
 from mlx_kimi.defaults import PREFILL_STEP
-from mlx_kimi.errors import KimiError, in_words
-from mlx_kimi.generation.decode import decode, prefill
-from mlx_kimi.generation.generate import check_ids
-from mlx_kimi.generation.sample import Sampler
-from mlx_kimi.generation.token_state import TokenState
+from mlx_kimi.errors import GpuLost, KimiError, in_words
+from mlx_kimi.generation.decode import check_prefill_step
+from mlx_kimi.generation.faults import leave_out_what_failed
+from mlx_kimi.generation.generate import check_ids, check_lengths
+from mlx_kimi.model.cache import check_latent_bits
 from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.server.batch import Batch
+from mlx_kimi.server.guard import Guard, OutOfMemory
+from mlx_kimi.server.job import Job, Tally
+from mlx_kimi.server.prefill import APART, Prefill, measured_slice
+from mlx_kimi.server.prefix_tree import PrefixTree
 from mlx_kimi.server.ticket import (
     Event,
     Failed,
@@ -26,6 +34,7 @@ from mlx_kimi.server.ticket import (
     Ticket,
     Token,
 )
+from mlx_kimi.server.turns import Turns
 
 __all__ = [
     "Counters",
@@ -45,7 +54,11 @@ __all__ = [
 ]
 
 QUEUE_LIMIT = 256  # requests that wait
-ROWS = 16  # requests that are read or answered together
+ROWS = 16  # requests that are read or answered at a time
+LONGEST_RETRY = 60  # seconds
+# After a slice of a prompt that took a second, running answers have this many for their steps.
+DECODE_SHARE = 0.25
+GRACE = 10  # seconds in which a cancelled request must have ended
 State = Literal["starting", "ready", "stopping", "stopped", "failed"]
 _log = logging.getLogger(__name__)
 
@@ -58,10 +71,6 @@ class QueueFull(KimiError):
         self.retry_after = retry_after
 
 
-class OutOfMemory(KimiError):
-    """A request whose prompt and answer do not fit into the memory."""
-
-
 @dataclass(frozen=True)
 class Counters:
     """Sums since the start, over all requests."""
@@ -72,11 +81,12 @@ class Counters:
     length: int = 0  # finished with "length"
     cancelled: int = 0
     failed: int = 0
+    milliseconds: int = 0  # of all that ended, since each one's turn came
     prompt_tokens: int = 0  # of requests that started, as their `Started` says
-    cached_tokens: int = 0  # of these, those that the prefix cache held
-    read_tokens: int = 0  # of all prompts: what the model has read, other requests' included
+    cached_tokens: int = 0  # of these, those that the prefix tree held
+    read_tokens: int = 0  # of prompts, by the model
     generated_tokens: int = 0  # each a `Token`
-    evicted: int = 0  # states that the prefix cache gave up for memory
+    evicted: int = 0  # states that the prefix tree gave up for memory
 
 
 @dataclass(frozen=True)
@@ -85,13 +95,13 @@ class Status:
 
     state: State
     failure: str | None  # why it is "failed"
-    prefill_slice: int  # prompt tokens that are read between two decode steps; 0: not known yet
+    prefill_slice: int  # prompt tokens that are read between decode steps; 0: not measured yet
     queued: int  # requests that wait
     reading: int  # whose prompts are being read
     decoding: int  # that are being answered
-    tree_states: int  # that the prefix cache holds
+    tree_states: int  # that the prefix tree holds
     tree_bytes: int
-    tree_memory: int  # bytes that it may hold
+    tree_memory: int  # bytes that it may hold now
     counters: Counters = field(default_factory=Counters)
 
 
@@ -107,25 +117,43 @@ class Engine:
         tree_memory: int | None = None,
         prefill_slice: int | None = None,
         latent_bits: int | None = None,
+        memory: int | None = None,
     ) -> None:
         """Nothing runs before `start`.
 
         Args:
             queue_limit: requests that may wait.
             rows: requests that are read or answered at a time; one under a memory budget.
-            tree_memory: bytes of the prefix cache; None: a share of what is free.
-            prefill_slice: prompt tokens read between two decode steps; None: measured.
+            tree_memory: bytes of the prefix tree; None: a quarter of `memory`, 8 GiB at most.
+            prefill_slice: prompt tokens read between decode steps; None: measured at the start.
             latent_bits: of `KimiLinear.make_cache`.
+            memory: bytes that requests and the tree may take; None: what is free now.
+
+        Raises:
+            OptionError: `prefill_slice` or `latent_bits` is out of range.
         """
+        check_latent_bits(latent_bits)
+        if prefill_slice is not None:
+            check_prefill_step(prefill_slice)
+            if model.offload is not None:
+                prefill_slice = min(prefill_slice, model.offload.prefill_step)
         self.model = model
-        self._queue_limit, self._slice = queue_limit, prefill_slice or PREFILL_STEP
-        self._latent_bits = latent_bits
-        self._changed = Condition()
-        self._queue: deque[Ticket] = deque()
-        self._running: Ticket | None = None
+        self._queue_limit, self._latent_bits = queue_limit, latent_bits
+        self._rows = rows if model.offload is None else 1
+        self._tree_memory, self._slice = tree_memory, prefill_slice or 0
+        self._guard = Guard(model, self._slice or PREFILL_STEP, latent_bits, memory)
+        self._tally = Tally()
+        self._tree = PrefixTree(self._guard.for_tree(0, tree_memory))
+        self._prefill = Prefill(model, self._tree, self._tally, self._slice, latent_bits)
+        self._batch = Batch(model, self._tree)
+        self._turns = Turns()
+        self._waiting = self._reading = 0  # of the jobs in `_turns`
+        self._owed = 0.0  # seconds of decode steps before the next slice
+        self._changed = Condition()  # guards what follows
+        self._new: deque[Job] = deque()
+        self._tickets: list[Ticket] = []  # whose last event has not come
         self._state: State = "starting"
         self._failure: str | None = None
-        self._counters = Counters()
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     # --------------------------------------------------------------------------- from any thread
@@ -134,18 +162,18 @@ class Engine:
         self._thread.start()
 
     def stop(self, patience: float) -> None:
-        """Take no more requests, let those that run finish for `patience` seconds, cancel the
+        """Take no more requests, let those that are here finish for `patience` seconds, cancel the
         rest, and end the thread."""
         with self._changed:
             if self._state in ("starting", "ready"):
                 self._state = "stopping"
             self._changed.notify_all()
-        self._thread.join(patience)
-        with self._changed:
-            for ticket in (*self._queue, self._running):
-                if ticket is not None:
-                    ticket.cancel()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join(patience)
+            for ticket in self._tickets:
+                ticket.cancel()
+            self._thread.join(GRACE)
+        self._end("stopped", None)
 
     def submit(self, request: Request) -> Ticket:
         """Queue a request.
@@ -154,60 +182,75 @@ class Engine:
             QueueFull: too many wait.
             ContextFull: the prompt fills the model's context.
             OutOfMemory: prompt and answer do not fit into the memory.
-            KimiError: the prompt is empty or has ids that the model does not know, or the engine
-                has stopped or failed.
+            KimiError: the prompt is empty or has ids that the model does not know, `max_tokens` is
+                below 1, or the engine has stopped or failed.
         """
-        ticket = Ticket(request, self._wake)
         try:
-            check_ids(self.model, request.ids)
-            with self._changed:
-                if self._state not in ("starting", "ready"):
-                    raise KimiError(self._failure or "the server is stopping")
-                if len(self._queue) >= self._queue_limit:
-                    raise QueueFull(self._queue_limit, 1)
-                self._count(submitted=1)
-                self._queue.append(ticket)
-                self._changed.notify_all()
+            return self._submit(request)
         except KimiError:
-            self._count(refused=1)
+            self._tally.add(refused=1)
             raise
+
+    def _submit(self, request: Request) -> Ticket:
+        check_ids(self.model, request.ids)
+        check_lengths(request.max_tokens, PREFILL_STEP)
+        prompt = len(request.ids)
+        limit = min(request.max_tokens, self.model.config.model_max_length - prompt)
+        ticket = Ticket(request, self._wake)
+        job = Job(ticket, limit, self._guard.check(prompt, limit), self._tally)
+        with self._changed:
+            if self._state not in ("starting", "ready"):
+                raise KimiError(self._failure or "the server is stopping")
+            if self._queued >= self._queue_limit:
+                raise QueueFull(self._queue_limit, self._retry_after())
+            self._tally.add(submitted=1)
+            self._new.append(job)
+            self._tickets.append(ticket)
+            self._changed.notify_all()
         return ticket
+
+    @property
+    def _queued(self) -> int:
+        return len(self._new) + self._waiting
+
+    def _retry_after(self) -> int:
+        """Seconds in which those that wait may have been answered, as long as others took."""
+        sums = self._tally.sums()
+        ended = sum(sums.get(name, 0) for name in ("stopped", "length", "cancelled", "failed"))
+        mean = sums.get("milliseconds", 0) / 1000 / max(1, ended)
+        return min(LONGEST_RETRY, max(1, round(self._queued * mean / self._rows)))
 
     def status(self) -> Status:
         """The engine at this moment. Never waits for a step of the model."""
-        with self._changed:
-            running = int(self._running is not None)
-            return Status(
-                self._state,
-                self._failure,
-                self._slice,
-                len(self._queue),
-                0,
-                running,
-                0,
-                0,
-                0,
-                self._counters,
-            )
+        tree = self._tree
+        return Status(
+            self._state,
+            self._failure,
+            self._slice,
+            self._queued,
+            self._reading,
+            len(self._batch.jobs),
+            tree.states,
+            tree.bytes,
+            tree.memory,
+            Counters(**self._tally.sums(), evicted=tree.evicted),
+        )
 
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
 
-    def _count(self, **more: int) -> None:
-        with self._changed:
-            counts = {name: getattr(self._counters, name) + n for name, n in more.items()}
-            self._counters = replace(self._counters, **counts)
-
     # --------------------------------------------------------------------------- the engine's own
     def _run(self) -> None:
         try:
+            if not self._slice:
+                self._slice = measured_slice(self.model, self._latent_bits)
+                self._prefill.slice_tokens = self._slice
             with self._changed:
                 if self._state == "starting":
                     self._state = "ready"
-            while self._take_next():
-                assert self._running is not None
-                self._answer(self._running)
+            while self._take_in():
+                self._work()
         except BaseException as error:
             _log.exception("the engine's thread ended")
             self._end("failed", f"the engine failed: {in_words(error)}")  # type: ignore[arg-type]
@@ -216,49 +259,126 @@ class Engine:
 
     def _end(self, state: State, failure: str | None) -> None:
         with self._changed:
-            self._state, self._failure = state, failure
-            open_tickets = [t for t in (self._running, *self._queue) if t is not None]
-            self._queue.clear()
-            self._running = None
-        for ticket in open_tickets:
-            ticket.put(Failed(KimiError(failure or "the server has stopped")))
+            if self._state not in ("stopped", "failed"):
+                self._state, self._failure = state, failure
+            said = self._failure or "the server has stopped"
+            tickets, self._tickets = self._tickets, []
+        for ticket in tickets:
+            if not ticket.is_closed:
+                self._tally.add(failed=1)
+                ticket.put(Failed(KimiError(said)))
 
-    def _take_next(self) -> bool:
-        """Wait for a request; False: the engine stops."""
+    def _take_in(self) -> bool:
+        """Take new requests, and wait for one where there is nothing to do; False: it is over."""
         with self._changed:
-            self._running = None
-            self._changed.wait_for(lambda: self._queue or self._state == "stopping")
-            if self._queue:
-                self._running = self._queue.popleft()
-            return self._running is not None
+            self._tickets = [ticket for ticket in self._tickets if not ticket.is_closed]
+            self._count_places()
+            if not (self._turns or self._batch.jobs):
+                self._changed.wait_for(lambda: self._new or self._state != "ready")
+            while self._new:
+                self._turns.add(self._new.popleft())
+            self._count_places()
+            return bool(self._turns or self._batch.jobs)
 
-    def _answer(self, ticket: Ticket) -> None:
+    def _count_places(self) -> None:
+        """For other threads, which do not look into what this one changes."""
+        self._reading = sum(job.entries is not None for job in self._turns)
+        self._waiting = len(self._turns) - self._reading
+
+    def _work(self) -> None:
+        """A step of all running answers, and a slice of a prompt if it is time for one."""
+        self._drop_cancelled()
+        if self._batch.jobs:
+            began = time.perf_counter()
+            self._decode()
+            self._owed -= time.perf_counter() - began
+        if not self._batch.jobs or self._owed <= 0:
+            began = time.perf_counter()
+            self._read()
+            self._owed = DECODE_SHARE * (time.perf_counter() - began)
+
+    def _drop_cancelled(self) -> None:
+        for job in self._turns:
+            if job.ticket.is_cancelled:
+                if job.entries is not None and job.read - job.kept >= APART:
+                    self._prefill.keep(job)  # who asks again goes on from here
+                self._turns.remove(job)
+                job.finish("cancelled")
+        gone = {job for job in self._batch.jobs if job.ticket.is_cancelled}
+        self._batch.drop(gone)
+        for job in gone:
+            job.finish("cancelled")
+
+    def _decode(self) -> None:
         try:
-            reason = self._finish_reason(ticket)
+            self._batch.step()
+        except GpuLost:
+            raise
         except (KimiError, RuntimeError) as error:
-            self._count(failed=1)
-            is_known = isinstance(error, KimiError)
-            ticket.put(Failed(error if is_known else KimiError(in_words(error))))  # type: ignore[arg-type]
-            return
-        names = {"stop": "stopped", "length": "length", "cancelled": "cancelled"}
-        self._count(**{names[reason]: 1})
-        ticket.put(Finished(reason))
+            self._recover(error)
 
-    def _finish_reason(self, ticket: Ticket) -> Reason:
-        request, ids = ticket.request, list(ticket.request.ids)
-        if ticket.is_cancelled:
-            return "cancelled"
-        state = TokenState(self.model, self._latent_bits, snapshot_every=None)
-        hidden, cached = prefill(state, ids, self._slice)
-        ticket.put(Started(len(ids), cached, "nothing is kept yet"))
-        self._count(prompt_tokens=len(ids), cached_tokens=cached, read_tokens=len(ids) - cached)
-        sampler = Sampler(request.sampling, ids, self.model.config.vocab_size)
-        limit = min(request.max_tokens, self.model.config.model_max_length - len(ids))
-        for token in decode(state, hidden, sampler, limit):
-            if ticket.is_cancelled:
-                return "cancelled"
-            self._count(generated_tokens=1)
-            ticket.put(Token(token))
-            if token in request.stop_ids:
-                return "stop"
-        return "length"
+    def _recover(self, error: Exception) -> None:
+        """A step failed. Texts are read again, but for that which is too much for the memory."""
+        jobs = [job for job in self._batch.clear() if not job.ticket.is_closed]
+        failed, why = self._lost_by(error, jobs)
+        for job in jobs:
+            if job in failed:
+                job.fail(why)
+            else:
+                job.begin_again()
+                self._turns.add(job)
+
+    def _lost_by(self, error: Exception, jobs: list[Job]) -> tuple[list[Job], KimiError]:
+        """Whose answer ends by an error of work for these jobs, and what they are told.
+
+        Raises:
+            GpuLost: nothing can run any more.
+        """
+        try:
+            if not isinstance(error, RuntimeError):
+                raise error
+            leave_out_what_failed(self.model, error)
+        except GpuLost:
+            raise
+        except KimiError as why:  # the memory is too small
+            self._tree.clear(self._tree.bytes // 2)
+            mx.clear_cache()
+            return jobs[-1:], why
+        except RuntimeError as why:
+            return jobs, KimiError(in_words(why))
+        return [], KimiError("")
+
+    def _read(self) -> None:
+        """A slice of the prompt whose turn it is."""
+        running = [job for job in self._turns if job.entries is not None]
+        reserved = sum(job.memory for job in (*running, *self._batch.jobs))
+        count = len(running) + len(self._batch.jobs)
+        is_full = count >= self._rows
+
+        def may_run(job: Job) -> bool:
+            nonlocal is_full
+            if job.entries is not None:
+                return True
+            # Who does not fit is waited for: else smaller ones would always go before it.
+            is_full = is_full or not self._guard.fits(job.memory, reserved)
+            return not is_full and not self._prefill.should_wait(job, running)
+
+        job = self._turns.next(may_run)
+        if job is None:
+            return
+        try:
+            if job.entries is None:
+                self._tree.memory = self._guard.for_tree(reserved + job.memory, self._tree_memory)
+                self._tree.fit()
+                self._prefill.begin(job)
+            job.hidden = self._prefill.read_slice(job)
+            if job.hidden is not None:
+                self._batch.join(job, job.hidden)
+                self._turns.remove(job)
+        except GpuLost:
+            raise
+        except (KimiError, RuntimeError) as error:
+            failed, why = self._lost_by(error, [job])
+            if failed:
+                self._turns.remove(job)
+                job.fail(why)

@@ -1,0 +1,262 @@
+"""States of the prompts that were read, found again by their tokens: a radix tree.
+
+A state is a snapshot of a cache: references to arrays, which states of one text share. A node is
+the end of some text, or where two texts part; some nodes hold the state after their last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_kimi.defaults import SNAPSHOT_EVERY
+from mlx_kimi.model import cache as caches
+from mlx_kimi.model.cache import CacheEntry
+
+TOKENS_REMEMBERED = 1 << 20  # of texts whose states were evicted, to say so; 4 bytes each
+HALF_LIFE = 64  # requests after which it is half as likely that a state is wanted again
+
+
+@dataclass(frozen=True)
+class State:
+    """A cache after a node's last token, computed."""
+
+    entries: list[CacheEntry]
+    hidden: mx.array | None = None  # [1, 1, hidden] of that token, where a prompt ended
+    is_answer: bool = False  # the token is the last of an answer, which no prompt may ever repeat
+
+    def arrays(self) -> list[mx.array]:
+        return [*caches.arrays(self.entries), *([] if self.hidden is None else [self.hidden])]
+
+
+@dataclass(eq=False)
+class Node:
+    """The text from the root to here."""
+
+    ids: np.ndarray  # [n] int32, what follows the parent's text
+    length: int  # tokens of the whole text
+    parent: Node | None
+    children: dict[int, Node] = field(default_factory=dict)  # by the first token
+    state: State | None = None
+    was_evicted: bool = False
+    used: int = 0  # the number of the latest request that went on from here
+    returns: int = 0  # requests that went on from here though a later state was known
+
+
+class Found(NamedTuple):
+    """What a prompt can go on from."""
+
+    node: Node | None  # with a state; None: nothing
+    shared: int  # tokens that some text begins with, too
+    why: str  # why there is no later state, in words
+
+    @property
+    def length(self) -> int:
+        """Tokens that need not be read."""
+        return 0 if self.node is None else self.node.length
+
+
+class PrefixTree:
+    """States of texts, in bounded memory. An array that several states share counts once.
+
+    Where the memory is full, the state goes whose loss costs least: tokens to be read again, times
+    how likely they are wanted. The latest state of a conversation stands for all of it; earlier
+    ones are for those who go back, which the more do the nearer it is.
+    """
+
+    def __init__(self, memory: int) -> None:
+        """`memory`: bytes of all states."""
+        self.memory = memory
+        self.bytes = self.states = self.evicted = 0
+        self._tokens = 0  # of all nodes
+        self._root = Node(np.zeros(0, np.int32), 0, None)
+        self._requests = 0
+        self._held: dict[int, list[int]] = {}  # by array's identity: states, bytes
+
+    # ------------------------------------------------------------------------------- looking up
+    def find(self, ids: np.ndarray) -> Found:
+        """The latest state that the prompt ids [T] int32 can go on from."""
+        node, best, lost = self._root, None, 0
+        shared = 0
+        while node.length < len(ids):
+            child = node.children.get(int(ids[node.length]))
+            if child is None:
+                break
+            count = common_prefix(child.ids, ids[node.length :])
+            shared = node.length + count
+            if count < len(child.ids):
+                break
+            node = child
+            if node.state and (node.length < len(ids) or node.state.hidden is not None):
+                best = node
+            elif node.was_evicted:
+                lost = node.length
+        return Found(best, shared, _why(best, lost, shared, len(ids), is_end=not node.children))
+
+    def use(self, found: Found) -> None:
+        """A request goes on from there."""
+        self._requests += 1
+        if found.node is not None:
+            found.node.returns += any(map(_is_of_a_prompt, _below(found.node)))
+            found.node.used = self._requests
+
+    # ------------------------------------------------------------------------------- adding
+    def insert(self, ids: np.ndarray, state: State) -> None:
+        """Keep the state after the text ids [T] int32, if there is none yet, as memory allows."""
+        node = self._node(ids)
+        node.used = max(node.used, self._requests)
+        if node.state is not None:
+            return
+        node.state, node.was_evicted = state, False
+        self.states += 1
+        for array in state.arrays():
+            held = self._held.setdefault(id(array), [0, array.nbytes])
+            self.bytes += 0 if held[0] else held[1]
+            held[0] += 1
+        self.fit()
+
+    def _node(self, ids: np.ndarray) -> Node:
+        """The node of a text, made where there is none."""
+        node = self._root
+        while node.length < len(ids):
+            rest = ids[node.length :]
+            child = node.children.get(int(rest[0]))
+            if child is None:
+                child = Node(rest.copy(), len(ids), node, used=self._requests)
+                node.children[int(rest[0])] = child
+                self._tokens += len(rest)
+                return child
+            count = common_prefix(child.ids, rest)
+            node = child if count == len(child.ids) else _split(child, count)
+        return node
+
+    # ------------------------------------------------------------------------------- forgetting
+    def fit(self) -> None:
+        """Evict states until the rest takes no more than `memory`."""
+        while self.bytes > self.memory and self.states:
+            costs = list(self._costs())
+            self._evict(min(costs, key=lambda pair: pair[1])[0])
+        if self._tokens > TOKENS_REMEMBERED:
+            self._forget_texts()
+
+    def clear(self, memory: int) -> None:
+        """Evict states until the rest takes no more than so many bytes."""
+        kept, self.memory = self.memory, memory
+        self.fit()
+        self.memory = kept
+
+    def _evict(self, node: Node) -> None:
+        assert node.state is not None
+        for array in node.state.arrays():
+            held = self._held[id(array)]
+            held[0] -= 1
+            if not held[0]:
+                self.bytes -= held[1]
+                del self._held[id(array)]
+        node.state, node.was_evicted = None, True
+        self.states -= 1
+        self.evicted += 1
+
+    def _costs(self) -> Iterator[tuple[Node, float]]:
+        """What the loss of each state costs: tokens, times how likely they are wanted again.
+
+        Where prompts part, the longest goes on, or one that is almost as long and was used later.
+        Its latest state stands for all its tokens; that of another for those since they parted.
+        """
+        nodes = list(_below(self._root))  # parents before children
+        longest = {self._root: 0.0}  # tokens of the longest text at or below a node, aged
+        nearest = dict[Node, int]()  # the length of the next later state below
+        for node in reversed(nodes):
+            parent = node.parent
+            assert parent is not None
+            own = self._aged(node, node.length) if _is_of_a_prompt(node) else 0.0
+            longest[node] = max(own, longest.get(node, 0.0))
+            longest[parent] = max(longest.get(parent, 0.0), longest[node])
+            later = node.length if _is_of_a_prompt(node) else nearest.get(node)
+            if later is not None:
+                nearest[parent] = min(later, nearest.get(parent, later))
+        before = {self._root: 0}  # the length of the latest state at or above a node
+        parted = {self._root: 0}  # where the longer text parts from a node's
+        for node in nodes:
+            parent = node.parent
+            assert parent is not None
+            before[node] = node.length if node.state else before[parent]
+            parted[node] = parent.length if longest[parent] > longest[node] else parted[parent]
+            if node.state is None:
+                continue
+            cost = float(node.length - before[parent])
+            if node in nearest:
+                back = nearest[node] - node.length
+                cost *= node.returns + 1 / (1 + back / SNAPSHOT_EVERY)
+            elif _is_of_a_prompt(node):
+                cost = node.length - parted[node]
+            yield node, self._aged(node, cost)
+
+    def _aged(self, node: Node, value: float) -> float:
+        return value / (1 + (self._requests - node.used) / HALF_LIFE)
+
+    def _forget_texts(self) -> None:
+        """Forget the ends of texts that lead to no state, the oldest first, down to half."""
+        while self._tokens > TOKENS_REMEMBERED // 2:
+            ends = [node for node in _below(self._root) if not node.children and not node.state]
+            if not ends:
+                return
+            for node in sorted(ends, key=lambda node: node.used)[: -(-len(ends) // 2)]:
+                assert node.parent is not None
+                del node.parent.children[int(node.ids[0])]
+                self._tokens -= len(node.ids)
+
+
+def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    """How many tokens two arrays [n] and [m] begin with in common."""
+    shortest = min(len(first), len(second))
+    differs = first[:shortest] != second[:shortest]
+    return int(differs.argmax()) if differs.any() else shortest
+
+
+def as_array(ids: Sequence[int]) -> np.ndarray:
+    """Token ids as the tree takes them."""
+    return np.array(ids, np.int32)
+
+
+def _below(node: Node) -> Iterator[Node]:
+    """All nodes under one, parents before children."""
+    waiting = list(node.children.values())
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting += node.children.values()
+
+
+def _is_of_a_prompt(node: Node) -> bool:
+    return node.state is not None and not node.state.is_answer
+
+
+def _split(node: Node, count: int) -> Node:
+    """A new node after the first `count` tokens of this one's, which is then its child."""
+    parent = node.parent
+    assert parent is not None
+    middle = Node(node.ids[:count].copy(), parent.length + count, parent, used=node.used)
+    middle.children[int(node.ids[count])] = node
+    parent.children[int(node.ids[0])] = middle
+    node.ids, node.parent = node.ids[count:].copy(), middle
+    return middle
+
+
+def _why(best: Node | None, lost: int, shared: int, total: int, is_end: bool) -> str:
+    known = 0 if best is None else best.length
+    if known == total:
+        return "all of it was read before"
+    if not shared:
+        return "no earlier prompt begins with these tokens"
+    if lost > known:
+        return f"its state after token {lost:,} was evicted for memory"
+    if known == shared and is_end:
+        return f"what follows token {known:,} is new"
+    if shared == total:
+        return "no state is kept where it ends"
+    return f"differs from what was read at token {shared:,}"
