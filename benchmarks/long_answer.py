@@ -1,9 +1,13 @@
-"""A long answer by the library: seconds a token and memory as it grows, with a budget and without.
+"""A long answer by the library: time a token and memory as it grows, with a budget and without.
 
     python -m benchmarks.long_answer [FOLDER] [--tokens 20000] [--budgets 0 1000 ...]
 
 Each run is a process of its own. The answer goes on whatever its tokens say, at temperature 0. What
 grows by itself is the context: an MLA layer's step reads all latents before it. The rest is flat.
+On CPU that is H * (latent width) products twice a position, about 1 ns each in the BLAS of MLX's
+wheel for Linux: 3 microseconds a position in the pocket model's two MLA layers.
+
+Processor time is that of all threads: beside it, time tells how busy the machine is otherwise.
 """
 
 from __future__ import annotations
@@ -36,11 +40,13 @@ def run(folder: Path, tokens: int, megabytes: int) -> None:
     hidden, _ = prefill(state, prompt)
     answer = decode(state, hidden, Sampler(Sampling(), prompt, model.config.vocab_size), tokens)
     for part in range(PARTS):
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         count = sum(1 for _ in islice(answer, tokens // PARTS))
         each = 1e3 * (time.perf_counter() - began) / count
+        work = 1e3 * (time.process_time() - busy) / count
         resident = psutil.Process().memory_info().rss / 1e6
-        print(f"| {(part + 1) * count:,} | {each:.2f} ms | {resident:,.0f} MB |", flush=True)
+        row = f"| {(part + 1) * count:,} | {each:.2f} ms | {work:.2f} ms | {resident:,.0f} MB |"
+        print(row, flush=True)
 
 
 def main() -> None:
@@ -55,7 +61,7 @@ def main() -> None:
         return
     for budget in options.budgets:
         print(f"{budget:,} MB of budget" if budget else "no budget")
-        print("| tokens | each | resident |\n|---|---|---|", flush=True)
+        print("| tokens | each | processor | resident |\n|---|---|---|---|", flush=True)
         command = [sys.executable, "-m", "benchmarks.long_answer", str(options.folder)]
         subprocess.run(
             [*command, "--tokens", str(options.tokens), "--child", str(budget)], check=True
