@@ -185,14 +185,13 @@ def serving(engine: Any = None, access: Access | None = None, **options: Any) ->
         thread.start()
         until(lambda: server.started)
         try:
-            running = Running(url, service, log, engine)
-            with running.asking:
-                yield running
+            yield (running := Running(url, service, log, engine))
         finally:
             server.should_exit = True
             thread.join(30)
             engine.stop(patience=0)
             assert not thread.is_alive()
+            running.asking.close()
 
 
 @contextmanager

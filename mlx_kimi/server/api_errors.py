@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_kimi.errors import ContextFull, KimiError
+from mlx_kimi.errors import KimiError
 from mlx_kimi.server.engine import OutOfMemory, QueueFull
 
 TYPES = {
@@ -60,11 +60,18 @@ def of_engine(error: KimiError) -> ApiError:
     if isinstance(error, QueueFull):
         wait = {"retry-after": str(error.retry_after)}
         return ApiError(503, str(error), code="queue_full", headers=wait)
-    if isinstance(error, ContextFull):
-        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
     if isinstance(error, OutOfMemory):
         return ApiError(503, str(error), code="out_of_memory", headers={"retry-after": "10"})
     return ApiError(500, str(error), code="engine_failed")
+
+
+def too_long(tokens: int, context: int) -> ApiError:
+    """A prompt fills the context. Clients know the error by its code or its first words."""
+    said = (
+        f"This model's maximum context length is {context} tokens, the answer included, but the "
+        f"prompt has {tokens}"
+    )
+    return ApiError(400, said, code="context_length_exceeded")
 
 
 def stopping() -> ApiError:

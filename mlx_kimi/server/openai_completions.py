@@ -41,7 +41,11 @@ class CompletionReply(Reply):
         }
 
     def _spelled(self, id: int) -> str:
-        return self._tokenizer.bytes_of(id).decode("utf-8", "replace")
+        spelling = self._tokenizer.bytes_of(id)
+        try:
+            return spelling.decode()
+        except UnicodeDecodeError:  # half a character, as OpenAI spells it
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
 
     @staticmethod
     def _part(number: int, text: str, logprobs: Json | None, finish: str | None) -> Json:

@@ -13,9 +13,9 @@ from typing import Any, ParamSpec, TypeVar
 from starlette.types import Receive
 
 from mlx_kimi.defaults import MAX_TOKENS
-from mlx_kimi.errors import KimiError, OptionError
+from mlx_kimi.errors import ContextFull, KimiError, OptionError
 from mlx_kimi.generation.sample import Sampling
-from mlx_kimi.server.api_errors import ApiError, of_engine, stopping
+from mlx_kimi.server.api_errors import ApiError, of_engine, stopping, too_long
 from mlx_kimi.server.engine import Engine, Request, Ticket
 from mlx_kimi.server.exchange import Exchange
 from mlx_kimi.server.metrics import Metrics
@@ -124,6 +124,8 @@ class Service:
         except KimiError as error:
             for ticket in tickets:
                 ticket.cancel()
+            if isinstance(error, ContextFull):
+                raise too_long(len(request.ids), self.context) from None
             raise of_engine(error) from None
         async with Exchange(tickets, receive) as exchange:
             self._exchanges.add(exchange)

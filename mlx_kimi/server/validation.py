@@ -295,7 +295,8 @@ def _api_error(error: ValidationError) -> ApiError:
     complaints = error.errors(include_url=False, include_context=False)
     first = complaints[0]["loc"][:1]
     complaint = max(
-        (each for each in complaints if each["loc"][:1] == first), key=lambda each: len(each["loc"])
+        (each for each in complaints if each["loc"][:1] == first),
+        key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")),
     )
     name = _name(complaint)
     kind = complaint["type"]

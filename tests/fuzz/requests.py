@@ -1,0 +1,218 @@
+"""Malformed requests to a server: `python -m tests.fuzz.requests 10000` sends so many.
+
+Each ends in an answer, an error of the API or a closed connection: never in status 500.
+"""
+
+import argparse
+import gc
+import json
+import socket
+from collections import Counter
+from typing import Any
+
+import psutil
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlx_kimi.server.answers import Answers
+from mlx_kimi.server.exchange import Exchange
+from mlx_kimi.server.reader import AnswerReader
+from mlx_kimi.server.record import Record
+from tests.server import JSON, WEATHER, Running, Scripted, serving, until
+
+PATHS = ["/v1/chat/completions", "/v1/completions"]
+CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'},
+}
+BODIES: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": "Hi"}], "model": "pocket"},
+    {"messages": [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}], "n": 2},
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+        ],
+        "tools": [WEATHER],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+    },
+    {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "logprobs": True,
+        "top_logprobs": 3,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 7,
+        "stop": ["a", "b"],
+        "max_tokens": 5,
+    },
+    {"prompt": "Hi", "max_tokens": 3, "logprobs": 1, "stream": True},
+    {"prompt": [[1, 2], [3]], "echo": False, "stop": "x", "min_p": 0.1, "top_k": 3},
+]
+WORDS = [
+    *("<|im_end|>", "<|tool_call_begin|>", "\0", "\ud800", "\u202e", "", "é" * 300, "{{ 7 * 7 }}"),
+    *("file:///etc/passwd", "http://127.0.0.1/", "functions.f:0", "-1", "[DONE]", "\r\n\r\n"),
+]
+NUMBERS = [0, -1, 1 << 31, 1 << 64, -(1 << 70), 10**400, 1.5, -0.0, 1e308, 1e-308]
+MORE_KEYS = {"role", "content", "type", "x", "logit_bias"}
+KEYS = sorted(MORE_KEYS | {key for body in BODIES for key in body})
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.sampled_from(NUMBERS), st.sampled_from(WORDS), st.text(max_size=20)
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every container in a body with each of its keys or indices."""
+    if isinstance(value, dict):
+        here = [(value, key) for key in value]
+    elif isinstance(value, list):
+        here = [(value, index) for index in range(len(value))]
+    else:
+        return []
+    return here + [place for holder, key in here for place in places(holder[key])]
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> bytes:
+    """A body that was right, with some of its values changed, and perhaps some of its bytes."""
+    body = json.loads(json.dumps(draw(st.sampled_from(BODIES))))
+    for _ in range(draw(st.integers(1, 3))):
+        found = places(body)
+        change = draw(st.sampled_from(["replace", "delete", "add", "nest"]))
+        holder, key = draw(st.sampled_from(found)) if found else (body, "x")
+        if change == "add":
+            body[draw(st.sampled_from(KEYS) | st.text(max_size=8))] = draw(VALUES)
+        elif change == "delete" and found:
+            del holder[key]
+        elif change == "nest" and found:
+            for _ in range(draw(st.integers(1, 150))):
+                holder[key] = [holder[key]]
+        elif found:
+            holder[key] = draw(VALUES)
+    data = json.dumps(body).encode()
+    if draw(st.integers(0, 4)) == 0:
+        at = draw(st.integers(0, len(data)))
+        data = data[:at] + draw(st.binary(max_size=6)) + data[at + draw(st.integers(0, 6)) :]
+    return data
+
+
+@st.composite
+def streams_of_bytes(draw: st.DrawFn) -> bytes:
+    """What a connection sends, whose heads may be wrong, too."""
+    method = draw(st.sampled_from([b"POST", b"GET", b"OPTIONS", b"post", b"X" * 300, b""]))
+    path = draw(st.sampled_from([*PATHS, "/v1/models/%00", "/../etc/passwd", "*", "/%ff", "//x"]))
+    body = draw(bodies())
+    lines = [
+        b"Host: localhost",
+        b"Content-Type: application/json",
+        b"Content-Length: %d" % len(body),
+    ]
+    extra = [
+        *(b"Content-Length: -1", b"Content-Length: 5", b"Transfer-Encoding: chunked", b"Host: x"),
+        *(b"Expect: 100-continue", b"Upgrade: websocket", b"Connection: upgrade, close", b":"),
+        *(b"Authorization: Bearer \xff", b"Origin: null", b"Content-Type: text/plain; x", b"\0: a"),
+    ]
+    lines += draw(st.lists(st.sampled_from(extra) | st.binary(max_size=20), max_size=2))
+    kept = [line for line in lines if draw(st.integers(0, 9))]
+    version = draw(st.sampled_from([b"HTTP/1.1", b"HTTP/1.0", b"HTTP/2.0", b""]))
+    head = b"\r\n".join([method + b" " + path.encode() + b" " + version, *kept])
+    return head + b"\r\n\r\n" + body
+
+
+def send_bodies(running: Running, count: int, seen: Counter[int]) -> None:
+    """Send bodies to both kinds of completion."""
+
+    @_examples(count)
+    @given(st.sampled_from(PATHS), bodies())
+    def one(path: str, body: bytes) -> None:
+        answer = running.asking.post(path, content=body, headers=JSON)
+        seen[answer.status_code] += 1
+        assert answer.status_code in (200, 400, 404), (answer.status_code, body)
+        if answer.status_code != 200:
+            error = answer.json()["error"]
+            assert error["message"] and error["type"] and "\n" not in error["message"], error
+        elif not answer.headers["content-type"].startswith("text/event-stream"):
+            assert answer.json()["choices"]
+        else:
+            assert answer.text.endswith("data: [DONE]\n\n"), answer.text
+
+    one()
+
+
+def send_bytes(running: Running, count: int, seen: Counter[int]) -> None:
+    """Send anything, each on a connection of its own that then sends no more."""
+    host, port = running.url.removeprefix("http://").split(":")
+
+    @_examples(count)
+    @given(streams_of_bytes())
+    def one(data: bytes) -> None:
+        with socket.create_connection((host, int(port)), timeout=20) as opened:
+            try:
+                opened.sendall(data)
+                opened.shutdown(socket.SHUT_WR)
+                answer = opened.makefile("rb").read()
+            except ConnectionError:
+                answer = b""
+        status = int(answer.split()[1]) if answer.startswith(b"HTTP/1.1 ") else 0
+        seen[status] += 1
+        assert status < 500, (data, answer)
+
+    one()
+
+
+def _examples(count: int) -> settings:
+    return settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def attack(count: int) -> Counter[int]:
+    """Send `count` requests, and see that nothing stays of them; how many had which status."""
+    seen: Counter[int] = Counter()
+    with serving(Scripted(["Hello, wörld.<|im_end|>"])) as running:
+        send_bodies(running, count - count // 3, seen)
+        send_bytes(running, count // 3, seen)
+        assert running.asking.get("/health").status_code == 200
+        assert not [line for line in running.lines if line["status"] == 500]
+        until(lambda: not leftovers())
+    return seen
+
+
+def leftovers() -> Counter[str]:
+    """What the server holds of requests, by type. One is being asked, perhaps."""
+    gc.collect()
+    kinds = (Answers, Exchange, AnswerReader, Record)
+    return Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, kinds))
+
+
+def main() -> None:
+    """Send as many requests as asked for; say what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("count", type=int)
+    count = parser.parse_args().count
+    attack(300)
+    before = psutil.Process().memory_info().rss
+    seen = attack(count)
+    grown = psutil.Process().memory_info().rss - before
+    print(", ".join(f"{number} of status {status}" for status, number in sorted(seen.items())))
+    print(f"memory grew by {grown / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
