@@ -22,7 +22,7 @@ from mlx_kimi.server.api_errors import ApiError
 from mlx_kimi.server.json_text import Json
 from mlx_kimi.server.record import new_record, record_of
 from mlx_kimi.server.respond import Understand, respond
-from mlx_kimi.server.security import Access, Guard
+from mlx_kimi.server.security import Access, Gate
 from mlx_kimi.server.service import Service
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -102,7 +102,7 @@ def make_app(service: Service, access: Access, log: TextIO | None = None) -> ASG
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _fault},
     )
     inner.router.redirect_slashes = False
-    return Recorder(Guard(inner, access), service, log or sys.stderr)
+    return Recorder(Gate(inner, access), service, log or sys.stderr)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

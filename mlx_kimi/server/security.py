@@ -108,7 +108,7 @@ def _is_loopback(name: str) -> bool:
     return _is_address(name) and ipaddress.ip_address(name).is_loopback
 
 
-class Guard:
+class Gate:
     """Stands before all routes."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
