@@ -27,12 +27,19 @@ from mlx_kimi.cli.options import (
     SESSIONS,
     SYSTEM,
     TEXT,
+    Bytes,
     ModelName,
     utf8,
 )
 from mlx_kimi.cli.settings import Setting
 from mlx_kimi.convert.quantize import DTYPES, RECIPES
-from mlx_kimi.defaults import EVALUATED_TOKENS, REPORTED_TOKENS, SNAPSHOT_MEMORY, WINDOW
+from mlx_kimi.defaults import (
+    EVALUATED_TOKENS,
+    PREFILL_STEP_LIMIT,
+    REPORTED_TOKENS,
+    SNAPSHOT_MEMORY,
+    WINDOW,
+)
 
 FILE = click.Path(path_type=Path)
 LATEST = ""  # what --resume is without a name
@@ -164,6 +171,24 @@ SERVE = Command(
             help="A further name of this machine that requests may use; may repeat.",
         ),
         _flag("--log-prompts", "Also log what is asked and answered."),
+        Setting(
+            ["--rows"],
+            type=click.IntRange(1, 256),
+            default=16,
+            help="Requests that are read or answered at a time; one with a memory budget.",
+        ),
+        Setting(
+            ["--cache-memory"],
+            type=Bytes(),
+            show_default="a quarter of what is free, 8 GiB at most; 1 GiB with a memory budget",
+            help="What states of prompts may take, so that they are not read again.",
+        ),
+        Setting(
+            ["--prefill-slice"],
+            type=click.IntRange(1, PREFILL_STEP_LIMIT),
+            show_default="measured at the start",
+            help="Prompt tokens read at once, between tokens of running answers.",
+        ),
         LONGEST,
         LATENT_BITS,
         *BUDGET,

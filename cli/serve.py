@@ -32,6 +32,9 @@ def run(
     allow_origin: tuple[str, ...],
     allow_host: tuple[str, ...],
     log_prompts: bool,
+    rows: int,
+    cache_memory: int | None,
+    prefill_slice: int | None,
     latent_bits: int | None,
     memory_budget: int | None,
     context: int | None,
@@ -41,15 +44,21 @@ def run(
     access = Access(host, api_key, allow_origin, allow_host)
     budget = budget_of(memory_budget, context, latent_bits=latent_bits)
     if budget is not None:
-        budget = replace(budget, snapshots=SNAPSHOT_MEMORY)
+        cache_memory = SNAPSHOT_MEMORY if cache_memory is None else cache_memory
+        budget = replace(budget, snapshots=cache_memory)
     signal.signal(signal.SIGTERM, _terminated)
     with listening(host, port) as opened:  # first: a port in use is known at once
         folder = folder_of(model, budget)
         options = with_defaults(options, folder)
         with loading():
             network, tokenizer = load(folder, budget)
-        states = None if budget is None else budget.snapshots
-        engine = Engine(network, latent_bits=latent_bits, tree_memory=states)
+        engine = Engine(
+            network,
+            rows=rows,
+            tree_memory=cache_memory,
+            prefill_slice=prefill_slice,
+            latent_bits=latent_bits,
+        )
         name, longest = Path(model or folder).name, network.config.model_max_length
         service = Service(engine, tokenizer, name, longest, options, log_prompts=log_prompts)
         logging.basicConfig(handlers=[JsonLines()], level=logging.WARNING)

@@ -48,7 +48,8 @@ class Recorded:
         """Each has to be answered before the next is asked for."""
         tools = self._text(TOOLS * self.sizes.tool)
         main = _Talk(self, "main", [self._message(tools)])
-        agents = [_Talk(self, f"agent {n}", [self._message(tools)]) for n in (1, 2)]
+        known = len(main.messages[0])
+        agents = [_Talk(self, f"agent {n}", [self._message(tools)], known) for n in (1, 2)]
         for number in range(ROUNDS):
             if number == EDITED_ROUND:
                 yield main.edited(back=4)
@@ -93,13 +94,15 @@ class _Talk:
     recorded: Recorded
     name: str
     messages: list[list[int]]
+    known: int = 0  # tokens of another's prompts that it begins with
     rounds: int = 0
     latest: Turn | None = None
 
     def turn(self) -> Turn:
         """The next message, after the answer to the one before."""
-        repeated = sum(map(len, self.messages)) if self.latest or self.rounds else 0
+        repeated = self.known
         if self.latest is not None:
+            repeated = sum(map(len, self.messages))
             self.messages.append(self.recorded.answer(self.latest))
             repeated += len(self.messages[-1]) - 1  # (the model did not draw its end)
         self.messages.append(self.recorded.any_message())

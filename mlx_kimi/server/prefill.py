@@ -20,7 +20,7 @@ from mlx_kimi.server.prefix_tree import PrefixTree, State, common_prefix
 
 APART = 64  # tokens between two states of a text at least: boundaries nearer share one
 SLICE_SECONDS = 0.4  # of a slice late in a long prompt, at most
-LEAST_SLICE = 32
+LEAST_SLICE = 16
 
 
 class Prefill:
