@@ -14,10 +14,21 @@ from mlx_kimi.chat.session import read_session
 from mlx_kimi.cli import show
 from mlx_kimi.cli.given import budget_of, check_options, folder_of, prompt_of, with_defaults
 from mlx_kimi.cli.progress import BYTES, loading, work
-from mlx_kimi.generation.answer import Chunk
+from mlx_kimi.generation.answer import Chunk, Stats
 from mlx_kimi.generation.generate import Prompt, stream_generate
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.load import load
+
+NO_TOKEN = Stats(  # of an answer that was interrupted before its first
+    prompt_tokens=0,
+    cached_tokens=0,
+    generated_tokens=0,
+    time_to_first_token=0.0,
+    decode_time=0.0,
+    host_time=0.0,
+    peak_memory=0,
+    seed=0,
+)
 
 
 def run(
@@ -41,23 +52,23 @@ def run(
         raise click.UsageError(f"{which} is part of a chat and --raw has none")
     folder = folder_of(model, budget)
     options = with_defaults(options, folder)
-    with loading():
-        network, tokenizer = load(folder, budget)
-    state = TokenState(network, options["latent_bits"], snapshot_every=None)
-    conversation = Conversation(system)
-    if prompt_cache:
-        conversation = _cached(prompt_cache, folder, state, system)
-    conversation.say(prompt)
-    asked: Prompt = tokenizer.encode(prompt) if raw else conversation.messages
-
     chunks: list[Chunk] = []
-    with work("reading", "tokens") as progress:
-        stream = stream_generate(
-            network, tokenizer, asked, stop=stop, progress=progress, state=state, **options
-        )
-        chunks.append(next(stream))
-    answer = None if as_json else show.AnswerWriter()
+    state: TokenState | None = None
     try:
+        with loading():
+            network, tokenizer = load(folder, budget)
+        state = TokenState(network, options["latent_bits"], snapshot_every=None)
+        conversation = Conversation(system)
+        if prompt_cache:
+            conversation = _cached(prompt_cache, folder, state, system)
+        conversation.say(prompt)
+        asked: Prompt = tokenizer.encode(prompt) if raw else conversation.messages
+        with work("reading", "tokens") as progress:
+            stream = stream_generate(
+                network, tokenizer, asked, stop=stop, progress=progress, state=state, **options
+            )
+            chunks.append(next(stream))
+        answer = None if as_json else show.AnswerWriter()
         if answer:
             answer.write(chunks[0].text)
         for chunk in stream:
@@ -66,13 +77,13 @@ def run(
                 answer.write(chunk.text)
     except KeyboardInterrupt:
         if as_json:
-            click.echo(_json(chunks, state, "interrupted"))
+            click.echo(_json(chunks, "interrupted", state))
         raise
     last = chunks[-1]
     if answer:
         answer.end()
     else:
-        click.echo(_json(chunks, state, last.finish_reason))
+        click.echo(_json(chunks, last.finish_reason, state))
     if last.finish_reason == "length":
         is_own = last.stats.generated_tokens == options["max_tokens"]
         limit = f"--max-tokens {options['max_tokens']}" if is_own else "the end of the context"
@@ -92,17 +103,18 @@ def _cached(file: Path, folder: Path, state: TokenState, system: str | None) -> 
     return conversation
 
 
-def _json(chunks: list[Chunk], state: TokenState, finish_reason: str | None) -> str:
-    last = chunks[-1]
-    stats = show.json_fields(last.stats)
-    stats["prompt_tokens_per_second"] = last.stats.prompt_speed
-    stats["generation_tokens_per_second"] = last.stats.generation_speed
+def _json(chunks: list[Chunk], finish_reason: str | None, state: TokenState | None) -> str:
+    """All of `chunks` in one object; `state` None: the model was not loaded yet."""
+    last = chunks[-1].stats if chunks else NO_TOKEN
+    stats = show.json_fields(last)
+    stats["prompt_tokens_per_second"] = last.prompt_speed
+    stats["generation_tokens_per_second"] = last.generation_speed
     return json.dumps(
         {
             "text": "".join(chunk.text for chunk in chunks),
             "token_ids": [chunk.token for chunk in chunks],
             "finish_reason": finish_reason,
-            "kernels": sorted(state.computed_by),
+            "kernels": sorted(state.computed_by) if state else [],
             **stats,
         },
         ensure_ascii=False,

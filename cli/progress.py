@@ -75,7 +75,7 @@ def work(what: str = "", unit: str = "", *, by_itself: bool = True) -> Iterator[
     """
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-        _Known(BarColumn(BAR)),
+        _Known(BarColumn(BAR, style="bright_black", complete_style="green")),
         _Known(_Amount(unit)),
         *([_Known(TransferSpeedColumn())] if unit == BYTES else []),
         _Known(TimeRemainingColumn(), otherwise=TimeElapsedColumn()),

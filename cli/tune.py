@@ -5,11 +5,12 @@ from __future__ import annotations
 import click
 
 from mlx_kimi.checkpoint.config import ModelConfig
-from mlx_kimi.cli.given import folder_of
+from mlx_kimi.cli.given import model_or_pocket
 from mlx_kimi.cli.progress import work
 from mlx_kimi.cli.tuned import lines
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
+from mlx_kimi.loading.fetch import headers_of
 from mlx_kimi.loading.load import dtype_of
 from mlx_kimi.metal_kernels.kernel import backend
 from mlx_kimi.tuning.tune import tune, where_kept
@@ -19,14 +20,14 @@ def run(model: str | None, seconds: float) -> None:
     if backend() is None:
         raise KimiError("no kernels run here: there is no GPU, or MLX_KIMI_NO_KERNELS is set")
     enlarge_command_buffers()  # as a load does: the child inherits it
-    folder = folder_of(model)
+    folder, checkpoint = headers_of(model_or_pocket(model))  # (what is tried are random weights)
     config = ModelConfig.read(folder)
     with work() as doing:
         doing.at("trying the kernels on this GPU")
         stored = tune(
             folder,
             config,
-            dtype_of(folder),
+            dtype_of(folder, checkpoint),
             lambda kernel: doing.at(f"trying {kernel}"),
             again=True,
             seconds=seconds,

@@ -33,7 +33,14 @@ class Terminal:
         raw: everything that the program wrote.
     """
 
-    def __init__(self, *arguments: str | Path, columns: int = 80, rows: int = 24, **env: str):
+    def __init__(
+        self,
+        *arguments: str | Path,
+        columns: int = 80,
+        rows: int = 24,
+        cwd: Path | None = None,
+        **env: str,
+    ):
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm-256color", **env}
         for name in ("COLUMNS", "LINES"):  # of the terminal that the tests run in
             environment.pop(name, None)
@@ -41,6 +48,7 @@ class Terminal:
             sys.executable,
             ["-m", "mlx_kimi", *map(str, arguments)],
             env=environment,
+            cwd=cwd,
             dimensions=(rows, columns),
             timeout=60,
         )

@@ -3,19 +3,21 @@
 import io
 import re
 from collections import Counter
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from random import Random
 
 import pyte
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from rich.cells import cell_len
 from rich.console import Console
 from rich.style import Style
 
 from mlx_kimi.cli import show
-from mlx_kimi.cli.chat.dialect import parse
+from mlx_kimi.cli.chat.dialect import parse, parse_inline
 from mlx_kimi.cli.chat.markdown import MarkdownBlock, MarkdownBlocks
 
 # What is drawn that no text has here.
@@ -24,7 +26,15 @@ FRAGMENTS = [
     # code
     *("a*b*c", "2 * 3 * 4", "int *a; char* b", "int **a, char** b", "f(**kw, **more)", "2**3**4"),
     *("std::vector<int>", "List<String>", "x = `date`", "#include <x>", ">>> print(1)", "a || b"),
-    *("if (a && !b) { *p = &q; }", "__init__", "_x_", "snake_case_name", "src/**/*.py", "C:\\n"),
+    *(
+        "if (a && !b) { *p = &q; }",
+        "__init__",
+        "_x_",
+        "snake_case_name",
+        "a_{b}_c",
+        "src/**/*.py",
+        "C:\\n",
+    ),
     *("    indented", "\tx", "```", "```python", "~~~", "```` a", "`", "``", "`a`", "`` ` ``"),
     # HTML and entities
     *("<think>", "</think>", "<svg", "<br/>", "<!-- x -->", "<a href='x'>", "&lt;", "&#8238;", "&"),
@@ -137,6 +147,9 @@ def _is_mark(char: str, around: str, line: str, beside: list[Style]) -> bool:
             within = around[0].isalnum() and around[2].isalnum() and around.isascii()
             alone = around[0].isspace() and around[2].isspace()
             return any(s.bold or s.italic for s in beside) and not within and not alone
+        case "_":
+            within = around[0].isalnum() and around[2].isalnum()
+            return any(s.italic for s in beside) and not within
     return False
 
 
@@ -157,7 +170,7 @@ def test_every_character_is_on_the_screen(text: str, width: int) -> None:
     assert all(len(line) == 0 or _cells(line) <= width for line in lines)
     if has_table(text):  # lines of columns beside each other are mixed
         gone = Counter("".join(text.split())) - Counter(c for line in lines for c, _ in line)
-        assert not set(gone) - set("|-:\\*`~")
+        assert not set(gone) - set("|-:\\*_`~")
     else:
         assert not missing(text, lines)
 
@@ -229,7 +242,14 @@ def test_code_is_shown_as_it_is(lines: list[str], language: str) -> None:
         "- of a list: Map<K, V>\n- <script>alert(1)</script>",
         *("a*b*c", r"\(a_b\)", "2 * 3 * 4", "int *a; char* b", "int **a; char** b", "2 *pi* r"),
         *("int *a, char* b", "int **a, char** b", "x**2 + y**2", "α*β*γ", "f(*args, **kw)"),
-        *("_x_ and __init__", "~~gone~~", "&lt;b&gt; &#8238;", r"\*not bold\*", r"$a *bc* d$"),
+        *(
+            "snake_case and _leading",
+            "__init__ and a_b_c",
+            "~~gone~~",
+            "&lt;b&gt; &#8238;",
+            r"\*not bold\*",
+            r"$a *bc* d$",
+        ),
         *("[name](http://evil)", "[a]: http://x", "![alt](src)", "<http://x>", "***", "___", "==="),
         *(
             "# a heading # with C #",
@@ -258,6 +278,7 @@ def test_it_is_shown_as_it_is_written(text: str) -> None:
             "***both*** and **one *within* it** and **at the *end***",
             "both and one within it and at the end",
         ),
+        ("_x_, **_two words_** and (_snake_case_).", "x, two words and (snake_case)."),
         ("这是**重要**的。**注意：**ภาษา**ไทย**", "这是重要的。注意：ภาษาไทย"),
         ("`a*b` and ``a`b``", "a*b and a`b"),
         ("a\r\nb\r\n\r\nc", "a\nb\n\nc"),
@@ -270,6 +291,25 @@ def test_it_is_shown_as_it_is_written(text: str) -> None:
 )
 def test_marks_of_markdown_are_style(text: str, looks: str) -> None:
     assert "\n".join(line.rstrip() for line in shown(text).split("\n")) == looks
+
+
+NAME = st.from_regex(r"_?[a-z5é]{1,2}(_[a-z5é]{1,2}){0,2}_?[.]?", fullmatch=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(NAME, min_size=1, max_size=4).map(" ".join))
+@example("snake_case_names and _x_, _snake_case_")
+@example("_two words_ a_b _c_.")
+@example("_open _x_ open_ é_é_")
+def test_what_underscores_make_italic_is_so_in_commonmark(text: str) -> None:
+    def italic(tokens: list[Token], mark: str) -> str:
+        depths = accumulate(token.nesting * (token.type.startswith(mark)) for token in tokens)
+        pairs = zip(tokens, depths, strict=True)
+        return "".join(c.upper() if d else c for token, d in pairs for c in token.content)
+
+    ours = italic(parse_inline(text), "emphasis")
+    theirs = italic(MarkdownIt("commonmark").parseInline(text)[0].children or [], "em")
+    assert ours == theirs or ours.count("_") > theirs.count("_")
 
 
 def test_code_is_marked_where_there_is_no_colour() -> None:

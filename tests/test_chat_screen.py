@@ -11,10 +11,12 @@ from typing import Any, cast
 
 import pyte
 import pytest
+from prompt_toolkit.styles import default_ui_style, merge_styles
 from rich.console import Console
 
 from mlx_kimi.chat.tool_calls import Call
 from mlx_kimi.cli import show
+from mlx_kimi.cli.chat.input import STYLE
 from mlx_kimi.cli.chat.loop import Loop
 from mlx_kimi.cli.chat.markdown import MarkdownBlock, MarkdownBlocks
 from mlx_kimi.cli.chat.screen import TerminalScreen, _GrowingAnswer, _whole
@@ -191,3 +193,12 @@ def test_a_call_that_is_asked_about_is_one_line(arguments: str, shown: str) -> N
     loop.chat = cast(Any, SimpleNamespace(toolbox=object()))
     loop._result(Call("functions.f:0", arguments, True))
     assert asked == [f"Allow {shown}?"]
+
+
+@pytest.mark.parametrize("part", ["completion", "completion.current"])
+@pytest.mark.parametrize("menu", ["completion-menu", "completion-menu.meta"])
+def test_the_menu_of_commands_has_the_terminals_own_colours(menu: str, part: str) -> None:
+    """What commands do stood in black, on a dark screen, too."""
+    style = merge_styles([default_ui_style(), STYLE])
+    attributes = style.get_attrs_for_style_str(f"class:completion-menu class:{menu}.{part}")
+    assert attributes.bgcolor == "default" and attributes.color in ("default", "ansigreen")

@@ -188,11 +188,12 @@ def test_ctrl_c_while_python_imports_is_no_traceback(imported: str) -> None:
     assert not said
 
 
+@pytest.mark.parametrize("tokens", [0, 3])
 def test_json_of_an_interrupted_answer_holds_what_there_is(
-    talker: Path, monkeypatch: pytest.MonkeyPatch
+    tokens: int, talker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: Any, **options: Any) -> Iterator[Chunk]:
-        yield from islice(stream_generate(*arguments, **options), 3)
+        yield from islice(stream_generate(*arguments, **options), tokens)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "stream_generate", interrupted)
@@ -200,7 +201,22 @@ def test_json_of_an_interrupted_answer_holds_what_there_is(
     answer = json.loads(done.stdout)
     assert done.exit_code == 130 and done.stderr.strip() == ""
     assert answer["finish_reason"] == "interrupted"
-    assert len(answer["token_ids"]) == answer["generated_tokens"] == 3
+    assert len(answer["token_ids"]) == answer["generated_tokens"] == tokens
+    whole = CliRunner().invoke(cli, ["generate", "-m", str(talker), PROMPT, "--json"])
+    assert answer.keys() == json.loads(whole.stdout).keys()
+
+
+def test_json_is_printed_when_loading_is_interrupted(
+    talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "load", interrupted)
+    done = CliRunner().invoke(cli, ["generate", "-m", str(talker), PROMPT, "--json"])
+    answer = json.loads(done.stdout)
+    assert done.exit_code == 130 and done.stderr.strip() == ""
+    assert (answer["text"], answer["finish_reason"]) == ("", "interrupted")
 
 
 @pytest.mark.slow

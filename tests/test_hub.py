@@ -60,6 +60,33 @@ def test_info_asks_for_no_weights(served: Hub, tmp_path: Path, option: list[str]
     assert facts == same and facts
 
 
+# In a process that takes the CPU for a GPU with kernels, and tries none of them.
+TUNE = """
+import sys
+from mlx_kimi.cli import tune
+from mlx_kimi.cli.main import cli
+from mlx_kimi.errors import KimiError
+def found(folder, config, dtype, *rest, **options):
+    raise KimiError(f"{len(config.layers)} layers in {dtype}")
+tune.backend, tune.tune = lambda: "Metal", found
+cli(["tune", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow
+def test_tune_asks_for_no_weights(served: Hub, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TUNE, "-m", NAME],
+        env=served.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    layers = json.loads((served.folder / "config.json").read_text())["num_hidden_layers"]
+    assert done.stderr.splitlines()[-1] == f"Error: {layers} layers in mlx.core.float32"
+    assert served.bytes < FEW and "model.safetensors" not in served.asked
+
+
 # In a process whose machine, or whose disk, is said to be that small.
 SMALL = """
 import shutil, sys

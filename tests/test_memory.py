@@ -1,8 +1,11 @@
 """What a model is said to need is what it takes; what does not fit is refused unread."""
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import psutil
@@ -12,13 +15,14 @@ from mlx.utils import tree_flatten
 
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.checkpoint.tensors import Join, tensors
 from mlx_kimi.cli.grammar import COMMANDS
 from mlx_kimi.defaults import SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
 from mlx_kimi.evaluation.random_model import PUBLISHED_48B
 from mlx_kimi.loading.budget import Budget, slots_for
-from mlx_kimi.loading.load import load_model
+from mlx_kimi.loading.load import check_headers, load_model
 from mlx_kimi.loading.memory import (
     ANY_SIZE,
     Machine,
@@ -29,7 +33,9 @@ from mlx_kimi.loading.memory import (
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.units import human_size
+from tests.checkpoints import TINY, write_checkpoint
 from tests.processes import live_memory
+from tests.tokenizer_files import trained_tokens, write_tiktoken
 
 GB = 10**9
 CONFIG_48B = ModelConfig.from_json(PUBLISHED_48B)
@@ -145,6 +151,31 @@ def test_a_budget_is_offered_where_it_would_be_taken(
     assert offered == taken == sorted(taken) and {*taken} == {False, True}
 
 
+@pytest.mark.parametrize("model", ["pocket", "tiny in bfloat16"])
+def test_headers_and_a_load_refuse_the_same_budgets(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What loading and reading take was asked for by the load alone."""
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=0))
+    folder = pocket_folder()
+    if model != "pocket":
+        # (of few layers and a wide embedding, which takes more to be read than to be used)
+        config = TINY | {"vocab_size": len(trained_tokens()) + 256, "hidden_size": 4096}
+        folder = write_tiktoken(write_checkpoint(tmp_path / "tiny", config, dtype="bfloat16"))
+
+    def refusal(load: Callable[..., Any], memory: int) -> str:
+        try:
+            load(folder, checkpoint=Checkpoint(folder), budget=Budget(memory, 64, prefill_step=8))
+        except KimiError as error:
+            return str(error)
+        return ""
+
+    least = int(re.search(r"make ([\d,]+) MB", refusal(load_model, 1))[1].replace(",", ""))
+    for memory in (1, (least - 2) * 10**6, least * 10**6):
+        assert refusal(check_headers, memory) == refusal(load_model, memory)
+    assert refusal(load_model, (least - 2) * 10**6) and not refusal(load_model, least * 10**6)
+
+
 def test_a_load_that_cannot_fit_reads_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 10 * 10**6, 20 * 10**6)
     before = live_memory()
@@ -158,10 +189,10 @@ def test_info_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     def said(*options: str) -> str:
         return CliRunner().invoke(COMMANDS["info"], options).output
 
-    machine(monkeypatch, 175 * 10**6, 500 * 10**6)
+    machine(monkeypatch, 150 * 10**6, 500 * 10**6)
     fits = [line.endswith(" fits") for line in said().splitlines() if " tokens  " in line]
     assert fits == [True, False]  # 4,096 and 32,768
-    assert "1,000 tokens    0.15 GB  fits" in said("--context", "1000")
+    assert "1,000 tokens    0.13 GB  fits" in said("--context", "1000")
     machine(monkeypatch, 10**6, 500 * 10**6)
     assert "does not fit; a load says what would" in said()
     result = CliRunner().invoke(COMMANDS["info"], ["--context", "40000"])

@@ -1,6 +1,6 @@
-"""The picture of the blocks in the README: `python -m tools.architecture docs/architecture.svg`.
+"""The picture of the blocks in the README, dark and light: `python -m tools.architecture docs`.
 
-Plain SVG with its own colours for dark and light pages; boxes are placed by hand, in pixels.
+Plain SVG; boxes are placed by hand, in pixels.
 """
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-STYLE = """
+LIGHT = """
 text { font: 13px -apple-system, "Segoe UI", sans-serif; fill: #1f2328; text-anchor: middle }
 .title { font-weight: 600 } .small { font-size: 11px; fill: #59636e }
 rect { fill: #f6f8fa; stroke: #818b98; rx: 5 } .frame { fill: none; stroke-dasharray: 4 3 }
 .kda { fill: #ddf4ff; stroke: #0969da } .mla { fill: #fff1e5; stroke: #bc4c00 }
 .moe { fill: #dafbe1; stroke: #1a7f37 }
 path { fill: none; stroke: #59636e; stroke-width: 1.3 } .head { fill: #59636e; stroke: none }
-@media (prefers-color-scheme: dark) {
-  text { fill: #f0f6fc } .small { fill: #9198a1 } rect { fill: #212830; stroke: #656c76 }
-  .frame { fill: none } .kda { fill: #0c2d6b; stroke: #4493f8 }
-  .mla { fill: #5a1e02; stroke: #db6d28 } .moe { fill: #04260f; stroke: #3fb950 }
-  path { stroke: #9198a1 } .head { fill: #9198a1 }
-}
+"""
+DARK = f"""{LIGHT}
+text {{ fill: #f0f6fc }} .small {{ fill: #9198a1 }} rect {{ fill: #212830; stroke: #656c76 }}
+.frame {{ fill: none }} .kda {{ fill: #0c2d6b; stroke: #4493f8 }}
+.mla {{ fill: #5a1e02; stroke: #db6d28 }} .moe {{ fill: #04260f; stroke: #3fb950 }}
+path {{ stroke: #9198a1 }} .head {{ fill: #9198a1 }}
 """
 
 
@@ -50,10 +50,10 @@ class Drawing:
         head = f"{x} {y} l -4 7 h 8" if bx == x else f"{x} {y} l -7 -4 v 8"
         self.parts.append(f'<path class="head" d="M {head} z"/>')
 
-    def svg(self) -> str:
+    def svg(self, style: str) -> str:
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}">'
-            f"<style>{STYLE}</style>{''.join(self.parts)}</svg>\n"
+            f"<style>{style}</style>{''.join(self.parts)}</svg>\n"
         )
 
 
@@ -129,7 +129,9 @@ def main() -> None:
     drawing = Drawing(1090, 356)
     for part in (stack, block, kda, moe):
         part(drawing)
-    Path(sys.argv[1]).write_text(drawing.svg(), encoding="utf-8")
+    for shade, style in (("dark", DARK), ("light", LIGHT)):
+        file = Path(sys.argv[1]) / f"architecture_{shade}.svg"
+        file.write_text(drawing.svg(style), encoding="utf-8")
 
 
 if __name__ == "__main__":

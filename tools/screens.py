@@ -1,9 +1,9 @@
-"""Draws the README's pictures: a chat with the pocket model, in a real terminal.
+"""Draws the README's pictures: chats with the pocket model and a conversion, in a real terminal.
 
-    python -m tools.screens docs
+    python -m tools.screens docs [SCENE ...]
 
-Keys are sent to `mlx_kimi chat` in a pty; the screen that a terminal emulator shows is written as
-SVG, dark and light.
+Keys are sent to `mlx_kimi` in a pty; the screen that a terminal emulator shows is written as SVG,
+dark and light. What is converted are random weights, 1.6 GB of the 48B's width.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from rich.style import Style
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
+from benchmarks.large_checkpoint import write
+from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.chat.conversation import Conversation, Turn
-from mlx_kimi.chat.transcript import Transcript
+from mlx_kimi.chat.fingerprint import fingerprint
+from mlx_kimi.chat.session import Session
 from tests.terminal import ENTER, Terminal
 
 # background, foreground, the eight colours, and their bright forms
@@ -41,6 +44,7 @@ LIGHT = TerminalTheme(
     + [(40, 115, 210), (160, 80, 190), (25, 140, 155), (60, 64, 72)],
 )
 FONTS = "ui-monospace, Menlo, DejaVu Sans Mono, monospace"
+CONVERT = "mlx_kimi convert -m kimi kimi-4bit"
 TOOL = '''
 def get_weather(city: str) -> str:
     """Get the weather of a city."""
@@ -66,12 +70,19 @@ def total(numbers: list[int]) -> int:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    for scene in (_going_back, _tools, _markdown):
+    folder, *names = sys.argv[1:]
+    scenes = {
+        "chat_going_back": _going_back,
+        "chat_tools": _tools,
+        "chat_markdown": _markdown,
+        "convert": _convert,
+    }
+    for name in names or scenes:
         with tempfile.TemporaryDirectory() as made:
-            terminal = scene(Path(made) / "sessions")
-            for name, theme in (("dark", DARK), ("light", LIGHT)):
-                _write(terminal, folder / f"chat{scene.__name__}_{name}.svg", theme)
+            terminal = scenes[name](Path(made) / "sessions")
+            for shade, theme in (("dark", DARK), ("light", LIGHT)):
+                title = CONVERT if name == "convert" else "mlx_kimi chat"
+                _write(terminal, Path(folder) / f"{name}_{shade}.svg", theme, title)
             terminal.close()
 
 
@@ -113,11 +124,27 @@ def _markdown(sessions: Path) -> Terminal:
     """80 columns: an answer with code and a table, of a conversation that was saved."""
     turn = Turn("How are numbers added up?")
     turn.replies.append({"role": "assistant", "content": ANSWER})
-    (sessions / "sums").mkdir(parents=True)
-    Transcript(sessions / "sums").save(Conversation(None, [turn]), {})
-    terminal = Terminal("chat", "--sessions", sessions, "--resume", "sums", columns=80, rows=24)
+    session = Session(sessions / "sums", fingerprint(pocket_folder(), None)).open()
+    session.save(Conversation(None, [turn]))
+    session.close()
+    terminal = Terminal("chat", "--sessions", sessions, "--resume", "sums", columns=80, rows=26)
     terminal.wait_for_prompt()
     return terminal
+
+
+def _convert(sessions: Path) -> Terminal:
+    """80 columns: the bar of a conversion when half is done."""
+    folder = sessions.parent
+    write(folder / "kimi", layers=1)
+    terminal = Terminal(*CONVERT.split()[1:], columns=80, rows=5, cwd=folder)
+    terminal.wait_until(lambda: _share(terminal.text) > 0.5, seconds=300)
+    return terminal
+
+
+def _share(text: str) -> float:
+    """How much of a conversion is done."""
+    found = re.search(r"converting .* ([\d.]+) GB of ([\d.]+) GB", text)
+    return float(found[1]) / float(found[2]) if found else 0.0
 
 
 def _say(terminal: Terminal, text: str) -> None:
@@ -129,7 +156,7 @@ def _say(terminal: Terminal, text: str) -> None:
     terminal.wait_for_prompt()
 
 
-def _write(terminal: Terminal, file: Path, theme: TerminalTheme) -> None:
+def _write(terminal: Terminal, file: Path, theme: TerminalTheme, title: str) -> None:
     """The screen as SVG."""
     screen = terminal.screen
     console = Console(record=True, width=screen.columns, file=open("/dev/null", "w"))  # noqa: SIM115
@@ -139,7 +166,7 @@ def _write(terminal: Terminal, file: Path, theme: TerminalTheme) -> None:
             cell = screen.buffer[row][column]
             line.append(cell.data, _style(cell))
         console.print(line)
-    picture = console.export_svg(title="mlx_kimi chat", theme=theme)
+    picture = console.export_svg(title=title, theme=theme)
     # A font of the reader's machine, and none from elsewhere.
     picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
     picture = picture.replace("Fira Code, monospace", FONTS)

@@ -1,8 +1,9 @@
 """The markdown that answers are read as: what a terminal can show without changing what it says.
 
 Headings, bullets, numbers and quotes stay as they are written: style and indentation shape them.
-Marks disappear only around `code`, **bold** and *italic* text, in fences, in tables, and where a
-line of dashes becomes one. HTML, entities, links, escapes, underscores and mathematics are text.
+Marks disappear only around `code`, **bold**, *italic* and _italic_ text, in fences, in tables, and
+where a line of dashes becomes one. HTML, entities, links, escapes and mathematics are text, and so
+are underscores within words and double ones: `snake_case`, `__init__`.
 """
 
 from __future__ import annotations
@@ -31,9 +32,14 @@ AFTER = rf"""(?![^\s)\]"'\-:,|.;!?{NO_SPACES}])"""
 BOLD = r"(?=\S)(?:(?!\*\*(?!\*))[^\n;])+(?<!\s)(?<!\bchar)(?<!\bint)(?<!\bvoid)(?<!\bfloat)"
 WORDS = r"[^\W\d_]{2,}(?:['’\- ][^\W\d_]+)*[.!?…]?"
 NO_OPERAND = r"(?<![\d=+\-*/^)]\s)"
-EMPHASIS = re.compile(
+STARS = re.compile(
     rf"{BEFORE}(?:(?P<bold>\*\*\*|\*\*)(?P<strong>{BOLD})(?P=bold)"
     rf"|{NO_OPERAND}\*(?P<em>{WORDS})\*){AFTER}"
+)
+# An underscore beside a letter or digit belongs to a name, as CommonMark says. It takes one between
+# brackets or other signs for emphasis, too; LaTeX and templates have those.
+UNDERSCORES = re.compile(
+    r"""(?<![^\s(\["'\-:,|*])_(?P<em>[^\W_]+(?:[ _'’\-][^\W_]+)*[.!?…]?)_(?![^\s)\]"'\-:,|.;!?*])"""
 )
 MATH = re.compile(
     r"\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]"
@@ -94,10 +100,11 @@ def _lines(state: StateBlock, start: int, end: int | None = None) -> str:
 
 
 def _emphasis(state: StateInline, silent: bool) -> bool:
-    found = EMPHASIS.match(state.src, state.pos, state.posMax)
+    marks = STARS if state.src[state.pos] == "*" else UNDERSCORES
+    found = marks.match(state.src, state.pos, state.posMax)
     if not found:
         return False
-    bold = found["bold"] or ""
+    bold = found.groupdict().get("bold") or ""
     if not silent:
         style = {"": "italic", "**": "bold", "***": "bold italic"}[bold]
         state.push("emphasis_open", style, 1)
@@ -131,7 +138,7 @@ def _parser() -> MarkdownIt:
     rules.at("list", _list, {"alt": ["paragraph", "blockquote"]})
     rules.at("hr", _dashes, {"alt": ["paragraph", "blockquote", "list"]})
     parser.inline.ruler.before("backticks", "math", _math)
-    parser.inline.ruler.push("stars", _emphasis)
+    parser.inline.ruler.push("emphasis", _emphasis)
     return parser
 
 

@@ -30,7 +30,7 @@ STYLE = Style.from_dict(  # the terminal's own colours, for dark and light ones
         "completion-menu": "bg:default",
         "completion-menu.completion": "bg:default fg:default",
         "completion-menu.completion.current": "noreverse bold ansigreen bg:default",
-        "completion-menu.meta.completion": "bg:default dim",
+        "completion-menu.meta.completion": "bg:default fg:default dim",
         "completion-menu.meta.completion.current": "bg:default fg:default",
         "scrollbar.background": "bg:default",
         "scrollbar.button": "bg:default",

@@ -8,14 +8,7 @@ from dataclasses import dataclass
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.defaults import CONTEXT, PREFILL_STEP
 from mlx_kimi.errors import KimiError
-from mlx_kimi.loading.memory import (
-    ANY_SIZE,
-    Machine,
-    MemoryEstimate,
-    needs,
-    non_expert_bytes,
-    wave_bytes,
-)
+from mlx_kimi.loading.memory import ANY_SIZE, Machine, MemoryEstimate, needs, non_expert_bytes
 from mlx_kimi.units import human_size
 
 
@@ -35,14 +28,17 @@ class Budget:
         return min(most, CONTEXT) if self.context is None else min(most, self.context)
 
 
-def work_for(budget: Budget, config: ModelConfig, resident: int) -> MemoryEstimate:
+def work_for(budget: Budget, config: ModelConfig, resident: int, slots: int) -> MemoryEstimate:
     """What a model takes that runs in a budget, beside its routed experts.
 
     Args:
         resident: bytes of all weights but those experts'.
+        slots: of each layer.
     """
     context, step = budget.tokens(config), budget.prefill_step
-    return needs(config, resident, budget.latent_bits, prefill_step=step, context=context)
+    return needs(
+        config, resident, budget.latent_bits, prefill_step=step, context=context, slots=slots
+    )
 
 
 def slots_for(
@@ -68,26 +64,25 @@ def slots_for(
     if budget.memory > machine.limit and not os.environ.get(ANY_SIZE):
         raise KimiError(f"a memory budget of {human_size(budget.memory)} is too large: {machine}")
     context = budget.tokens(config)
-    fixed = reading + non_expert_bytes(
-        work_for(budget, config, resident), context, budget.snapshots, loading
-    )
     one_slot = max(1, one_slot)  # 0 of a model without routed experts
     step = min(budget.prefill_step, context)
 
-    def taken(slots: int) -> int:
-        return fixed + slots * one_slot + wave_bytes(config, slots, step)
+    def fixed(slots: int) -> int:
+        wanted = work_for(budget, config, resident, slots)
+        return reading + non_expert_bytes(wanted, context, budget.snapshots, loading)
 
     least = min(config.num_experts, config.num_experts_per_token)
-    slots = min(config.num_experts, (budget.memory - fixed) // one_slot)
-    while slots >= least and taken(slots) > budget.memory:
+    slots = min(config.num_experts, (budget.memory - fixed(least)) // one_slot)
+    while slots >= least and fixed(slots) + slots * one_slot > budget.memory:
         slots -= 1
     if slots < least:
-        needed = -(-taken(least) // 10**6) + 1
+        beside, experts = fixed(least), least * one_slot
+        needed = -(-(beside + experts) // 10**6) + 1
         smaller = "; a smaller --context or --prefill-step needs less"
         raise KimiError(
-            f"a memory budget of {human_size(budget.memory)} is too small: {human_size(fixed)} for "
-            f"all but the routed experts, {context:,} tokens of context and "
-            f"{step:,} read at once, and {human_size(taken(least) - fixed)} for the {least} "
-            f"experts a token in each layer, make {needed:,} MB{smaller}"
+            f"a memory budget of {human_size(budget.memory)} is too small: {human_size(beside)} "
+            f"for all but the routed experts, {context:,} tokens of context and {step:,} read at "
+            f"once, and {human_size(experts)} for the {least} experts a token in each layer, make "
+            f"{needed:,} MB{smaller}"
         )
     return slots

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from mlx_kimi.loading.command_buffers import enlarge_command_buffers
 from mlx_kimi.loading.fetch import fetched
 from mlx_kimi.loading.finite import not_finite_place
 from mlx_kimi.loading.match import TensorMatcher
-from mlx_kimi.loading.memory import refuse_what_does_not_fit, wire
+from mlx_kimi.loading.memory import MemoryEstimate, refuse_what_does_not_fit, wire
 from mlx_kimi.loading.warm_up import warm_up
 from mlx_kimi.metal_kernels.kernel import in_one_line, is_traced
 from mlx_kimi.metal_kernels.tuning import Choices
@@ -45,7 +46,8 @@ def load(
     Raises:
         KimiError: the folder does not hold a whole Kimi Linear model.
     """
-    folder = pocket_folder() if path_or_hub_id is None else fetched(path_or_hub_id, check_headers)
+    check = partial(check_headers, budget=budget)
+    folder = pocket_folder() if path_or_hub_id is None else fetched(path_or_hub_id, check)
     tokenizer = load_tokenizer(folder)  # first: it fails in milliseconds
     return load_model(folder, budget=budget), tokenizer
 
@@ -134,13 +136,14 @@ def check_headers(folder: Path, checkpoint: Checkpoint, budget: Budget | None = 
     arrays = matcher.arrays()
     dtype = compute_dtype(arrays)
     sizes = {name: _in_dtype(name, array, dtype).nbytes for name, array in arrays.items()}
-    whole = sum(sizes.values())
     if budget is None:
-        refuse_what_does_not_fit(folder, config, whole)
-    else:
-        stacks = (matcher.stored(each) for each in tensors(config) if each.join is Join.STACK)
-        routed = sum(sizes[name] for names in stacks for name in names)
-        slots_for(budget, config, whole - routed, routed // max(config.num_experts, 1))
+        refuse_what_does_not_fit(folder, config, sum(sizes.values()))
+        return
+    stacks = [
+        ExpertStack.described(checkpoint, name, stored, dtype)
+        for _, name, stored in _stored_experts(matcher)
+    ]
+    _slots(budget, config, stacks, sizes)
 
 
 def _read_weights(model: KimiLinear, checkpoint: Checkpoint) -> None:
@@ -193,28 +196,38 @@ def _offload(
     files = ExpertFiles()
     layers: dict[str, list[ExpertStack]] = {}
     try:
-        for tensor in tensors(matcher.config):
-            if tensor.join is Join.STACK:
-                path = tensor.module.rsplit(".", 1)[0]
-                for name, stored in matcher.stored(tensor).items():
-                    stack = files.stack(matcher.checkpoint, name, stored, dtype)
-                    layers.setdefault(path, []).append(stack)
-        routed = {stack.name for stacks in layers.values() for stack in stacks}
-        beside = {name: array.nbytes for name, array in arrays.items() if name not in routed}
-        resident = sum(beside.values())
+        for path, name, stored in _stored_experts(matcher):
+            stack = files.stack(matcher.checkpoint, name, stored, dtype)
+            layers.setdefault(path, []).append(stack)
         stacks = [stack for of_layer in layers.values() for stack in of_layer]
-        one_slot = sum(stack.nbytes for stack in stacks)
-        reading = THREADS * max((stack.reading_bytes for stack in stacks), default=0)
-        slots = slots_for(
-            budget, matcher.config, resident, one_slot, reading, _loading_bytes(beside)
-        )
+        sizes = {name: array.nbytes for name, array in arrays.items()}
+        slots, work = _slots(budget, matcher.config, stacks, sizes)
     except BaseException:
         files.close()
         raise
-    config = matcher.config
-    bounded = budget.tokens(config) < config.model_max_length
-    buffers = work_for(budget, config, resident).buffers
-    return ExpertOffload(files, layers, slots, buffers, budget.prefill_step, bounded)
+    bounded = budget.tokens(matcher.config) < matcher.config.model_max_length
+    return ExpertOffload(files, layers, slots, work.buffers, budget.prefill_step, bounded)
+
+
+def _stored_experts(matcher: TensorMatcher) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """The path, the name in the MLX layout and the stored tensors of each array of experts."""
+    for tensor in tensors(matcher.config):
+        if tensor.join is Join.STACK:
+            for name, stored in matcher.stored(tensor).items():
+                yield tensor.module.rsplit(".", 1)[0], name, stored
+
+
+def _slots(
+    budget: Budget, config: ModelConfig, stacks: Sequence[ExpertStack], sizes: Mapping[str, int]
+) -> tuple[int, MemoryEstimate]:
+    """`slots_for` arrays of these bytes, among them the stacks, and the work that goes with it."""
+    routed = {stack.name for stack in stacks}
+    beside = {name: size for name, size in sizes.items() if name not in routed}
+    one_slot = sum(stack.nbytes for stack in stacks)
+    reading = THREADS * max((stack.reading_bytes for stack in stacks), default=0)
+    resident = sum(beside.values())
+    slots = slots_for(budget, config, resident, one_slot, reading, _loading_bytes(beside))
+    return slots, work_for(budget, config, resident, slots)
 
 
 def _loading_bytes(sizes: Mapping[str, int]) -> int:
@@ -227,9 +240,9 @@ def _loading_bytes(sizes: Mapping[str, int]) -> int:
     return 3 * max(parts.values(), default=0) // 2
 
 
-def dtype_of(folder: Path) -> mx.Dtype:
-    """The dtype in which a folder's model computes here. Reads headers, no weights."""
-    matcher = TensorMatcher(ModelConfig.read(folder), Checkpoint(folder), (0, 1))
+def dtype_of(folder: Path, checkpoint: Checkpoint) -> mx.Dtype:
+    """The dtype in which a model computes here, as of `headers_of`."""
+    matcher = TensorMatcher(ModelConfig.read(folder), checkpoint, (0, 1))
     return compute_dtype(matcher.arrays())
 
 

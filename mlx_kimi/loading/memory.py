@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def needs(
     number: int | None = None,
     prefill_step: int = PREFILL_STEP,
     context: int = CONTEXT,
+    slots: int = 0,
 ) -> MemoryEstimate:
     """Of a model whose weights take so many bytes in memory, for one text.
 
@@ -99,6 +101,7 @@ def needs(
         number: bytes of an activation; None: as here.
         prefill_step: tokens that are read at once.
         context: the longest text; beyond some thousand tokens it changes no work space.
+        slots: of each layer for routed experts, if those are read from the disk.
     """
     if number is None:
         number = 4 if mx.default_device() == mx.Device(mx.cpu) else 2
@@ -111,7 +114,7 @@ def needs(
         weights,
         kinds.count("kda") * state,
         kinds.count("mla") * latent,
-        _work(config, number, min(prefill_step, context), context),
+        _work(config, number, min(prefill_step, context), context, slots),
     )
 
 
@@ -126,14 +129,23 @@ def activation_bytes(config: ModelConfig, number: int, step: int, context: int) 
         step: tokens that are read at once.
         context: the longest text, in tokens.
     """
+    half = _activations(config, number, step, context)
+    return half["kda"] + max(half["dense"], half["moe"]) + half["mla"]
+
+
+def _activations(config: ModelConfig, number: int, step: int, context: int) -> dict[str, int]:
+    """As `activation_bytes`, by the kind of a half."""
     queued = max(step, min(PIECE_TOKENS, step * len(config.layers)))  # tokens, in halves of layers
-    delta_rule = config.kda_width * (9 * number + 16)  # q, k, v thrice; decays, outputs in float32
     experts = config.num_experts_per_token * (
         2 * config.hidden_size + 3 * config.moe_intermediate_size
     )
-    feed_forward = number * max(experts, 3 * config.intermediate_size)
-    block = _gpu_block if number == 2 else _cpu_block
-    return queued * (delta_rule + feed_forward) + block(config, step, context)
+    return {
+        # q, k, v thrice; decays, outputs in float32
+        "kda": queued * config.kda_width * (9 * number + 16),
+        "mla": (_gpu_block if number == 2 else _cpu_block)(config, step, context),
+        "dense": queued * number * 3 * config.intermediate_size,
+        "moe": queued * number * experts,
+    }
 
 
 def non_expert_bytes(
@@ -155,25 +167,36 @@ def non_expert_bytes(
     return here + taken + taken // MARGIN
 
 
-def _work(config: ModelConfig, number: int, step: int, context: int) -> int:
-    copies = 0 if number == 2 else _cpu_copies(config, step)
-    return activation_bytes(config, number, step, context) + copies
+def _work(config: ModelConfig, number: int, step: int, context: int, slots: int) -> int:
+    if number == 2:
+        return activation_bytes(config, number, step, context)
+    # Two halves are at work, the second of them as the first ends: its copies come after.
+    of_half, copies = _activations(config, number, step, context), _cpu_copies(config, step)
+    copies["moe"] += wave_bytes(config, slots, step)
+    halves = [half for layer in config.layers for half in (layer.attention, layer.feed_forward)]
+    stream = 4 * number * step * config.hidden_size  # x, residual, their sum and its norm
+    return stream + max(
+        of_half[first] + of_half[second] + max(copies[first], copies[second])
+        for first, second in pairwise(halves)
+    )
 
 
-def _cpu_copies(config: ModelConfig, step: int) -> int:
-    """Matrices that are made plain, or laid out anew, to multiply many rows: all of the largest
-    half of a layer, while the next half begins. Those of routed experts: `wave_bytes`."""
-    if step < COPY_FROM:
-        return 0
-    halves: dict[str, dict[int, int]] = {"self_attn": {}, "mlp": {}}
+def _cpu_copies(config: ModelConfig, step: int) -> dict[str, int]:
+    """Matrices that are made plain, or laid out anew, to multiply many rows: all of a half, by its
+    kind. Those of routed experts: `wave_bytes`."""
+    sizes: dict[tuple[int, str], int] = {}  # by layer and kind
     for tensor in tensors(config):
         _, _, place = tensor.name.partition("model.layers.")
         number, _, rest = place.partition(".")
-        if tensor.matrix and place and tensor.join is not Join.STACK:
-            half = halves[rest.partition(".")[0]]
-            half[int(number)] = half.get(int(number), 0) + prod(tensor.shape)
-    largest = sorted(max(half.values(), default=0) for half in halves.values())
-    return int(4 * (_copied(config) * largest[1] + largest[0]))
+        if tensor.matrix and place and tensor.join is not Join.STACK and step >= COPY_FROM:
+            layer = config.layers[int(number)]
+            is_attention = rest.startswith("self_attn.")
+            half = int(number), layer.attention if is_attention else layer.feed_forward
+            sizes[half] = sizes.get(half, 0) + prod(tensor.shape)
+    largest = dict.fromkeys(("kda", "mla", "dense", "moe"), 0)
+    for (_, kind), size in sizes.items():
+        largest[kind] = max(largest[kind], int(4 * _copied(config) * size))
+    return largest
 
 
 def _copied(config: ModelConfig) -> float:
@@ -250,10 +273,8 @@ def _or_stream(config: ModelConfig, wanted: MemoryEstimate, limit: int) -> str:
     )
     of_a_token = routed * config.num_experts_per_token // max(config.num_experts, 1)
     context = min(CONTEXT, config.model_max_length)
-    beside = non_expert_bytes(
-        replace(wanted, weights=wanted.weights - routed), context, SNAPSHOT_MEMORY
-    )
-    of_a_token += wave_bytes(config, config.num_experts_per_token, PREFILL_STEP)
+    streamed = needs(config, wanted.weights - routed, slots=config.num_experts_per_token)
+    beside = non_expert_bytes(streamed, context, SNAPSHOT_MEMORY)
     budget = limit // 10**9
     if not routed or beside + of_a_token > budget * 10**9:
         return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import mlx.core as mx
@@ -23,7 +23,32 @@ class ExpertStack:
     shape: tuple[int, ...]  # of one expert
     stored: mx.Dtype
     dtype: mx.Dtype  # in memory
-    places: Sequence[tuple[OpenFile, int]]  # by expert: file, first byte
+    places: Sequence[tuple[OpenFile, int]] = ()  # by expert: file, first byte
+
+    @staticmethod
+    def described(
+        checkpoint: Checkpoint, name: str, names: Sequence[str], dtype: mx.Dtype
+    ) -> ExpertStack:
+        """The array `name` of the MLX layout as headers describe it, without places.
+
+        Args:
+            checkpoint: of the folder.
+            names: one stored tensor with all experts [E, ...], or one tensor for each.
+            dtype: of floats in memory.
+
+        Raises:
+            KimiError: the stored floats do not fit `dtype` without rounding.
+        """
+        first = checkpoint.tensors[names[0]]
+        stored = DTYPES[first.dtype]
+        is_float = mx.issubdtype(stored, mx.floating)
+        if is_float and dtype not in (stored, mx.float32):
+            raise KimiError(
+                f"{first.file}: {names[0]} is {first.dtype} and the model computes in "
+                f"{str(dtype).removeprefix('mlx.core.')}; convert it before it is streamed"
+            )
+        shape = first.shape[1:] if len(names) == 1 else first.shape
+        return ExpertStack(name, shape, stored, dtype if is_float else stored)
 
     @property
     def nbytes(self) -> int:
@@ -65,31 +90,14 @@ class ExpertFiles:
     def stack(
         self, checkpoint: Checkpoint, name: str, names: Sequence[str], dtype: mx.Dtype
     ) -> ExpertStack:
-        """The array `name` of the MLX layout.
-
-        Args:
-            checkpoint: of the folder.
-            names: one stored tensor with all experts [E, ...], or one tensor for each.
-            dtype: of floats in memory.
-
-        Raises:
-            KimiError: the stored floats do not fit `dtype` without rounding.
-        """
+        """As `ExpertStack.described`, with its places."""
+        stack = ExpertStack.described(checkpoint, name, names, dtype)
         places = [self._place(checkpoint, n) for n in names]
-        first = checkpoint.tensors[names[0]]
-        stored = DTYPES[first.dtype]
-        shape = first.shape
         if len(names) == 1:
-            (file, offset), (count, *rest) = places[0], shape
-            shape, size = tuple(rest), prod(rest) * stored.size
+            (file, offset), count = places[0], checkpoint.tensors[names[0]].shape[0]
+            size = prod(stack.shape) * stack.stored.size
             places = [(file, offset + expert * size) for expert in range(count)]
-        is_float = mx.issubdtype(stored, mx.floating)
-        if is_float and dtype not in (stored, mx.float32):
-            raise KimiError(
-                f"{first.file}: {names[0]} is {first.dtype} and the model computes in "
-                f"{str(dtype).removeprefix('mlx.core.')}; convert it before it is streamed"
-            )
-        return ExpertStack(name, shape, stored, dtype if is_float else stored, places)
+        return replace(stack, places=places)
 
     def close(self) -> None:
         for file in self._files.values():
