@@ -319,6 +319,7 @@ def test_clients_take_turns_and_each_is_served_as_it_came() -> None:
 
 def test_a_long_prompt_lets_others_go_on(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two slices every running answer gets a token; a short prompt need not wait."""
+    monkeypatch.setattr(engine_module, "TURN_SECONDS", 0.0)
     engine = Engine(loaded[0], prefill_slice=64)
     log = list[str]()
     for owner, name, said in ((Prefill, "read_slice", "slice"), (Batch, "step", "step")):

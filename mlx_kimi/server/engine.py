@@ -57,6 +57,7 @@ ROWS = 16  # requests that are read or answered at a time
 LONGEST_RETRY = 60  # seconds
 # After a slice of a prompt that took a second, running answers have this many for their steps.
 DECODE_SHARE = 0.25
+TURN_SECONDS = 1.0  # of a client's prompt, before another's
 GRACE = 10  # seconds in which a cancelled request must have ended
 State = Literal["starting", "ready", "stopping", "stopped", "failed"]
 _log = logging.getLogger(__name__)
@@ -150,6 +151,8 @@ class Engine:
         self._turns = Turns()
         self._waiting = self._reading = 0  # of the jobs in `_turns`
         self._owed = 0.0  # seconds of decode steps before the next slice
+        self._reads: Job | None = None  # whose turn it is to be read
+        self._turn_left = 0.0  # seconds
         self._changed = Condition()  # guards what follows
         self._new: deque[Job] = deque()
         self._tickets: list[Ticket] = []  # whose last event has not come
@@ -296,7 +299,8 @@ class Engine:
         if not self._batch.jobs or self._owed <= 0:
             began = time.perf_counter()
             self._read()
-            self._owed = DECODE_SHARE * (time.perf_counter() - began)
+            took = time.perf_counter() - began
+            self._owed, self._turn_left = DECODE_SHARE * took, self._turn_left - took
 
     def _drop_cancelled(self) -> None:
         for job in self._turns:
@@ -351,31 +355,22 @@ class Engine:
 
     def _read(self) -> None:
         """A slice of the prompt whose turn it is."""
-        running = [job for job in self._turns if job.entries is not None]
-        reserved = sum(job.memory for job in (*running, *self._batch.jobs))
-        count = len(running) + len(self._batch.jobs)
-        is_full = count >= self._rows
-
-        def may_run(job: Job) -> bool:
-            nonlocal is_full
-            if job.entries is not None:
-                return True
-            # Who does not fit is waited for: else smaller ones would always go before it.
-            is_full = is_full or not self._guard.fits(job.memory, reserved)
-            return not is_full and not self._prefill.should_wait(job, running)
-
-        job = self._turns.next(may_run)
+        if self._reads not in self._turns or self._turn_left <= 0:
+            self._reads, self._turn_left = self._next(), TURN_SECONDS
+        job = self._reads
         if job is None:
             return
         try:
             if job.entries is None:
-                self._tree.memory = self._guard.for_tree(reserved + job.memory, self._tree_memory)
+                reserved = self._reserved + job.memory
+                self._tree.memory = self._guard.for_tree(reserved, self._tree_memory)
                 self._tree.fit()
                 self._prefill.begin(job)
             job.hidden = self._prefill.read_slice(job)
             if job.hidden is not None:
                 self._batch.join(job, job.hidden)
                 self._turns.remove(job)
+                self._reads = None
         except GpuLost:
             raise
         except (KimiError, RuntimeError) as error:
@@ -383,3 +378,24 @@ class Engine:
             if failed:
                 self._turns.remove(job)
                 job.fail(why)
+
+    def _next(self) -> Job | None:
+        """The job whose turn it is to be read, of those that have a place or find one."""
+        running = [job for job in self._turns if job.entries is not None]
+        is_full = len(running) + len(self._batch.jobs) >= self._rows
+
+        def may_run(job: Job) -> bool:
+            nonlocal is_full
+            if job.entries is not None:
+                return True
+            # Who does not fit is waited for: else smaller ones would always go before it.
+            is_full = is_full or not self._guard.fits(job.memory, self._reserved)
+            return not is_full and not self._prefill.should_wait(job, running)
+
+        return self._turns.next(may_run)
+
+    @property
+    def _reserved(self) -> int:
+        """Bytes of the requests that have a place."""
+        running = (job for job in self._turns if job.entries is not None)
+        return sum(job.memory for job in (*running, *self._batch.jobs))

@@ -20,6 +20,9 @@ class Turns:
     def __len__(self) -> int:
         return sum(len(jobs) for jobs in self._clients.values())
 
+    def __contains__(self, job: object) -> bool:
+        return any(job is each for jobs in self._clients.values() for each in jobs)
+
     def add(self, job: Job) -> None:
         """At the end of its client's jobs."""
         self._clients.setdefault(job.ticket.request.client, []).append(job)
