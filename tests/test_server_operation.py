@@ -159,12 +159,20 @@ def test_health_is_quick_while_texts_are_read() -> None:
             del template.render
 
 
+def ask_apart(running: Running, body: dict[str, Any], answers: list[httpx.Response]) -> None:
+    """Ask on a connection that outlives the server."""
+    with running.client() as client:
+        answers.append(client.post(CHAT, json=body))
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_answers_may_end_when_the_server_stops(stream: bool) -> None:
     engine = Scripted(["One, two."], between=0.05)
-    answers = []
+    answers: list[httpx.Response] = []
     with serving(engine, patience=10) as running:
-        thread = threading.Thread(target=lambda: answers.append(running.chat(stream=stream)))
+        thread = threading.Thread(
+            target=ask_apart, args=(running, {**HI, "stream": stream}, answers)
+        )
         thread.start()
         until(lambda: engine.tickets)
     thread.join()
@@ -177,7 +185,9 @@ def test_answers_that_take_too_long_end_in_an_error(stream: bool) -> None:
     engine = Scripted(["One, two."], between=60)
     answers: list[httpx.Response] = []
     with serving(engine, patience=0.2) as running:
-        thread = threading.Thread(target=lambda: answers.append(running.chat(stream=stream)))
+        thread = threading.Thread(
+            target=ask_apart, args=(running, {**HI, "stream": stream}, answers)
+        )
         thread.start()
         until(lambda: engine.tickets)
         began = time.monotonic()
@@ -212,6 +222,30 @@ def test_what_fails_on_the_way_is_logged() -> None:
 
 
 @pytest.mark.slow
+def test_the_pocket_model_says_the_same_in_a_stream() -> None:
+    body = {**HI, "logprobs": True, "top_logprobs": 3, "temperature": 1, "seed": 5, "n": 2}
+    with serving_pocket() as running:
+        whole = running.post(CHAT, body).json()
+        events = running.events(CHAT, {**body, "stream_options": {"include_usage": True}})
+    for choice in whole["choices"]:
+        parts = [c for e in events for c in e["choices"] if c["index"] == choice["index"]]
+        text = "".join(part["delta"].get("content", "") for part in parts)
+        tokens = [
+            token for part in parts if part["logprobs"] for token in part["logprobs"]["content"]
+        ]
+        assert text == choice["message"]["content"]
+        assert len(tokens) == len(choice["logprobs"]["content"]) > 0
+        for ours, other in zip(tokens, choice["logprobs"]["content"], strict=True):
+            assert ours["bytes"] == other["bytes"] and len(ours["top_logprobs"]) == 3
+            # The prompt's state comes from the tree here, and is the same; rows are summed alike.
+            assert ours["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
+    counts = ("prompt_tokens", "completion_tokens")
+    assert [events[-1]["usage"][each] for each in counts] == [
+        whole["usage"][each] for each in counts
+    ]
+
+
+@pytest.mark.slow
 def test_the_pocket_model_answers_several_at_once() -> None:
     questions = {f"What is {n} + 58?": f"{n} + 58 = {n + 58}." for n in (347, 12, 5, 90)}
     said: dict[str, str] = {}
@@ -228,6 +262,7 @@ def test_the_pocket_model_answers_several_at_once() -> None:
             thread.start()
         for thread in threads:
             thread.join()
+        until(lambda: len(running.lines) == len(questions))
         lines = running.lines
         metrics = counted(running)
     assert said == questions

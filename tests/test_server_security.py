@@ -198,6 +198,14 @@ def test_an_endless_head_is_refused(free: Running) -> None:
     assert free.asking.get("/health").status_code == 200
 
 
+def test_what_is_no_http_is_told_so(free: Running) -> None:
+    for data in (b"EHLO me\r\n\r\n", b"POST / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n"):
+        with raw(free, data) as opened:
+            head, _, content = opened.makefile("rb").read().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(content)["error"]["type"] == "invalid_request_error"
+
+
 def test_a_huge_body_is_refused_before_it_is_sent(free: Running) -> None:
     with raw(free, HEAD + b"content-length: 99999999999\r\n\r\n{") as opened:
         assert opened.makefile("rb").read().startswith(b"HTTP/1.1 413 ")

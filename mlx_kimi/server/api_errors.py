@@ -39,7 +39,8 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.param, self.code = status, param, code
+        self.message = str(KimiError(message))  # one line, whatever a request names
         self.headers = dict(headers or {})
 
     @property

@@ -8,11 +8,14 @@ import logging
 import socket
 from typing import TextIO
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from mlx_kimi.errors import KimiError, in_words
+from mlx_kimi.server.api_errors import ApiError
+from mlx_kimi.server.json_text import json_bytes
 from mlx_kimi.server.service import Service
 
 HEAD_SECONDS = 20.0  # until a request's line and headers are whole, and between two requests
@@ -67,6 +70,20 @@ class Protocol(H11Protocol):
         if self._waits is not None:
             self._waits.cancel()
         super().connection_lost(error)
+
+    def send_400_response(self, msg: str) -> None:
+        """Say that what came is no HTTP, as other errors are told."""
+        error = ApiError(400, "the request must be HTTP/1.1, and its head at most 64 KiB")
+        body = json_bytes(error.body)
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "connection": "close",
+        }
+        head = h11.Response(status_code=400, headers=list(headers.items()), reason="Bad Request")
+        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _wait(self, latest: RequestResponseCycle | None) -> None:
         if self._waits is not None:

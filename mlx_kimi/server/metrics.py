@@ -58,9 +58,9 @@ class _OfEngine(Collector):
             "reading_requests": ("Requests whose prompts are being read.", status.reading),
             "decoding_requests": ("Requests that are being answered.", status.decoding),
             "prefill_slice_tokens": ("Prompt tokens read in one slice.", status.prefill_slice),
-            "cache_states": ("States in the prefix cache.", status.tree_states),
-            "cache_bytes": ("Bytes of the prefix cache.", status.tree_bytes),
-            "cache_memory_bytes": ("Bytes that it may take.", status.tree_memory),
+            "tree_states": ("States in the prefix tree.", status.tree_states),
+            "tree_bytes": ("Bytes of the prefix tree.", status.tree_bytes),
+            "tree_memory_bytes": ("Bytes that it may take.", status.tree_memory),
         }
         for name, (help, value) in gauges.items():
             yield GaugeMetricFamily(PREFIX + name, help, value=value)
@@ -70,7 +70,7 @@ class _OfEngine(Collector):
             "engine_refused": ("Requests that were not queued.", status.counters.refused),
             "engine_cancelled": ("Answers that were cancelled.", status.counters.cancelled),
             "engine_failed": ("Answers that failed.", status.counters.failed),
-            "cache_evicted": ("States given up for memory.", status.counters.evicted),
+            "tree_evicted": ("States given up for memory.", status.counters.evicted),
         }
         for name, (help, value) in counters.items():
             yield CounterMetricFamily(PREFIX + name, help, value=value)

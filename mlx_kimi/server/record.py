@@ -45,7 +45,7 @@ class Record:
     route: str = "none"  # its path as the table of routes has it
     status: int = 0  # 0: nothing was answered
     usage: Usage = field(default_factory=Usage)
-    why: str | None = None  # the prefix cache held no more
+    why: str | None = None  # the prefix tree held no more
     finish: list[str] = field(default_factory=list)  # how each answer ended
     error: str | None = None
     started_seconds: float | None = None  # until the prompt was read

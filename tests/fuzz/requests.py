@@ -6,10 +6,14 @@ Each ends in an answer, an error of the API or a closed connection: never in sta
 import argparse
 import gc
 import json
+import re
 import socket
-from collections import Counter
+import subprocess
+import threading
+from collections import Counter, deque
 from typing import Any
 
+import httpx
 import psutil
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,7 +22,8 @@ from mlx_kimi.server.answers import Answers
 from mlx_kimi.server.exchange import Exchange
 from mlx_kimi.server.reader import AnswerReader
 from mlx_kimi.server.record import Record
-from tests.server import JSON, WEATHER, Running, Scripted, serving, until
+from tests.processes import PROGRAM
+from tests.server import JSON, WEATHER, Scripted, serving, until
 
 PATHS = ["/v1/chat/completions", "/v1/completions"]
 CALL = {
@@ -89,7 +94,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 def bodies(draw: st.DrawFn) -> bytes:
     """A body that was right, with some of its values changed, and perhaps some of its bytes."""
     body = json.loads(json.dumps(draw(st.sampled_from(BODIES))))
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.integers(0, 3))):
         found = places(body)
         change = draw(st.sampled_from(["replace", "delete", "add", "nest"]))
         holder, key = draw(st.sampled_from(found)) if found else (body, "x")
@@ -132,13 +137,13 @@ def streams_of_bytes(draw: st.DrawFn) -> bytes:
     return head + b"\r\n\r\n" + body
 
 
-def send_bodies(running: Running, count: int, seen: Counter[int]) -> None:
+def send_bodies(client: httpx.Client, count: int, seen: Counter[int]) -> None:
     """Send bodies to both kinds of completion."""
 
     @_examples(count)
     @given(st.sampled_from(PATHS), bodies())
     def one(path: str, body: bytes) -> None:
-        answer = running.asking.post(path, content=body, headers=JSON)
+        answer = client.post(path, content=body, headers=JSON)
         seen[answer.status_code] += 1
         assert answer.status_code in (200, 400, 404), (answer.status_code, body)
         if answer.status_code != 200:
@@ -152,14 +157,14 @@ def send_bodies(running: Running, count: int, seen: Counter[int]) -> None:
     one()
 
 
-def send_bytes(running: Running, count: int, seen: Counter[int]) -> None:
+def send_bytes(client: httpx.Client, count: int, seen: Counter[int]) -> None:
     """Send anything, each on a connection of its own that then sends no more."""
-    host, port = running.url.removeprefix("http://").split(":")
+    host, port = client.base_url.host, client.base_url.port or 80
 
     @_examples(count)
     @given(streams_of_bytes())
     def one(data: bytes) -> None:
-        with socket.create_connection((host, int(port)), timeout=20) as opened:
+        with socket.create_connection((host, port), timeout=60) as opened:
             try:
                 opened.sendall(data)
                 opened.shutdown(socket.SHUT_WR)
@@ -182,36 +187,52 @@ def _examples(count: int) -> settings:
     )
 
 
-def attack(count: int) -> Counter[int]:
-    """Send `count` requests, and see that nothing stays of them; how many had which status."""
+def send(client: httpx.Client, count: int) -> Counter[int]:
+    """Send `count` requests; how many had which status."""
     seen: Counter[int] = Counter()
+    send_bodies(client, count - count // 3, seen)
+    send_bytes(client, count // 3, seen)
+    assert client.get("/health").status_code == 200
+    return seen
+
+
+def attack(count: int) -> Counter[int]:
+    """Send `count` requests to a server of this process, and see that nothing stays of them."""
     with serving(Scripted(["Hello, wörld.<|im_end|>"])) as running:
-        send_bodies(running, count - count // 3, seen)
-        send_bytes(running, count // 3, seen)
-        assert running.asking.get("/health").status_code == 200
+        seen = send(running.asking, count)
         assert not [line for line in running.lines if line["status"] == 500]
         until(lambda: not leftovers())
     return seen
 
 
 def leftovers() -> Counter[str]:
-    """What the server holds of requests, by type. One is being asked, perhaps."""
+    """What a server of this process holds of requests, by type."""
     gc.collect()
     kinds = (Answers, Exchange, AnswerReader, Record)
     return Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, kinds))
 
 
 def main() -> None:
-    """Send as many requests as asked for; say what came of them."""
+    """Send as many requests as asked for to the program itself; say what came of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", type=int)
     count = parser.parse_args().count
-    attack(300)
-    before = psutil.Process().memory_info().rss
-    seen = attack(count)
-    grown = psutil.Process().memory_info().rss - before
+    command = [*PROGRAM, "serve", "--port", "0", "--max-tokens", "4", "--cache-memory", "20MB"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr)
+        url = next(found[0] for line in lines if (found := re.search(r"http://[\d.:]+", line)))
+        threading.Thread(target=lambda: deque(lines, 0), daemon=True).start()
+        try:
+            with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
+                send(client, 1000)
+                before = psutil.Process(process.pid).memory_info().rss
+                seen = send(client, count)
+                after = psutil.Process(process.pid).memory_info().rss
+        finally:
+            process.terminate()
     print(", ".join(f"{number} of status {status}" for status, number in sorted(seen.items())))
-    print(f"memory grew by {grown / 1e6:.1f} MB")
+    print(f"memory of the server: {before / 1e6:.0f} MB after 1,000, then {after / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":
