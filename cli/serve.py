@@ -13,7 +13,7 @@ import click
 
 from mlx_kimi.cli.given import budget_of, check_options, folder_of, with_defaults
 from mlx_kimi.cli.progress import loading
-from mlx_kimi.defaults import SNAPSHOT_MEMORY
+from mlx_kimi.defaults import PREFILL_STEP, SNAPSHOT_MEMORY
 from mlx_kimi.loading.load import load
 from mlx_kimi.server.app import make_app
 from mlx_kimi.server.engine import Engine
@@ -42,7 +42,7 @@ def run(
 ) -> None:
     check_options({**options, "latent_bits": latent_bits})
     access = Access(host, api_key, allow_origin, allow_host)
-    budget = budget_of(memory_budget, context, latent_bits=latent_bits)
+    budget = budget_of(memory_budget, context, prefill_slice or PREFILL_STEP, latent_bits)
     if budget is not None:
         cache_memory = SNAPSHOT_MEMORY if cache_memory is None else cache_memory
         budget = replace(budget, snapshots=cache_memory)

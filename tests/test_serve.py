@@ -88,6 +88,19 @@ def test_what_cannot_be_served_is_one_line(options: list[str], said: str) -> Non
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
+def test_a_budget_bounds_the_context_that_is_told() -> None:
+    options = ("--memory-budget", "1GB", "--context", "512", "--cache-memory", "50MB")
+    with served(*options, "--prefill-slice", "64") as (_, url):
+        assert ask(url).json()["choices"][0]["message"]["content"] == "347 + 58 = 405."
+        (model,) = httpx.get(f"{url}/models", trust_env=False).json()["data"]
+        assert model["max_model_len"] == 512
+        long = {"prompt": "word " * 600}
+        answer = httpx.post(f"{url}/completions", json=long, trust_env=False)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_an_address_of_another_machine_is_one_line() -> None:
     done = run("serve", "--host", "192.0.2.1", "--port", "0", "--api-key", "secret-key-1")
     assert done.returncode == 1 and done.stderr.startswith("Error: --host 192.0.2.1 --port 0: ")

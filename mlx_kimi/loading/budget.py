@@ -78,7 +78,7 @@ def slots_for(
     if slots < least:
         beside, experts = fixed(least), least * one_slot
         needed = -(-(beside + experts) // 10**6) + 1
-        smaller = "; a smaller --context or --prefill-step needs less"
+        smaller = "; a smaller --context, or fewer tokens read at once, need less"
         raise KimiError(
             f"a memory budget of {human_size(budget.memory)} is too small: {human_size(beside)} "
             f"for all but the routed experts, {context:,} tokens of context and {step:,} read at "
