@@ -244,6 +244,25 @@ def test_the_same_seed_gives_the_same_answer_and_none_another(loaded) -> None:
     assert len({tuple(other) for other in (first, *others)}) == 3
 
 
+def test_rows_of_packed_latents_answer_as_alone(loaded, one_step_a_slice) -> None:
+    """Prompts of more than 256 tokens have frozen latents, which are packed to 8 bits."""
+    requests = [
+        Request(
+            tuple((7 * n + 13 * place) % 540 + 5 for place in range(270 + 20 * n)),
+            max_tokens=12,
+            client=str(n),
+        )
+        for n in range(3)
+    ]
+    options: dict[str, Any] = {"max_tokens": 12, "latent_bits": 8, "prefill_step": 64}
+    expected = [
+        [chunk.token for chunk in stream_generate(*loaded, request.ids, **options)]
+        for request in requests
+    ]
+    events = answered(loaded, requests, latent_bits=8)
+    assert list(map(tokens, events)) == expected
+
+
 # ------------------------------------------------------------------------------- prompts
 def test_states_are_kept_at_boundaries_but_not_close_together() -> None:
     assert stops((), 0, 100) == [100]
