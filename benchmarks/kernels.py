@@ -192,7 +192,7 @@ def _latents() -> Comparisons:
         tail = mx.random.normal((1, room, width)).astype(dtype)
         segments = [mx.random.normal((1, n, width)).astype(dtype) for n in sizes]
         segments = [pack(s) for s in segments] if packed else segments
-        y, _ = mla_decode(x, weights, tail, SplitKVPlan.of(100, room, sizes), segments)
+        y, _ = mla_decode(x, weights, tail, SplitKVPlan.uniform(100, room, sizes), segments)
         plain = weights._replace(
             embed_q=Matrix(_dequantized(weights.embed_q)),
             unembed_out=Matrix(_dequantized(weights.unembed_out)),

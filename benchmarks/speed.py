@@ -219,7 +219,7 @@ def _filled(model: KimiLinear, length: int, bits: int | None = None) -> list[Cac
             while left:
                 n, (key, now) = min(left, PREFILL_STEP), mx.random.split(key)
                 shape = (1, n, model.config.latent_width)
-                entry.append(mx.random.normal(shape, model.norm.weight.dtype, key=now), None)
+                entry.append(mx.random.normal(shape, model.norm.weight.dtype, key=now))
                 left -= n
                 mx.eval(entry.arrays())
         entry.lengths = (length,)

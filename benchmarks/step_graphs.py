@@ -74,7 +74,7 @@ def _cached() -> Iterator[mx.array]:
 def _entry(kind: CacheEntry, first: mx.array, second: mx.array) -> CacheEntry:
     if isinstance(kind, KDACache):
         return KDACache((PAST,), first, second)
-    return LatentCache((PAST,), (Segment(first),), Segment(second, spare=2 * TAIL - PAST))
+    return LatentCache((PAST,), ((Segment.whole(first),),), second, (PAST - TAIL,))
 
 
 @contextmanager

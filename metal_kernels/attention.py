@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_kimi.metal_kernels.fused import fused
 from mlx_kimi.metal_kernels.matmul import times_transposed
 
-# Lower than any score, and finite: a query that has met no key yet must not compute inf - inf.
+# Lower than any score, and finite: a query that sees no key of a block must not compute inf - inf.
 NO_KEY = -1e30
 # Queries that are masked together; keys after the last of them are left out. A CPU gains from
 # leaving out more, a GPU from fewer launches.
@@ -30,7 +30,6 @@ class Block(NamedTuple):
     start: int
     keys: mx.array  # [B, H or 1, S, Dk]
     values: mx.array  # [B, H or 1, S, Dv]
-    valid: mx.array | None  # [B, S] bool; None: no position is padding
 
     @property
     def size(self) -> int:
@@ -41,8 +40,7 @@ class Block(NamedTuple):
         if count >= self.size:
             return self
         count = max(count, 0)
-        valid = None if self.valid is None else self.valid[:, :count]
-        return Block(self.start, self.keys[:, :, :count], self.values[:, :, :count], valid)
+        return Block(self.start, self.keys[:, :, :count], self.values[:, :, :count])
 
 
 def attend(
@@ -54,14 +52,14 @@ def attend(
 ) -> mx.array:
     """softmax(scale * queries keys^T) values over all blocks together.
 
-    Query t stands at position `first` + t and sees the valid positions up to its own.
+    Query t stands at position `first` + t and sees the positions up to its own.
 
     Args:
         queries: [B, H, T, Dk].
         ahead: takes the work on each block; None: one of this call's own.
 
     Returns:
-        [B, H, T, Dv] in the queries' dtype; zeros for a query that sees no key.
+        [B, H, T, Dv] in the queries' dtype.
     """
     T, size = queries.shape[2], query_block()
     # Scores are made in float32: rounded to 16 bits before the softmax, large ones would be off by
@@ -146,13 +144,10 @@ class _Rows:
 
     def _visible(self, block: Block) -> mx.array | None:
         """Which positions each query may see; None: all."""
-        valid = None if block.valid is None else block.valid[:, None, None]
         end = block.start + block.size
         if end <= self.first + 1:
-            return valid
-        positions = mx.arange(block.start, end)
-        causal = positions <= mx.arange(self.first, self.end)[:, None]  # [T, S]
-        return causal if valid is None else causal & valid
+            return None
+        return mx.arange(block.start, end) <= mx.arange(self.first, self.end)[:, None]  # [T, S]
 
     def result(self) -> mx.array:
         assert self.sums is not None, "the queries' own positions are always among the blocks"

@@ -294,18 +294,31 @@ def unsupported_reason(
     """Why the four kernels do not take these matrices; None: they do, for a few tokens."""
     if top_k > MOST_EXPERTS:
         return f"{top_k} experts a token are more than {MOST_EXPERTS}"
+    if why := router_unsupported_reason(router):
+        return why
+    for mlp in (routed, shared) if shared else (routed,):
+        for name, matrix in (("gate", mlp.gate), ("up", mlp.up), ("down", mlp.down)):
+            if why := _matrix_unsupported_reason(name, matrix):
+                return why
+            if matrix.rows % 4:
+                return f"{name} is no multiple of 4 rows and 8 columns"
+    return None
+
+
+def router_unsupported_reason(router: Matrix) -> str | None:
+    """Why `add_norm_scores` does not take a router; None: it does."""
     if router.columns > WIDEST:
         return f"a token of {router.columns} elements is wider than {WIDEST}"
-    matrices = [("router", router)]
-    for mlp in (routed, shared) if shared else (routed,):
-        matrices += [("gate", mlp.gate), ("up", mlp.up), ("down", mlp.down)]
-    for name, matrix in matrices:
-        if why := matrix.unsupported_reason(name):
-            return why
-        if matrix.bits and matrix.scales.size < FEWEST_SCALES:
-            return f"{name} has only {matrix.scales.size} scales"
-        if matrix.columns % 8 or (matrix.rows % 4 and matrix is not router):
-            return f"{name} is no multiple of 4 rows and 8 columns"
+    return _matrix_unsupported_reason("router", router)
+
+
+def _matrix_unsupported_reason(name: str, matrix: Matrix) -> str | None:
+    if why := matrix.unsupported_reason(name):
+        return why
+    if matrix.bits and matrix.scales.size < FEWEST_SCALES:
+        return f"{name} has only {matrix.scales.size} scales"
+    if matrix.columns % 8:
+        return f"{name} is no multiple of 4 rows and 8 columns"
     return None
 
 

@@ -1,4 +1,4 @@
-"""One token of a KDA layer, between its input projections and its output projection.
+"""A token or a few of a KDA layer, between its input projections and its output projection.
 
     q | k | v = silu(conv(...))      q, k normalised      alpha = exp(-exp(A_log) softplus(f_b f))
     S <- S diag(alpha)      S <- S + sigmoid(b) (v - S k) k^T      y = norm(S q) sigmoid(g_b g)
@@ -17,6 +17,7 @@ from mlx_kimi.metal_kernels.kda_sequential import kda_step
 from mlx_kimi.metal_kernels.kernel import Kernel
 from mlx_kimi.metal_kernels.matrix import Matrix
 
+FEW = 8  # tokens of a text, one after another: their gates are read for each
 LANES = 4  # that share a row
 SIZES = (32, 64, 128)
 
@@ -36,17 +37,25 @@ class DecodeWeights(NamedTuple):
 def naive_kda_decode(
     x: mx.array, weights: DecodeWeights, tail: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Apply a layer to one token of each of B texts.
+    """Apply a layer to the next T tokens of each of B texts.
 
     Args:
-        x: [B, 3 * H * D + 2 * rank + H], the input projections: q | k | v, f_a, g_a, b.
+        x: [B * T, 3 * H * D + 2 * rank + H], the input projections: q | k | v, f_a, g_a, b. A
+            text's tokens are neighbours.
         tail: [B, K - 1, 3 * H * D], the last tokens of q | k | v.
         state: [B, H, D, D] float32, as in `naive_kda`.
 
     Returns:
-        y [B, H * D] in x's dtype, for the output projection; the next tail; the next state.
+        y [B * T, H * D] in x's dtype, for the output projection; the next tail; the next state.
     """
     B, H, D, _ = state.shape
+    T = len(x) // B
+    if T > 1:
+        outputs = []
+        for t in range(T):
+            y, tail, state = naive_kda_decode(x[t::T], weights, tail, state)
+            outputs.append(y)
+        return mx.stack(outputs, axis=1).reshape(len(x), -1), tail, state
     rank = weights.f_b.columns
     ends = [3 * H * D, 3 * H * D + rank, 3 * H * D + 2 * rank]
     qkv, f, g, b = mx.split(x, ends, axis=-1)
@@ -68,7 +77,7 @@ KERNEL = Kernel(
     "kda_decode",
     inputs=(
         *("x", "taps", "tail", "f_b", "f_scales", "f_biases", "g_b", "g_scales", "g_biases"),
-        *("A_log", "dt_bias", "norm", "state", "eps"),
+        *("A_log", "dt_bias", "norm", "state", "eps", "tokens"),
     ),
     outputs=("y", "new_tail", "new_state"),
 )
@@ -86,7 +95,7 @@ def kda_decode(
             *f_b.buffers(),
             *g_b.buffers(),
             *(weights.A_log, weights.dt_bias, weights.norm),
-            *(state.astype(mx.float32), weights.eps),
+            *(state.astype(mx.float32), weights.eps, len(x) // B),
         ],
         template=[
             *(("H", H), ("D", D), ("Rank", f_b.columns), ("Taps", weights.taps.shape[0])),
@@ -94,7 +103,7 @@ def kda_decode(
         ],
         grid=(LANES * D, H, B),
         threadgroup=(LANES * D, 1, 1),
-        output_shapes=[(B, H * D), tail.shape, state.shape],
+        output_shapes=[(len(x), H * D), tail.shape, state.shape],
         output_dtypes=[x.dtype, x.dtype, mx.float32],
     )
     return y, tail, state

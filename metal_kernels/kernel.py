@@ -211,6 +211,12 @@ def is_traced() -> bool:
     return backend() is not None and (chosen is None or chosen[1])
 
 
+def takes_addresses() -> bool:
+    """Whether kernels may read behind the views they are given: GPUs' own backends. An emulator
+    knows the bounds of an array."""
+    return backend() is not None and _CHOSEN.get() is None
+
+
 @contextmanager
 def use_backend(chosen: Backend | None, traced: bool = False) -> Iterator[None]:
     """Run kernels on `chosen`, such as the emulator of the tests; None: run none.

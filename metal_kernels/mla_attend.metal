@@ -11,21 +11,21 @@
 //     score = q . (z | s)      m = max score      l = sum of exp(score - m)      acc = sum of exp(score - m) z
 //
 //   queries       [B * tokens, H, Lora + Shared] float, as mla_query makes them: scaled
-//   tail          [B, Room, Lora + Shared] of any float type; sizes[0] of its rows are latents
-//   segment1 ...  [B, sizes[1], row] and so on: rows of StoredT, plain or packed as latents.h says; those
-//                 beyond the last are any array
-//   plan          [2 + 2 * (Segments + 1) + 1] int: positions of a split, splits, then of the tail and of each
-//                 segment the first split, then the sizes, and last `tokens`, of a text. A split lies in one
-//                 segment, and has a multiple of 8 positions unless it is the segment's last. The tail's
-//                 size is that of the first token, and one more for each after it. Splits of the tail's
-//                 room that hold no latent yet are empty: m is -infinity there, and all else 0.
-//   acc           [B * tokens, Splits, H, Lora] float
-//   m_and_l       [B * tokens, Splits, H, 2] float
+//   tail          [B, Room, Lora + Shared] of any float type: the latest latents of each text
+//   segment1 ...  [rows, row] of StoredT, plain or packed as latents.h says; those beyond the last are any
+//                 array
+//   splits        [1 + 5 * Splits] int: `tokens`, of a text; then of each split its array, 0 for the tail; its
+//                 text; its first row there, in the tail within the text's room; its positions, of which
+//                 there are none in a split that is not used; and how many of them the first token sees, and
+//                 one more each token after it. There may be less than none: m is -infinity there, and all
+//                 else 0. A split has a multiple of 8 positions unless it is the last of its rows.
+//   acc           [Splits, tokens, H, Lora] float; not written where a split is not used
+//   m_and_l       [Splits, tokens, H, 2] float
 // Template: TailT; StoredT, the same or, where Packed (a bool), uint; H, Heads, Lora, Shared, Channels,
-// Block, Room, Segments int. Heads, of a threadgroup, Shared and Block are multiples of 8; Channels is 32
-// or 64 and divides Lora.
-// Grid (32 * Lora / Channels, Splits, B * tokens * ceil(H / Heads)), threadgroup (32 * Lora / Channels, 1,
-// 1): a threadgroup owns the heads of one token in one split, a simdgroup a slice of Channels channels of the
+// Block, Room int. Heads, of a threadgroup, Shared and Block are multiples of 8; Channels is 32 or 64 and
+// divides Lora.
+// Grid (32 * Lora / Channels, Splits, tokens * ceil(H / Heads)), threadgroup (32 * Lora / Channels, 1, 1): a
+// threadgroup owns the heads of one token in one split, a simdgroup a slice of Channels channels of the
 // queries, latents and acc, and some of the shared key's tiles of 8. It walks in blocks of Block positions.
 //
 // Of packed rows the codes are multiplied, as latents.h says. A simdgroup's channels lie in one group, so
@@ -51,23 +51,22 @@ const int index = thread_position_in_threadgroup.x;
 const int lane = index % 32;
 const int slice = index / 32;
 const int split = threadgroup_position_in_grid.y;
-const int b = threadgroup_position_in_grid.z / HeadGroups;  // a token of a text
-const int tokens = plan[2 + 2 * (Segments + 1)];
-const int text = b / tokens;
+const int token = threadgroup_position_in_grid.z / HeadGroups;  // of the split's text
 const int first_head = threadgroup_position_in_grid.z % HeadGroups * Heads;
 const int row = tile_row(lane);
 const int channel = Channels * slice + 4 * tile_column(lane);  // the first of 8 neighbours of a lane
 const int pair = Lora + 8 * slice + tile_column(lane);
 
 // Where this split lies: `count` positions of a segment, the tail being number 0.
-int segment = 0;
-for (int i = 1; i <= Segments; ++i) {
-  segment += plan[2 + i] <= split;
+const int tokens = splits[0];
+const int segment = splits[1 + 5 * split];
+const int text = splits[2 + 5 * split];
+const size_t start = splits[3 + 5 * split];
+const int size = splits[4 + 5 * split];
+const int count = min(size, splits[5 + 5 * split] + token);
+if (size == 0) {
+  return;
 }
-const int held = plan[2 + Segments + 1 + segment];  // its rows, of a segment that is frozen
-const int size = held + (segment == 0 ? b % tokens : 0);
-const int start = (split - plan[2 + segment]) * plan[0];
-const int count = min(plan[0], size - start);
 const device StoredT* chosen =
     segment <= 1 ? segment1 : segment == 2 ? segment2 : segment == 3 ? segment3
     : segment == 4 ? segment4 : segment == 5 ? segment5 : segment == 6 ? segment6
@@ -79,10 +78,10 @@ const device StoredT* chosen =
 const bool in_tail = Packed && segment == 0;
 const auto tail_rows = tail + (size_t(text) * Room + start) * Width;
 const auto rows = (segment == 0 ? as_stored(tail, chosen) : chosen) +
-    (size_t(text) * (segment == 0 ? Room : held) + start) * row_size(chosen, Width);
+    (size_t(segment == 0 ? text * Room : 0) + start) * row_size(chosen, Width);
 
 float2 query[Sizes::Tiles + Sizes::Pairs][N];
-load_queries<Sizes, Packed, H>(queries + size_t(b) * H * Width, slice, first_head, lane, query, query_sums);
+load_queries<Sizes, Packed, H>(queries + size_t(text * tokens + token) * H * Width, slice, first_head, lane, query, query_sums);
 if (Packed) {
   simdgroup_barrier(mem_flags::mem_threadgroup);
 }
@@ -158,6 +157,6 @@ for (int at = count > 0 ? -Block : 0; at < count; at += Block) {
   }
 }
 
-const size_t place = (size_t(b) * plan[1] + split) * H + first_head;
+const size_t place = (size_t(split) * tokens + token) * H + first_head;
 write_acc<Sizes, Packed, H>(acc_tiles, acc_bias, slice, first_head, lane, acc + place * Lora);
 write_m_and_l<Sizes, H>(m, l, slice, first_head, lane, m_and_l + 2 * place);

@@ -2,12 +2,13 @@
 
 Three launches: into the space of latents, attention in many splits, and back. What lies between
 them is float32; the kernels round the new latents and the output, each once. Each text of a batch
-has as many tokens, and each token attends to those before it.
+has as many tokens, and each token attends to those before it in its own text, however long that is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,12 +16,18 @@ import mlx.core as mx
 from mlx_kimi.metal_kernels.kernel import Kernel
 from mlx_kimi.metal_kernels.latents import is_packed, unpack
 from mlx_kimi.metal_kernels.matrix import Matrix, with_scales
-from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan, multiple_of, sizes_in
+from mlx_kimi.metal_kernels.split_kv import (
+    SEGMENTS,
+    SplitKVPlan,
+    Splits,
+    multiple_of,
+    places_of,
+)
 from mlx_kimi.metal_kernels.tuning import AttendShape, tuning
 
 OUTPUT_THREADS = 512
 FEW = 8  # tokens of a text: each reads the latents for itself
-MOST_SPLITS = 1024  # of mla_output; `positions_of_a_split` asks for at most about 550
+MOST_SPLITS = 1024  # of a text in mla_output; `positions_of_a_split` asks for at most about 550
 
 
 class LatentWeights(NamedTuple):
@@ -102,11 +109,12 @@ def mla_decode(
 ) -> tuple[mx.array, mx.array]:
     """`naive_mla_decode` in three launches, for the sizes that `unsupported_reason` allows.
 
-    `plan` says the size of the tail, for the first token. `shape` None: that of this GPU.
+    Texts may have unlike contexts: `plan` says how many latents each tail holds, and which rows of
+    `segments` [..., rows, row] are whose. `shape` None: that of this GPU.
     """
     queries, tail = mla_query(x, weights, tail, plan)
     acc, m_and_l = mla_attend(queries, tail, plan, segments, weights.lora, shape)
-    return mla_output(acc, m_and_l, weights, x.dtype), tail
+    return mla_output(acc, m_and_l, plan, weights, x.dtype), tail
 
 
 # ------------------------------------------------------------------------ into the space of latents
@@ -115,26 +123,27 @@ def naive_mla_query(
 ) -> tuple[mx.array, mx.array]:
     """The scaled queries [B * T, H, lora + shared] float32, and the tail with the new latents.
 
-    x and tail as of `naive_mla_decode`; `plan` counts the tail's latents with the first new one.
+    x and tail as of `naive_mla_decode`; `plan` counts a tail's latents with the first new one.
     """
-    H, lora, T = weights.heads, weights.lora, len(x) // len(tail)
+    H, lora, B, T = weights.heads, weights.lora, len(tail), len(x) // len(tail)
     shared = weights.shared(x.shape[-1])
     q, latent, key = mx.split(x, [-lora - shared, -shared], axis=-1)
     q_nope, q_shared = mx.split(q.reshape(len(x), H, -1), [weights.nope], axis=-1)
     absorbed = weights.embed_q.times(q_nope[:, :, None])[:, :, 0]
     queries = mx.concatenate([absorbed, q_shared], axis=-1).astype(mx.float32) * weights.scale
     latent = mx.fast.rms_norm(latent, weights.norm, weights.eps)
-    new = mx.concatenate([latent, key], axis=-1).reshape(len(tail), T, lora + shared)
-    number = mx.arange(tail.shape[1]) - (sizes_in(plan.arrays[0])[0] - 1)  # of the new latents
-    is_new = ((number >= 0) & (number < T))[:, None]
-    return queries, mx.where(is_new, new[:, mx.clip(number, 0, T - 1)], tail)
+    new = mx.concatenate([latent, key], axis=-1).reshape(B, T, lora + shared)
+    # Of the new latents, [B, room, 1].
+    number = (mx.arange(tail.shape[1]) - (plan.texts[2 : 2 + B, None] - 1))[..., None]
+    placed = mx.take_along_axis(new, mx.clip(number, 0, T - 1), axis=1)
+    return queries, mx.where((number >= 0) & (number < T), placed, tail)
 
 
 QUERY = Kernel(
     "mla_query",
     inputs=(
         *("x", *with_scales("embed"), "norm", "tail"),
-        *("plan", "scale", "eps"),
+        *("texts", "scale", "eps"),
     ),
     outputs=("queries", "new_tail"),
     wide=with_scales("embed"),
@@ -151,11 +160,11 @@ def mla_query(
     queries, tail = QUERY(
         inputs=[
             *(x, *weights.embed_q.buffers(), weights.norm),
-            *(tail.astype(x.dtype), plan.arrays[0], weights.scale, weights.eps),
+            *(tail.astype(x.dtype), plan.texts, weights.scale, weights.eps),
         ],
         template=[
             *(("H", H), ("Nope", weights.nope), ("Lora", lora), ("Shared", shared)),
-            *(("Room", room), ("Segments", SEGMENTS)),
+            ("Room", room),
             *weights.embed_q.storage(),
         ],
         grid=(32, multiple_of(4, H * (lora // 4 + 1) + room), rows),
@@ -176,58 +185,57 @@ def naive_mla_attend(
 ) -> tuple[mx.array, mx.array]:
     """The softmax of each split by itself, not yet divided by its sum.
 
-    Where the splits lie is for the kernel to say: here each launch has all in its first split, and
-    its others are empty, with m = -inf.
-
     Args:
-        queries: [B * T, H, lora + shared] float32, scaled; tail and segments as of
-            `naive_mla_decode`.
+        queries: [B * T, H, lora + shared] float32, scaled; tail as of `naive_mla_decode`.
+        segments: [..., rows, row] each, plain in any float dtype, or packed.
 
     Returns:
-        acc [B * T, splits, H, lora] float32, the sum of exp(score - m) times the latents; and m,
-        the largest score, with l, the sum of exp(score - m): [B * T, splits, H, 2] float32.
+        acc [splits, T, H, lora] float32, the sum of exp(score - m) times the latents; and m, the
+        largest score, with l, the sum of exp(score - m): [splits, T, H, 2] float32. Splits are
+        those of one launch after another, `plan.capacities`; m of an empty one is -inf.
     """
     launches = [
-        _all_in_one_split(
-            queries, [tail, *segments[i * SEGMENTS : (i + 1) * SEGMENTS]], array, splits, lora
+        _naive_splits(
+            queries, tail, Splits.of(array), segments[i * SEGMENTS : (i + 1) * SEGMENTS], lora
         )
-        for i, (array, splits) in enumerate(zip(plan.arrays, plan.splits, strict=True))
+        for i, array in enumerate(plan.launches)
     ]
-    acc, m_and_l = (mx.concatenate(list(x), axis=1) for x in zip(*launches, strict=True))
+    acc, m_and_l = (mx.concatenate(list(x)) for x in zip(*launches, strict=True))
     return acc, m_and_l
 
 
-def _all_in_one_split(
-    queries: mx.array, parts: Sequence[mx.array], array: mx.array, splits: int, lora: int
+def _naive_splits(
+    queries: mx.array, tail: mx.array, splits: Splits, segments: Sequence[mx.array], lora: int
 ) -> tuple[mx.array, mx.array]:
-    """`naive_mla_attend` to the tail and the segments of one launch."""
-    (R, H, width), sizes, B = queries.shape, sizes_in(array), len(parts[0])
-    queries = queries.reshape(B, R // B, H, width)
-    later = mx.arange(R // B)[:, None, None]  # how many more of the tail each token sees
-    scores, values = [], []
-    for i, rows in enumerate(parts):
-        latents = unpack(rows, width) if is_packed(rows) else rows.astype(mx.float32)
-        latents = latents[:, None]  # [B, 1, S, width]
-        here = queries @ latents.swapaxes(-1, -2)  # [B, T, H, S]
-        size = mx.where(sizes[0] > 0, sizes[0] + later, 0) if i == 0 else sizes[i]
-        scores.append(mx.where(mx.arange(latents.shape[2]) < size, here, -mx.inf))
-        values.append(latents[..., :lora])
-    joined = mx.concatenate(scores, axis=-1)
-    m = joined.max(axis=-1, keepdims=True)
-    probs = mx.exp(joined - m)
-    acc = (probs @ mx.concatenate(values, axis=2)).reshape(R, 1, H, lora)
-    m_and_l = mx.concatenate([m, probs.sum(axis=-1, keepdims=True)], axis=-1).reshape(R, 1, H, 2)
-    empty = mx.broadcast_to(mx.array([-mx.inf, 0.0]), (R, splits - 1, H, 2))
-    return (
-        mx.concatenate([acc, mx.zeros((R, splits - 1, H, lora))], axis=1),
-        mx.concatenate([m_and_l, empty], axis=1),
-    )
+    """`naive_mla_attend` of one launch: each split is a mask over all rows of all arrays."""
+    (R, H, width), (B, room, _) = queries.shape, tail.shape
+    rows = [tail.astype(mx.float32).reshape(-1, width), *(_plain(x, width) for x in segments)]
+    firsts = mx.array([0, *accumulate(len(x) for x in rows[:-1])])  # of each array
+    latents = mx.concatenate(rows)  # [N, width]
+    queries = queries.reshape(B, R // B, H, width)[splits.text]  # [splits, T, H, width]
+    first = firsts[splits.array] + splits.start + mx.where(splits.array > 0, 0, splits.text * room)
+    count = mx.minimum(splits.size[:, None], splits.seen[:, None] + mx.arange(R // B))
+    number = mx.arange(len(latents)) - first[:, None]  # [splits, N]
+    seen = ((number >= 0)[:, None] & (number[:, None] < count[..., None]))[:, :, None]
+    # (What no split reaches may be no number.)
+    latents = mx.where(seen.any(axis=(0, 1, 2))[:, None], latents, 0)
+    scores = mx.where(seen, queries @ latents.swapaxes(0, 1), -mx.inf)
+    m = scores.max(axis=-1, keepdims=True)
+    probs = mx.where(seen, mx.exp(scores - m), 0)
+    acc = probs @ latents[:, :lora]
+    return acc, mx.concatenate([m, probs.sum(axis=-1, keepdims=True)], axis=-1)
+
+
+def _plain(rows: mx.array, width: int) -> mx.array:
+    """[N, width] float32."""
+    plain = unpack(rows, width) if is_packed(rows) else rows.astype(mx.float32)
+    return plain.reshape(-1, width)
 
 
 _SEGMENT_NAMES = tuple(f"segment{i + 1}" for i in range(SEGMENTS))
 ATTEND = Kernel(
     "mla_attend",
-    inputs=("queries", "tail", *_SEGMENT_NAMES, "plan"),
+    inputs=("queries", "tail", *_SEGMENT_NAMES, "splits"),
     outputs=("acc", "m_and_l"),
     wide=("queries", "tail", *_SEGMENT_NAMES, "acc", "m_and_l"),
 )
@@ -252,43 +260,44 @@ def mla_attend(
             queries,
             tail,
             array,
-            splits,
+            capacity,
             segments[i * SEGMENTS : (i + 1) * SEGMENTS],
             lora,
             shape,
         )
-        for i, (array, splits) in enumerate(zip(plan.arrays, plan.splits, strict=True))
+        for i, (array, capacity) in enumerate(zip(plan.launches, plan.capacities, strict=True))
     ]
     if len(found) == 1:
         return found[0]
-    acc, m_and_l = (mx.concatenate(list(parts), axis=1) for parts in zip(*found, strict=True))
+    acc, m_and_l = (mx.concatenate(list(parts)) for parts in zip(*found, strict=True))
     return acc, m_and_l
 
 
 def _attend(
     queries: mx.array,
     tail: mx.array,
-    plan: mx.array,
-    splits: int,
+    splits: mx.array,
+    capacity: int,
     segments: Sequence[mx.array],
     lora: int,
     shape: AttendShape,
 ) -> tuple[mx.array, mx.array]:
-    rows, H, width = queries.shape
+    R, H, width = queries.shape
+    T = R // len(tail)
     heads, channels, positions = shape
     threads = 32 * lora // channels
     absent = segments[0] if segments else tail
     acc, m_and_l = ATTEND(
-        inputs=[queries, tail, *segments, *[absent] * (SEGMENTS - len(segments)), plan],
+        inputs=[queries, tail, *segments, *[absent] * (SEGMENTS - len(segments)), splits],
         template=[
             *(("TailT", tail.dtype), ("StoredT", absent.dtype), ("Packed", _are_packed(segments))),
             *(("H", H), ("Heads", heads), ("Lora", lora), ("Shared", width - lora)),
             *(("Channels", channels), ("Block", positions)),
-            *(("Room", tail.shape[1]), ("Segments", SEGMENTS)),
+            ("Room", tail.shape[1]),
         ],
-        grid=(threads, splits, rows * -(-H // heads)),
+        grid=(threads, capacity, T * -(-H // heads)),
         threadgroup=(threads, 1, 1),
-        output_shapes=[(rows, splits, H, lora), (rows, splits, H, 2)],
+        output_shapes=[(capacity, T, H, lora), (capacity, T, H, 2)],
         output_dtypes=[mx.float32, mx.float32],
     )
     return acc, m_and_l
@@ -306,47 +315,54 @@ def _fitted(shape: AttendShape, H: int, lora: int) -> AttendShape:
 
 # ------------------------------------------------------------------- back from the space of latents
 def naive_mla_output(
-    acc: mx.array, m_and_l: mx.array, weights: LatentWeights, dtype: mx.Dtype
+    acc: mx.array, m_and_l: mx.array, plan: SplitKVPlan, weights: LatentWeights, dtype: mx.Dtype
 ) -> mx.array:
-    """All splits merged to one softmax, and each head's values of it: [B, H * v].
+    """All splits of a text merged to one softmax, and each head's values of it: [B * T, H * v].
 
     acc and m_and_l as `naive_mla_attend` returns them.
     """
-    m, total = mx.split(m_and_l, 2, axis=-1)
-    e = mx.exp(m - m.max(axis=1, keepdims=True))
-    latent = (e * acc).sum(axis=1) / (e * total).sum(axis=1)
-    y = weights.unembed_out.times(latent[:, :, None].astype(dtype))
-    return y.reshape(len(y), -1)
+    T, H, lora = acc.shape[1:]
+    texts = []
+    for places, own in places_of(plan.texts, _texts_of(plan)):
+        m, total = mx.split(m_and_l[places], 2, axis=-1)  # [splits, T, H, 1]
+        m = mx.where(own[:, None, None, None], m, -mx.inf)
+        e = mx.exp(m - m.max(axis=0, keepdims=True))
+        found = mx.where(e > 0, e * acc[places], 0).sum(axis=0)
+        texts.append(found / mx.where(e > 0, e * total, 0).sum(axis=0))
+    latent = mx.stack(texts).reshape(-1, H, 1, lora)
+    y = weights.unembed_out.times(latent.astype(dtype))
+    return y.reshape(len(texts) * T, -1)
+
+
+def _texts_of(plan: SplitKVPlan) -> int:
+    """How many there are, by the shapes."""
+    return (plan.texts.size - 3 - sum(plan.capacities)) // 2
 
 
 OUTPUT = Kernel(
     "mla_output",
-    inputs=("acc", "m_and_l", *with_scales("unembed"), "splits"),
+    inputs=("acc", "m_and_l", *with_scales("unembed"), "texts"),
     outputs=("y",),
     wide=("acc", "m_and_l", *with_scales("unembed")),
 )
 
 
 def mla_output(
-    acc: mx.array, m_and_l: mx.array, weights: LatentWeights, dtype: mx.Dtype
+    acc: mx.array, m_and_l: mx.array, plan: SplitKVPlan, weights: LatentWeights, dtype: mx.Dtype
 ) -> mx.array:
-    """`naive_mla_output` in one launch."""
-    B, splits, H, lora = acc.shape
-    if splits > MOST_SPLITS:
-        raise ValueError(
-            f"[mla_output] acc must have at most {MOST_SPLITS} splits but has {splits}."
-        )
-    matrix = weights.unembed_out
+    """`naive_mla_output` in one launch. No text has more than MOST_SPLITS splits."""
+    T, H, lora = acc.shape[1:]
+    rows, matrix = _texts_of(plan) * T, weights.unembed_out
     (y,) = OUTPUT(
-        inputs=[acc, m_and_l, *matrix.buffers(), splits],
+        inputs=[acc, m_and_l, *matrix.buffers(), plan.texts],
         template=[
             *(("OutT", dtype), ("H", H), ("Lora", lora), ("V", matrix.rows)),
             *(("Threads", OUTPUT_THREADS), ("MostSplits", MOST_SPLITS)),
             *matrix.storage(),
         ],
-        grid=(OUTPUT_THREADS, H, B),
+        grid=(OUTPUT_THREADS, H, rows),
         threadgroup=(OUTPUT_THREADS, 1, 1),
-        output_shapes=[(B, H * matrix.rows)],
+        output_shapes=[(rows, H * matrix.rows)],
         output_dtypes=[dtype],
     )
     return y

@@ -14,11 +14,11 @@
 //   embed_scales, embed_biases   [H, Lora, Nope / Group]; not read where Bits is 0: plain
 //   norm          [Lora] of any float type
 //   tail          [B, Room, Lora + Shared] of x's type: latents, and behind them room for more
-//   plan          as mla_attend takes it: sizes[0] counts the tail's latents with the first new one
+//   texts         int: tokens, of a text; B; then of each text the latents in its tail, with the first new one
 //   scale, eps    float; eps is of the norm
 //   queries       [B * tokens, H, Lora + Shared] float
-//   new_tail      like tail, with the new latents from place sizes[0] - 1 on
-// Template: H, Nope, Lora, Shared, Room, Segments, Bits, Group int. Nope and Lora are multiples of 8,
+//   new_tail      like tail, with the new latents from the place on of the first
+// Template: H, Nope, Lora, Shared, Room, Bits, Group int. Nope and Lora are multiples of 8,
 // Nope of Group.
 // Grid (32, n, B * tokens), n >= H * (Lora / 4 + 1) + Room: a simdgroup owns 4 channels of a head's query in
 // latent space, or a head's shared query, or with a text's first token one row of the tail; simdgroups
@@ -35,9 +35,9 @@ const auto input = x + b * (Latent + Width);
 const int head = step / Steps;
 const int first = step % Steps * Rows;
 const int place = step - H * Steps;  // in the tail
-const int tokens = plan[2 + 2 * (Segments + 1)];
+const int tokens = texts[0];
 const int text = b / tokens;
-const int number = place - (plan[2 + Segments + 1] - 1);  // of the new latents
+const int number = place - (texts[2 + text] - 1);  // of the new latents
 
 if (head < H && first < Lora) {
   float sums[Rows] = {0, 0, 0, 0};

@@ -79,19 +79,21 @@ def _kda_finish(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
 def _mla_query(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
     embed = _matrix(x, "embed", n["Bits"], n["Group"])
     weights = LatentWeights(embed, embed, x["norm"], x["eps"].item(), x["scale"].item())
-    return naive_mla_query(x["x"], weights, x["tail"], SplitKVPlan((x["plan"],), (0,)))
+    return naive_mla_query(x["x"], weights, x["tail"], SplitKVPlan(x["texts"], (), ()))
 
 
 def _mla_attend(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
-    plan = SplitKVPlan((x["plan"],), (n["shapes"][0][1],))
-    segments = [x[f"segment{i + 1}"] for i in range(SEGMENTS)]
+    plan = SplitKVPlan(x["splits"], (x["splits"],), (n["shapes"][0][0],))
+    first, *others = (x[f"segment{i + 1}"] for i in range(SEGMENTS))
+    segments = [first, *(s for s in others if s is not first)]  # (which stands for absent ones)
     return naive_mla_attend(x["queries"], x["tail"], plan, segments, n["Lora"])
 
 
 def _mla_output(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
     unembed = _matrix(x, "unembed", n["Bits"], n["Group"])
     weights = LatentWeights(unembed, unembed, x["acc"], 0, 0)
-    return (naive_mla_output(x["acc"], x["m_and_l"], weights, n["OutT"]),)
+    plan = SplitKVPlan(x["texts"], (x["texts"],), (len(x["acc"]),))
+    return (naive_mla_output(x["acc"], x["m_and_l"], plan, weights, n["OutT"]),)
 
 
 def _mla_prefill(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:

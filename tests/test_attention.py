@@ -27,29 +27,23 @@ LARGEST, RMS = 2e-5, 5e-6
 
 
 def softmax_attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, first: int, real: np.ndarray | None
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, first: int
 ) -> np.ndarray:
-    """softmax(scale q k^T) v in float64, over real columns up to first + t; zeros for no column."""
+    """softmax(scale q k^T) v in float64, over columns up to first + t."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     scores = scale * q @ k.swapaxes(-1, -2)  # [B, H, T, S]
     visible = np.arange(k.shape[2]) <= np.arange(first, first + q.shape[2])[:, None]
-    if real is not None:
-        visible = visible & real[:, None, None, :]
     scores = np.where(visible, scores, -np.inf)
-    highest = scores.max(-1, keepdims=True)
-    weights = np.exp(scores - np.where(np.isfinite(highest), highest, 0))
-    return (weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)) @ v
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True)) @ v
 
 
-def blocks(
-    k: np.ndarray, v: np.ndarray, sizes: list[int], real: np.ndarray | None = None
-) -> Iterator[Block]:
+def blocks(k: np.ndarray, v: np.ndarray, sizes: list[int]) -> Iterator[Block]:
     """The columns in blocks of these sizes, the last size again and again."""
     start = 0
     while start < k.shape[2]:
         end = start + (sizes.pop(0) if len(sizes) > 1 else sizes[0])
-        mask = None if real is None else mx.array(real[:, start:end])
-        yield Block(start, mx.array(k[:, :, start:end]), mx.array(v[:, :, start:end]), mask)
+        yield Block(start, mx.array(k[:, :, start:end]), mx.array(v[:, :, start:end]))
         start = end
 
 
@@ -69,7 +63,7 @@ def random_qkv(
 def test_any_blocks_give_one_softmax(heads: int, T: int, first: int, sizes: list[int]) -> None:
     q, k, v = random_qkv(T=T, S=first + T, heads=heads)
     ours = attend(mx.array(q), blocks(k, v, list(sizes)), 0.2, first)
-    assert_close("o", ours, softmax_attention(q, k, v, 0.2, first, None), LARGEST, RMS)
+    assert_close("o", ours, softmax_attention(q, k, v, 0.2, first), LARGEST, RMS)
 
 
 @pytest.mark.parametrize("T", [QUERY_BLOCK - 1, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 44])
@@ -77,29 +71,7 @@ def test_any_blocks_give_one_softmax(heads: int, T: int, first: int, sizes: list
 def test_many_queries_give_one_softmax(T: int, first: int) -> None:
     q, k, v = random_qkv(B=1, H=2, T=T, S=first + T)
     ours = attend(mx.array(q), blocks(k, v, [130, 100, 512]), 0.2, first)
-    assert_close("o", ours, softmax_attention(q, k, v, 0.2, first, None), LARGEST, RMS)
-
-
-@pytest.mark.parametrize("sizes", [[80], [10], [1], [3, 50]], ids=str)
-def test_masked_columns_weigh_nothing(sizes: list[int]) -> None:
-    q, k, v = random_qkv(B=3, T=16, S=80)
-    real = np.random.default_rng(0).random((3, 80)) < 0.5
-    real[1, :30] = False  # whole blocks at the start
-    real[2] = True
-    k, v = (np.where(real[:, None, :, None], x, 1e9).astype(np.float32) for x in (k, v))
-    ours = attend(mx.array(q), blocks(k, v, list(sizes), real), 0.2, 64)
-    assert_close("o", ours, softmax_attention(q, k, v, 0.2, 64, real), LARGEST, RMS)
-
-
-@pytest.mark.parametrize("sizes", [[40], [8]], ids=str)
-def test_a_query_without_a_key_gives_zeros(sizes: list[int]) -> None:
-    q, k, v = random_qkv(B=2, T=40, S=40)
-    real = np.ones((2, 40), bool)
-    real[0, :10] = False
-    real[1] = False
-    ours = np.array(attend(mx.array(q), blocks(k, v, list(sizes), real), 0.2, 0))
-    assert not ours[0, :, :10].any() and not ours[1].any() and ours[0, :, 10:].all()
-    assert_close("o", ours, softmax_attention(q, k, v, 0.2, 0, real), LARGEST, RMS)
+    assert_close("o", ours, softmax_attention(q, k, v, 0.2, first), LARGEST, RMS)
 
 
 @pytest.mark.parametrize("sizes", [[50], [7]], ids=str)
@@ -109,7 +81,7 @@ def test_large_scores_do_not_overflow(sizes: list[int], direction: int) -> None:
     q, k = np.abs(q), np.abs(k)
     size = np.linspace(1, 100, 50)[::direction, None]
     k = (k * size * 100 / 24).astype(np.float32)  # scores up to 1e4
-    oracle = softmax_attention(q, k, v, 1.0, 40, None)
+    oracle = softmax_attention(q, k, v, 1.0, 40)
     # A score of 1e4 is rounded to 1e-3, and so is its exponential.
     assert_close("o", attend(mx.array(q), blocks(k, v, list(sizes)), 1.0, 40), oracle, 5e-3)
 
@@ -120,8 +92,8 @@ def test_large_scores_of_16_bits_are_not_rounded_before_the_softmax(spread: floa
     q, k, v = (rng.standard_normal((1, 4, n, 192), np.float32) for n in (1, 2000, 2000))
     inputs = [mx.array(x).astype(mx.bfloat16) for x in (q * spread, k, v)]
     exact = [np.array(x.astype(mx.float32)) for x in inputs]
-    o = attend(inputs[0], [Block(0, *inputs[1:], None)], 192**-0.5, 1999)
-    expected = softmax_attention(*exact, 192**-0.5, 1999, None)
+    o = attend(inputs[0], [Block(0, *inputs[1:])], 192**-0.5, 1999)
+    expected = softmax_attention(*exact, 192**-0.5, 1999)
     # The shares, the sum with the values and the output are rounded to bfloat16: 2.5e-3 rms.
     assert_close("output", o, expected, np.inf, 4e-3)
 
@@ -130,10 +102,10 @@ def test_16_bits_go_in_and_come_out() -> None:
     q, k, v = random_qkv(T=20, S=20)
     arrays = [mx.array(x).astype(mx.bfloat16) for x in (q, k, v)]
     q, k, v = (np.array(x.astype(mx.float32)) for x in arrays)
-    ours = attend(arrays[0], [Block(0, *arrays[1:], None)], 0.2, 0)
+    ours = attend(arrays[0], [Block(0, *arrays[1:])], 0.2, 0)
     assert ours.dtype == mx.bfloat16
     # bfloat16 keeps 8 bits (4e-3); scores of about 3 and shares are rounded to it, too.
-    assert_close("o", ours, softmax_attention(q, k, v, 0.2, 0, None), 3e-2, 1e-2)
+    assert_close("o", ours, softmax_attention(q, k, v, 0.2, 0), 3e-2, 1e-2)
 
 
 # -------------------------------------------------------------------------------- the two forms
@@ -154,8 +126,8 @@ def test_the_absorbed_and_the_expanded_form_agree(
         monkeypatch.setattr(mla, "expanding_pays", lambda T, _, start=start: T >= start)
         entry = cache.LatentCache()
         if past:
-            mixer(x[:, :past], entry, None)
-        results.append(mixer(x[:, past:], entry, None))
+            mixer(x[:, :past], entry)
+        results.append(mixer(x[:, past:], entry))
     assert_close("o", *results, LARGEST, RMS)
 
 
@@ -187,7 +159,7 @@ def mla_layer(x: np.ndarray, weights: dict[str, np.ndarray], heads: int, lora: i
     both = (latent @ weights["kv_b_proj"].T).reshape(len(x), heads, -1).swapaxes(0, 1)
     nope = q.shape[-1] - shared.shape[-1]
     k = np.concatenate([both[..., :nope], np.broadcast_to(shared, (heads, *shared.shape))], -1)
-    o = softmax_attention(q[None], k[None], both[None, ..., nope:], q.shape[-1] ** -0.5, 0, None)
+    o = softmax_attention(q[None], k[None], both[None, ..., nope:], q.shape[-1] ** -0.5, 0)
     return o[0].swapaxes(0, 1).reshape(len(x), -1) @ weights["o_proj"].T
 
 
@@ -203,7 +175,7 @@ def test_an_mla_layer_is_the_published_formula(
             values = random_tensor(name, shape, SEED).astype(np.float64)
             weights[name.removeprefix(prefix).removesuffix(".weight")] = values
     x = (size * np.random.default_rng(0).standard_normal((50, 96))).astype(np.float32)
-    ours = model("odd").layers[1].self_attn(mx.array(x)[None], cache.LatentCache(), None)
+    ours = model("odd").layers[1].self_attn(mx.array(x)[None], cache.LatentCache())
     assert_close("o", ours[0], mla_layer(x.astype(np.float64), weights, 5, 48), LARGEST, RMS)
 
 
@@ -218,13 +190,13 @@ def test_peak_memory_does_not_grow_with_the_context(
     layer, peaks = model("odd").layers[1].self_attn, []
     for context in (1000, 4000):
         entry = cache.LatentCache()
-        entry.append(mx.random.normal((1, context, 72)), None)
+        entry.append(mx.random.normal((1, context, 72)))
         x = mx.random.normal((1, T, 96))
         mx.eval(x, entry.arrays())
         mx.clear_cache()
         mx.reset_peak_memory()
         before = live_memory()
-        mx.eval(layer(x, entry, None))
+        mx.eval(layer(x, entry))
         peaks.append(mx.get_peak_memory() - before)
     # The scores of 3000 more tokens would be 5 heads x T x 3000 x 4 bytes: 12 MB for T = 200. A
     # merge of segments may pass by: the latents of 4000 tokens are 1.2 MB.

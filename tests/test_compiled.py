@@ -1,9 +1,11 @@
 """The compiled step of one token: the same numbers as layer by layer, however shapes change."""
 
 import gc
+import random
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +18,8 @@ from mlx_kimi.loading.load import load_model
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, is_traced, use_backend
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model import kimi_linear
-from mlx_kimi.model.cache import TAIL, CacheEntry
+from mlx_kimi.model.cache import TAIL, CacheEntry, LatentCache
+from mlx_kimi.model.compiled import CompiledStep
 from mlx_kimi.model.kimi_linear import KimiLinear
 from tests.assertions import assert_close
 from tests.processes import live_memory
@@ -53,6 +56,16 @@ def prompted(model: KimiLinear, B: int, length: int, bits: int | None = None) ->
     return cache
 
 
+def as_if_read(model: KimiLinear, length: int) -> list[CacheEntry]:
+    """After so many tokens, nearly all of which left latents of zeros."""
+    cache = prompted(model, 1, 3)
+    for entry in cache:
+        if isinstance(entry, LatentCache) and length > 3:
+            entry.append(mx.zeros((1, length - 3, model.config.latent_width)))
+        entry.lengths = (length,)
+    return cache
+
+
 def ids(B: int, T: int) -> mx.array:
     return mx.random.randint(0, 250, (B, T), key=mx.random.key(B + T))
 
@@ -81,9 +94,10 @@ def test_is_the_ops_form_across_the_freezing_of_a_tail(
     assert [entry.lengths for entry in compiled] == [entry.lengths for entry in plain]
     for one, other in zip(compiled, plain, strict=True):
         if isinstance(one, caches.LatentCache) and isinstance(other, caches.LatentCache):
-            assert [s.size for s in one.segments] == [s.size for s in other.segments]
-            kept, expected = (np.array(e.segments[-1].latents) for e in (one, other))
-            assert_close("latents", kept, expected, SAME)
+            for text in range(B):
+                mine, others = one.segments(text), other.segments(text)
+                assert [s.size for s in mine] == [s.size for s in others]
+                assert_close("latents", mine[-1].rows, others[-1].rows, SAME)
 
 
 @pytest.mark.slow
@@ -204,10 +218,70 @@ def test_what_cannot_be_traced_is_not(pocket: KimiLinear) -> None:
         assert pocket.compiled.takes(cache)
         assert not pocket.compiled.takes(pocket.make_cache())  # has read nothing
         with use_backend(None):
-            padded = pocket.make_cache()
-            pocket(ids(2, 4), padded, lengths=[4, 2])
-        with use_backend(reference_backend, traced=True):
-            assert not pocket.compiled.takes(padded)
+            unlike = pocket.make_cache()
+            pocket(ids(2, 4), unlike, lengths=[4, 2])
+        assert pocket.compiled.takes(unlike)
+
+
+@pytest.mark.slow
+def test_texts_of_unlike_contexts_are_the_texts_alone(
+    pocket: KimiLinear, launched: list[str]
+) -> None:
+    """Across the freezing of one text's tail, with latents that two of them share."""
+    whole = prompted(pocket, 1, TAIL + 40)
+    texts = [prompted(pocket, 1, TAIL - 2), whole, caches.snapshot(whole), prompted(pocket, 1, 3)]
+    batch = [type(entries[0]).join(entries) for entries in zip(*texts, strict=True)]
+    tokens = ids(4, 5)
+    together = one_by_one(pocket, tokens, batch)
+    assert launched
+    with use_backend(None):
+        for number, text in enumerate(texts):
+            alone = one_by_one(pocket, tokens[number : number + 1], text)
+            assert_close(f"text {number}", together[number : number + 1], alone, SAME)
+    assert batch[0].lengths == tuple(text[0].lengths[0] for text in texts)
+
+
+@pytest.mark.slow
+def test_texts_that_come_and_go_take_a_graph_a_number(
+    pocket: KimiLinear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 times a text joins or leaves, of contexts up to 5,000 tokens, as a GPU would run them."""
+    traced: list[tuple[int, ...]] = []
+    compile = mx.compile
+
+    def counting(step: Any) -> Any:
+        def traced_step(ids: mx.array, *given: Any) -> Any:
+            traced.append(ids.shape)
+            return step(ids, *given)
+
+        return compile(traced_step)
+
+    def zeros(kernel: Kernel) -> Launch:
+        def launch(*, output_shapes: Any, output_dtypes: Any, **_: Any) -> list[mx.array]:
+            return list(map(mx.zeros, output_shapes, output_dtypes))
+
+        return launch
+
+    monkeypatch.setattr(mx, "compile", counting)
+    monkeypatch.setattr("mlx_kimi.model.compiled.takes_addresses", lambda: True)
+    monkeypatch.setattr(pocket, "compiled", CompiledStep(pocket))
+    rng = random.Random(0)
+    known = [as_if_read(pocket, length) for length in (3, 300, 1500, 5000)]
+    batch = caches.snapshot(known[0])
+    with use_backend(zeros, traced=True):
+        for _ in range(200):
+            count = len(batch[0].lengths)
+            if count == 1 or (count < 16 and rng.random() < 0.55):
+                pairs = zip(batch, rng.choice(known), strict=True)
+                batch = [type(entry).join([entry, new]) for entry, new in pairs]
+            else:
+                stay = rng.sample(range(count), count - 1)
+                batch = [entry.take(stay) for entry in batch]
+            count = len(batch[0].lengths)
+            mx.eval(pocket.hidden(ids(count, 1), batch), caches.arrays(batch))
+    assert {shape[0] for shape in traced} == set(range(1, 17))
+    print(f"{len(traced)} graphs")
+    assert len(traced) <= 2 * 16  # two classes of splits
 
 
 def test_the_graph_does_not_keep_the_model(launched: list[str]) -> None:

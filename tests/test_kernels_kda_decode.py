@@ -46,8 +46,9 @@ def case(
     dtype: mx.Dtype = mx.float32,
     rate: float = 0.0,
     mode: str = "affine",
+    T: int = 1,
 ) -> Case:
-    """A layer at random; its decays are stronger as `rate` rises."""
+    """A layer and T tokens at random; its decays are stronger as `rate` rises."""
     rank = rank or D
     rng = np.random.default_rng([B, H, D, K, rank, bits, group_size])
 
@@ -64,7 +65,7 @@ def case(
         mx.array(1 + normal(D) / 4),
         1e-5,
     )
-    x = mx.array(normal(B, channels + 2 * rank + H)).astype(dtype)
+    x = mx.array(normal(B * T, channels + 2 * rank + H)).astype(dtype)
     tail = mx.array(normal(B, K - 1, channels)).astype(dtype)
     return Case(x, weights, tail, mx.array(normal(B, H, D, D)))
 
@@ -118,6 +119,27 @@ def test_equals_the_equations_at_decays_of_every_strength(form: str, rate: float
 def test_takes_quantized_matrices(form: str, mode: str, bits: int, group_size: int) -> None:
     given = case(H=1, rank=128, bits=bits, group_size=group_size, mode=mode)
     assert_is_oracle(form, given)
+
+
+@of_form
+@pytest.mark.parametrize("T", [2, 3, 8])
+@pytest.mark.parametrize("B, H, D, K", [(1, 1, 64, 2), (2, 3, 64, 4), (1, 1, 128, 6)])
+def test_several_tokens_are_one_after_another(
+    form: str, T: int, B: int, H: int, D: int, K: int
+) -> None:
+    """Before their convolution is full, and after; a kernel's tokens have the bits of one."""
+    given = case(B=B, H=H, D=D, K=K, T=T)
+    y, tail, state = FORMS[form](*given)
+    now = given
+    for t in range(T):
+        one = now._replace(x=given.x[t::T])
+        expected, last = oracle(one)
+        assert_all_close(mx.float32, LARGEST, RMS, y=(y[t::T], expected))
+        alone, *memory = FORMS[form](*one)
+        assert_same_bits(f"token {t}", y[t::T], alone)
+        now = now._replace(tail=memory[0], state=memory[1])
+    assert_same_bits("tail", tail, now.tail)
+    assert_same_bits("state", state, now.state)
 
 
 def test_takes_gates_that_are_stored_unlike_each_other() -> None:

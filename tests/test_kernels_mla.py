@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from mlx_kimi.metal_kernels import mla_decode as module
+from mlx_kimi.metal_kernels import split_kv
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.metal_kernels.latents import CODE_WORDS, GROUP_WORDS, pack, unpack
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights, mla_decode, naive_mla_decode
-from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan, positions_of_a_split
+from mlx_kimi.metal_kernels.split_kv import SEGMENTS, Part, SplitKVPlan, positions_of_a_split
 from mlx_kimi.metal_kernels.tuning import BASE, MAX, NVIDIA, ULTRA, AttendShape
 from tests.assertions import assert_close, assert_same_bits, numbers
 from tests.kernel_cases import (
@@ -63,7 +64,8 @@ class Case(NamedTuple):
             return naive_mla_decode(*self)
         sizes = [segment.shape[1] for segment in self.segments]
         tokens = len(self.x) // len(self.tail)
-        plan = SplitKVPlan.of(self.size, self.tail.shape[1], sizes, columns, tokens)
+        texts, room, _ = self.tail.shape
+        plan = SplitKVPlan.uniform(self.size, room, sizes, columns, tokens, texts)
         return mla_decode(self.x, self.weights, self.tail, plan, self.segments, shape)
 
 
@@ -306,6 +308,92 @@ def test_several_tokens_have_the_bits_of_one_at_a_time(tail: int, spare: int, pa
         y, now = one.run(columns=64)
         assert_same_bits(f"token {t}", together[t::8], y)
     assert_same_bits("tail", kept[:, : tail + 8], now[:, : tail + 8])
+
+
+# ------------------------------------------------------------------------ texts of unlike contexts
+class Unlike(NamedTuple):
+    """Texts whose latents lie in arrays that some share, at other places and of other sizes."""
+
+    given: Case  # `tail` and `segments` as launches take them; `size` means nothing
+    held: list[int]
+    parts: list[list[Part]]
+
+    def plan(self, columns: int | None) -> SplitKVPlan:
+        B, room, _ = self.given.tail.shape
+        tokens = len(self.given.x) // B
+        return SplitKVPlan.of([n + 1 for n in self.held], room, self.parts, columns, tokens)
+
+    def run(self, form: str, columns: int | None) -> tuple[mx.array, mx.array]:
+        x, weights, tail, _, segments = self.given
+        plan = self.plan(columns)
+        if form == "kernel":
+            return mla_decode(x, weights, tail, plan, segments)
+        queries, tail = module.naive_mla_query(x, weights, tail, plan)
+        found = module.naive_mla_attend(queries, tail, plan, segments, weights.lora)
+        return module.naive_mla_output(*found, plan, weights, x.dtype), tail
+
+    def alone(self, text: int) -> Case:
+        """A text by itself, with its latents in arrays of their own."""
+        given, held = self.given, self.held[text]
+        T = len(given.x) // len(given.tail)
+        own = [given.segments[p.array][:, p.start : p.start + p.size] for p in self.parts[text]]
+        x = given.x[text * T : (text + 1) * T]
+        tail = given.tail[text : text + 1]
+        return given._replace(x=x, tail=tail, size=held + 1, segments=own)
+
+
+def unlike(T: int = 1, packed: bool = False, arrays: int = 3) -> Unlike:
+    """Five texts: one without frozen latents, two that share all, one of many parts, a long one."""
+    given = case(POCKET, 0, [40, 64, 24] + [8] * (arrays - 3), B=1, packed=packed, spread=3)
+    held = [3, 0, 9, 17, 1]
+    x = case(POCKET, 0, [], B=5, T=T).x
+    tail = np.full((5, 30, 192), np.nan, np.float32)
+    for text, n in enumerate(held):
+        tail[text, :n] = np.random.default_rng(text).standard_normal((n, 192))
+    everything = [Part(i, 0, s.shape[1]) for i, s in enumerate(given.segments)]
+    shared = [Part(1, 16, 32), Part(0, 8, 8)]
+    parts = [[], shared, shared, everything, [Part(1, 48, 16), Part(2, 0, 24), Part(0, 16, 24)]]
+    return Unlike(given._replace(x=x, tail=mx.array(tail)), held, parts)
+
+
+@of_form
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("arrays", [3, SEGMENTS + 4])
+def test_each_text_sees_its_own_latents(form: str, T: int, packed: bool, arrays: int) -> None:
+    texts = unlike(T, packed, arrays)
+    y, tail = texts.run(form, 16)
+    for text, held in enumerate(texts.held):
+        expected, kept = one_by_one(texts.alone(text))
+        own = y[text * T : (text + 1) * T]
+        assert_all_close(mx.float32, LARGEST, RMS, y=(own, expected))
+        assert_close("tail", tail[text, : held + T], kept[0, : held + T], LARGEST, RMS)
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_a_text_has_the_same_bits_whatever_the_others_are(T: int) -> None:
+    texts = unlike(T)
+    y, _ = texts.run("kernel", 16)
+    for text in range(len(texts.held)):
+        alone, _ = texts.alone(text).run(columns=16)
+        assert_same_bits(f"text {text}", y[text * T : (text + 1) * T], alone)
+
+
+def test_room_for_more_splits_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in graphs, which have room to spare: what is not used is neither read nor written."""
+    texts = unlike(2)
+    expected, _ = texts.run("kernel", 16)
+
+    def filling(kernel: Kernel) -> Launch:
+        launch = emulator(kernel)
+        return lambda **how: launch(**how, init_value=float("nan"))
+
+    monkeypatch.setattr(split_kv, "is_traced", lambda: True)
+    assert texts.plan(16).capacities == (64,)
+    with use_backend(filling):
+        y, _ = texts.run("kernel", 16)
+        mx.eval(y)
+    assert_same_bits("y", y, expected)
 
 
 # --------------------------------------------------------------------------------- work and text

@@ -99,10 +99,10 @@ def test_many_tokens_of_an_mla_layer_meet_blocks_of_columns(
     for backend in (None, emulator):
         entry = LatentCache(bits=bits)
         with use_backend(None):
-            layer(x[:, :280], entry, None)  # a frozen segment and a tail
+            layer(x[:, :280], entry)  # a frozen segment and a tail
         with use_backend(backend), monkeypatch.context() as patch:
             patch.setattr(mla, "expanding_pays", lambda T, _: T >= 40)
-            results.append(layer(x[:, 280:], entry, None))
+            results.append(layer(x[:, 280:], entry))
             mx.eval(results)
     assert emulator(mla_prefill.KERNEL).counts
     assert results[1].dtype == dtype
@@ -138,14 +138,14 @@ def test_memory_of_expanded_blocks_does_not_grow_with_the_context(
     monkeypatch.setattr(mla, "EXPANDED", 64 * heads)
     for context in (1000, 4000):
         entry = LatentCache()
-        entry.append(mx.random.normal((1, context, layer.width)), None)
+        entry.append(mx.random.normal((1, context, layer.width)))
         x = mx.random.normal((1, 200, hidden))
         mx.eval(x, entry.arrays())
         mx.clear_cache()
         mx.reset_peak_memory()
         before = live_memory()
         with use_backend(reference_backend):
-            mx.eval(layer(x, entry, None))
+            mx.eval(layer(x, entry))
         peaks.append(mx.get_peak_memory() - before)
     # Keys and values of 3000 more latents would be 6 MB, and 47 outputs in float32 9 MB; a merge of
     # segments, which may pass by, takes 3.1 MB.

@@ -78,7 +78,7 @@ def test_8_bits_change_logits_little_more_than_bfloat16_does(
     exact = late_logits(model, ids, None)
     ours = late_logits(model, ids, 8)
     monkeypatch.setattr(
-        Segment, "packed", lambda s: Segment(s.latents.astype(mx.bfloat16).astype(mx.float32))
+        Segment, "packed", lambda s: Segment.whole(s.rows.astype(mx.bfloat16).astype(mx.float32))
     )
     rounded = late_logits(model, ids, 8)
     found, usual = (float(np.median(errors(x, exact))) for x in (ours, rounded))
@@ -107,7 +107,7 @@ def test_decoding_with_kernels_goes_on_where_latents_freeze(
     for number, (a, b) in enumerate(zip(logits, expected, strict=True)):
         assert_close(f"token {number}", a, b, 5e-3 if bits and number == 1 else 1e-4)
     (entry,) = (e for e in ours if isinstance(e, LatentCache))
-    assert len(entry.frozen) == 2 and entry.tail is not None and entry.tail.size == 2
+    assert [len(own) for own in entry.frozen] == [2, 2] and entry.held == (2, 2)
 
 
 # --------------------------------------------------------------------------------------- cache
@@ -117,15 +117,22 @@ def filled(sizes: Sequence[int], bits: int | None = 8, B: int = 2) -> tuple[Late
     latents = mx.random.normal((B, sum(sizes), WIDTH), key=mx.random.key(sum(sizes)))
     start = 0
     for size in sizes:
-        entry.append(latents[:, start : start + size], None)
+        entry.append(latents[:, start : start + size])
         start += size
     entry.lengths = (start,) * B
     return entry, latents
 
 
 def whole(entry: LatentCache) -> mx.array:
-    segments = [s.plain(WIDTH, mx.float32) for s in entry.segments]
-    return Segment.concatenate(segments).latents
+    """[B, positions of the longest, WIDTH], zeros behind the shorter."""
+    texts = [
+        mx.concatenate([s.plain(WIDTH, mx.float32) for s in entry.segments(text)], axis=1)
+        for text in range(len(entry.lengths))
+    ]
+    longest = max(text.shape[1] for text in texts)
+    return mx.concatenate(
+        [mx.pad(text, [(0, 0), (0, longest - text.shape[1]), (0, 0)]) for text in texts]
+    )
 
 
 # Of 64 normal numbers the span is at most 8, a step 8 / 255, and half of it 1/30 of a deviation at
@@ -137,15 +144,15 @@ ERROR = 1 / 60
 def test_frozen_latents_are_packed_and_come_back_in_order(seed: int) -> None:
     rng = random.Random(seed)
     entry, latents = filled([rng.choice([1, 255, 256, 300, 2048]) for _ in range(20)])
-    assert all(is_packed(segment.latents) for segment in entry.frozen)
-    assert entry.tail is None or not is_packed(entry.tail.latents)
-    assert entry.positions == latents.shape[1]
+    assert all(is_packed(array) for array in entry.frozen_arrays)
+    assert entry.tail is None or not is_packed(entry.tail)
+    assert [entry.positions(text) for text in (0, 1)] == [latents.shape[1]] * 2
     assert_close("latents", whole(entry), latents, ERROR)
 
 
 def test_packed_latents_take_little_more_than_half_of_bfloat16() -> None:
     entry = LatentCache(bits=8)
-    entry.append(mx.zeros((1, 4096, 576), mx.bfloat16), None)
+    entry.append(mx.zeros((1, 4096, 576), mx.bfloat16))
     mx.eval(entry.arrays())
     assert sum(array.nbytes for array in entry.arrays()) == 4096 * 648
 
@@ -156,12 +163,14 @@ def test_rows_are_taken_and_joined() -> None:
     assert taken.bits == 8
     assert_same_bits("taken", whole(taken), whole(one)[1:])
     joined = LatentCache.join([two, taken])
-    assert joined.bits == 8 and joined.positions == 700 and joined.lengths == (301, 301, 700)
-    assert joined.is_masked and not one.is_masked
+    assert joined.bits == 8 and joined.lengths == (301, 301, 700)
+    assert [joined.positions(text) for text in range(3)] == [301, 301, 700]
+    assert joined.frozen == (*two.frozen, *taken.frozen), "nothing frozen is copied"
     for row, (count, expected) in enumerate([(301, b[0]), (301, b[1]), (700, a[1])]):
         assert_close(f"row {row}", whole(joined)[row, :count], expected[:count], ERROR)
-    joined.append(mx.zeros((3, 300, WIDTH)), None)
-    assert joined.positions == 1000 and sum(s.size for s in joined.frozen) == 768
+    joined.append(mx.zeros((3, 300, WIDTH)))
+    assert [joined.positions(text) for text in range(3)] == [601, 601, 1000]
+    assert [sum(s.size for s in own) for own in joined.frozen] == [512, 512, 768]
 
 
 def test_a_restored_snapshot_keeps_its_bits(model: Callable[[str], KimiLinear]) -> None:

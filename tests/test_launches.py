@@ -9,10 +9,10 @@ import pytest
 from benchmarks.launches import launches
 from mlx_kimi.evaluation.random_model import PUBLISHED_48B
 from mlx_kimi.loading.load import load_model
-from mlx_kimi.metal_kernels import fused
+from mlx_kimi.metal_kernels import fused, matmul
 from mlx_kimi.metal_kernels.kernel import Kernel, Launch, use_backend
 from mlx_kimi.model import layers
-from mlx_kimi.model.cache import CacheEntry, arrays
+from mlx_kimi.model.cache import CacheEntry, LatentCache, arrays
 from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kimi_linear import KimiLinear
 from tests.checkpoints import published_config, write_checkpoint
@@ -58,14 +58,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield names
 
 
-def after_a_token(model: KimiLinear) -> list[CacheEntry]:
+def after_a_token(model: KimiLinear, B: int = 1) -> list[CacheEntry]:
     cache = model.make_cache()
     with use_backend(None):
-        model(mx.array([[1]]), cache)
+        model(mx.array([[1]] * B), cache)
     mx.eval(arrays(cache))
     for entry in cache:  # as every token but the first of a tail finds it
-        if hasattr(entry, "roomy_tail"):
-            entry.tail = entry.roomy_tail(1, model.config.latent_width, mx.float32)
+        if isinstance(entry, LatentCache):
+            entry.tail = entry.roomy_tail(B, model.config.latent_width, mx.float32)
     mx.eval(arrays(cache))
     return cache
 
@@ -80,6 +80,25 @@ def test_a_token_of_the_48b_is_few_launches(model: KimiLinear, counted: list[str
     total = sum(found.values()) + len(counted)
     assert total == 8 + 19 * 8 + 7 * 10 + 4
     assert total + 3 <= MOST  # a quantized embedding has three arrays to look up, and is unpacked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("B, T", [(1, 2), (1, 4), (1, 8), (2, 1), (4, 1), (8, 1), (16, 1), (2, 8)])
+def test_a_few_tokens_of_the_48b_are_few_launches(
+    model: KimiLinear, counted: list[str], monkeypatch: pytest.MonkeyPatch, B: int, T: int
+) -> None:
+    """Texts of a batch, drafts, or both: as many as for one token, but for the experts of many."""
+    cache, steps = after_a_token(model, B), [] if T > 1 else None
+    monkeypatch.setattr(matmul, "copy_pays", lambda rows, size: False)  # as on a GPU
+    counted.clear()
+    plan = next(entry.plan(B, T) for entry in cache if isinstance(entry, LatentCache))
+    batch = ForwardBatch(plan=plan, steps=steps)
+    hidden = model.run(mx.array([[1] * T] * B), cache, batch)
+    tokens = mx.argmax(model.logits(hidden), axis=-1)
+    found = launches(tokens, *arrays(cache))
+    total = sum(found.values()) + len(counted)
+    print(f"{B} x {T}: {total} launches, {dict(found)}")
+    assert total <= 300
 
 
 @pytest.mark.parametrize(("number", "most", "expected"), [(1, 9, 8), (3, 13, 10)])

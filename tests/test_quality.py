@@ -75,7 +75,7 @@ def test_layer_by_layer_is_the_ordinary_run(
     layers = opened(path)
     x = layers.embedded(batch)
     for number in range(len(layers.config.layers)):
-        x = layers.run(number, x, ForwardBatch.padded(40, lengths))
+        x = layers.run(number, x, ForwardBatch.padded(lengths))
     expected = load_model(path).hidden(batch, lengths=lengths)
     for row, length in enumerate(lengths):
         assert relative(expected[row, :length], layers.normed(x)[row, :length]) < ROUNDING

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
@@ -117,22 +118,21 @@ def test_a_snapshot_costs_no_memory(model: Models) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_latents_come_back_in_order_however_they_came(seed: int, B: int) -> None:
     rng = random.Random(seed)
-    entry, held, mask, start = LatentCache(), [], [], 0
-    while start < 9000:
+    entry, texts = LatentCache(), [np.zeros(0, np.int64)] * B
+    while len(texts[0]) < 9000:
         size = rng.choice([1, 1, 3, 255, 256, 257, 1000, 2048])
-        latents = np.arange(start, start + B * size).reshape(B, size, 1)
-        real = np.random.default_rng(start).random((B, size)) < 0.5
-        masked = rng.random() < 0.3
-        entry.append(mx.array(latents), mx.array(real) if masked else None)
-        held.append(latents)
-        mask.append(real if masked else np.ones_like(real))
-        start += size
-        assert entry.positions == start
-        assert entry.tail is None or entry.tail.size < cache.TAIL
-    whole = Segment.concatenate(entry.segments)
-    assert_same_bits("latents", whole.latents, np.concatenate(held, axis=1))
-    assert whole.valid is not None
-    assert_same_bits("valid", whole.valid, np.concatenate(mask, axis=1))
+        latents = np.random.default_rng(len(texts[0])).integers(0, 1 << 30, (B, size))
+        counts = [rng.randint(0, size) for _ in range(B)] if rng.random() < 0.3 else [size] * B
+        entry.append(mx.array(latents[..., None]), None if counts == [size] * B else counts)
+        texts = [
+            np.concatenate([text, new[:n]])
+            for text, new, n in zip(texts, latents, counts, strict=True)
+        ]
+        assert [entry.positions(b) for b in range(B)] == [len(text) for text in texts]
+        assert all(held < cache.TAIL for held in entry.held)
+    for b, text in enumerate(texts):
+        whole = Segment.concatenate(entry.segments(b)).rows
+        assert_same_bits("latents", whole[0, :, 0], text.astype(np.int64))
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +142,11 @@ def decoded() -> tuple[list[float], list[int], int]:
     seconds, active = [], []
     for token in range(20_000):
         seconds.append(time.process_time())  # of all threads; other programs do not count
-        entry.append(mx.full((1, 1, width), token, mx.float32), None)
+        entry.append(mx.full((1, 1, width), token, mx.float32))
         mx.async_eval(*entry.arrays())
         active.append(mx.get_active_memory())
     mx.eval(entry.arrays())
-    assert entry.positions == 20_000
+    assert entry.positions(0) == 20_000
     return seconds, active, width * 4
 
 
@@ -182,7 +182,7 @@ def test_a_million_tokens_are_few_segments_and_few_copies(
     def counted(segments: Sequence[Segment]) -> Segment:
         if freezing[0] and len(segments) > 1:
             for segment in segments:
-                first, last = segment.latents[0, 0, 0].item(), segment.latents[0, -1, 0].item()
+                first, last = segment.rows[0, 0, 0].item(), segment.rows[0, -1, 0].item()
                 copies[first : last + 1] += 1
         return concatenate(segments)
 
@@ -199,13 +199,13 @@ def test_a_million_tokens_are_few_segments_and_few_copies(
     while start < total:
         sizes = rng.choice([[2048] * 20, [1] * 300, [256] * 9, [8192], [5, 700, 1300]])
         for size in sizes:
-            entry.append(mx.arange(start, start + size)[None, :, None], None)
+            entry.append(mx.arange(start, start + size)[None, :, None])
             start += size
         mx.eval(entry.arrays())
-        most = max(most, len(entry.frozen))
+        most = max(most, len(entry.frozen[0]))
     assert most <= SEGMENTS
     assert 0 < copies.max() <= 5
-    whole = concatenate(entry.segments).latents[0, :, 0]
+    whole = concatenate(entry.segments(0)).rows[0, :, 0]
     assert mx.array_equal(whole, mx.arange(start))
 
 
@@ -215,20 +215,20 @@ def test_segments_stay_few_for_appends_of_one_size(size: int) -> None:
     entry, tokens = LatentCache(), 60_000 if size < 256 else 1 << 20
     row = mx.zeros((1, size, 1), mx.int8)
     for step in range(tokens // size):
-        entry.append(row, None)
+        entry.append(row)
         if step % 500 == 0:
             mx.eval(entry.arrays())
-            assert len(entry.frozen) <= SEGMENTS
-    assert entry.positions == tokens // size * size
+            assert len(entry.frozen[0]) <= SEGMENTS
+    assert entry.positions(0) == tokens // size * size
 
 
 def test_frozen_segments_are_left_alone_by_an_append() -> None:
     entry = LatentCache()
-    entry.append(mx.zeros((1, 5000, 4)), None)
-    before = entry.frozen
+    entry.append(mx.zeros((1, 5000, 4)))
+    before = entry.frozen[0]
     for _ in range(100):
-        entry.append(mx.zeros((1, 1, 4)), None)
-    assert all(a is b for a, b in zip(entry.frozen, before, strict=True))
+        entry.append(mx.zeros((1, 1, 4)))
+    assert all(a is b for a, b in zip(entry.frozen[0], before, strict=True))
 
 
 @pytest.mark.parametrize("size", [256 + 200, 256 * 8 + 255])
@@ -236,13 +236,76 @@ def test_segments_keep_no_more_memory_than_their_own(size: int) -> None:
     """A slice keeps its whole parent alive: the parts of one append must be copies."""
     before = live_memory()
     entry = LatentCache()
-    entry.append(mx.random.normal((1, size, 64)), None)
+    entry.append(mx.random.normal((1, size, 64)))
     mx.eval(entry.arrays())
     own = sum(array.nbytes for array in entry.arrays())
     assert own == size * 64 * 4
     # 16 KB: small arrays of earlier tests, which may go later than their last reference. A parent
     # that stayed alive would add at least as much as `own`.
     assert mx.get_active_memory() - before < 1.05 * own + 16_384
+
+
+# --------------------------------------------------------------------------- texts of one batch
+@pytest.mark.parametrize("seed", range(3))
+def test_texts_that_come_and_go_keep_their_latents(seed: int) -> None:
+    """Whatever is pooled, shared or dropped meanwhile; what nobody has any more is not kept."""
+    rng = random.Random(seed)
+    tokens = iter(range(1 << 30))
+
+    def new(count: int) -> list[int]:
+        return list(islice(tokens, count))
+
+    def appended(entry: LatentCache, texts: list[list[int]], more: list[list[int]]) -> None:
+        longest = max(map(len, more))
+        rows = [[*ids, *[-1] * (longest - len(ids))] for ids in more]
+        entry.append(mx.array(rows)[..., None], [len(ids) for ids in more])
+        for text, ids in zip(texts, more, strict=True):
+            text += ids
+        entry.lengths = tuple(map(len, texts))
+
+    def begun() -> tuple[LatentCache, list[list[int]]]:
+        entry, texts = LatentCache(), [[]]
+        for _ in range(rng.randint(1, 4)):
+            appended(entry, texts, [new(rng.choice([5, 256, 700, 3000]))])
+        return entry, texts
+
+    entry, texts = begun()
+    for _ in range(150):
+        if len(texts) < 12 and rng.random() < 0.5:
+            # A new text, or another one that goes on from the same tokens as one that is there.
+            row = rng.randrange(len(texts))
+            other, known = (entry.take([row]), [texts[row]]) if rng.random() < 0.3 else begun()
+            entry, texts = LatentCache.join([entry, other]), [*texts, *map(list, known)]
+        elif len(texts) > 1 and rng.random() < 0.5:
+            stay = rng.sample(range(len(texts)), rng.randint(1, len(texts)))
+            entry, texts = entry.take(stay), [texts[row] for row in stay]
+        appended(entry, texts, [new(rng.choice([0, 1, 1, 1, 250])) for _ in texts])
+        if rng.random() < 0.5 and entry.room:
+            tail = np.array(entry.roomy_tail(len(texts), 1, mx.int32))
+            for row, text in enumerate(texts):
+                text += new(1)
+                tail[row, entry.held[row]] = text[-1]
+            entry.grow_tail(mx.array(tail))
+            entry.lengths = tuple(map(len, texts))
+        for row, text in enumerate(texts):
+            whole = Segment.concatenate(entry.segments(row)).rows[0, :, 0].tolist()
+            assert whole == text
+        small = [a for a in entry.frozen_arrays if a.shape[1] <= cache.POOLED]
+        assert len(small) <= SEGMENTS or len(texts) == 1
+        unique = {(id(s.latents), s.start, s.size) for own in entry.frozen for s in own}
+        used = sum(size for _, _, size in unique)
+        assert sum(a.shape[1] for a in entry.frozen_arrays) <= 2 * used
+
+
+def test_texts_that_join_share_what_they_have_read() -> None:
+    """Nothing frozen is copied: not for a text that goes on from another's tokens."""
+    entry = LatentCache()
+    entry.append(mx.zeros((1, 5000, 4)))
+    entry.lengths = (5000,)
+    joined = LatentCache.join([entry, entry.snapshot(), entry.snapshot()])
+    assert all(a is b for a, b in zip(joined.frozen_arrays, entry.frozen_arrays, strict=True))
+    joined.append(mx.zeros((3, 300, 4)))
+    assert [id(a) for a in entry.frozen_arrays] == [id(s.latents) for s in entry.frozen[0]]
 
 
 # -------------------------------------------------------------------------------- whole models

@@ -85,7 +85,7 @@ def test_what_snapshots_share_counts_once(loaded) -> None:
     state.take_snapshot()
     state.snapshots.append(replace(state.snapshots[0], length=1))
     held = [entry for entry in state.entries if isinstance(entry, LatentCache)]
-    frozen = sum(a.nbytes for entry in held for s in entry.frozen for a in s.arrays())
+    frozen = sum(array.nbytes for entry in held for array in entry.frozen_arrays)
     assert frozen > 0
     everything = sum(a.nbytes for a in caches.arrays(state.entries))
     assert state.snapshot_bytes == everything - frozen

@@ -137,7 +137,7 @@ class _Batch:
         positions = np.arange(len(parts) * T).reshape(-1, T)
         return _Batch(
             mx.array([part + [0] * (T - len(part)) for part in parts]),
-            ForwardBatch() if lengths[-1] == T else ForwardBatch.padded(T, lengths),
+            ForwardBatch() if lengths[-1] == T else ForwardBatch.padded(lengths),
             mx.array(np.concatenate([row[:n] for row, n in zip(positions, lengths, strict=True)])),
             mx.array(
                 np.concatenate([row[: n - 1] for row, n in zip(positions, lengths, strict=True)])

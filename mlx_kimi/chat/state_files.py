@@ -71,7 +71,7 @@ def without_kda(folder: Path, files: Sequence[StateFile]) -> StateFile:
             frozen = [segment.packed() for segment in frozen]
         for name, segments in zip(PARTS, (frozen, tail), strict=True):
             if segments:
-                arrays[f"{name}.{layer}"] = Segment.concatenate(segments).latents
+                arrays[f"{name}.{layer}"] = Segment.concatenate(segments).rows
     return _write(folder, arrays, start, end, has_kda=False)
 
 
@@ -161,12 +161,11 @@ def _latents_since(entry: LatentCache, start: int) -> Arrays:
     """The latents after token `start`: `frozen`, packed if the cache packs them, and `tail`."""
     parts: dict[str, list[mx.array]] = {"frozen": [], "tail": []}
     begin = 0
-    for i, segment in enumerate(entry.segments):
-        assert segment.valid is None  # a conversation is a batch of one, without padding
+    for i, segment in enumerate(entry.segments(0)):
         first, size = max(start - begin, 0), segment.size
         if first < size:
-            name = "frozen" if i < len(entry.frozen) else "tail"
-            parts[name].append(segment.latents[:, first:size])
+            name = "frozen" if i < len(entry.frozen[0]) else "tail"
+            parts[name].append(segment.slice(first, size).rows)
         begin += size
     return {name: mx.concatenate(found, axis=1) for name, found in parts.items() if found}
 
@@ -229,8 +228,9 @@ def _latents(
         frozen = [segment.packed() for segment in frozen]
     return LatentCache(
         (length,),
-        (Segment.concatenate(frozen),) if frozen else (),
-        Segment.concatenate(tail) if tail else None,
+        ((Segment.concatenate(frozen),) if frozen else (),),
+        Segment.concatenate(tail).rows if tail else None,
+        (length % TAIL,),
         state.latent_bits,
     )
 
@@ -254,7 +254,7 @@ def _split(
     for arrays in loaded:
         for name in PARTS:
             if f"{name}.{layer}" in arrays:
-                segment = Segment(arrays[f"{name}.{layer}"])
+                segment = Segment.whole(arrays[f"{name}.{layer}"])
                 # A tail was shorter than TAIL, and has been frozen as a whole or not at all.
                 (frozen if at < full else tail).append(segment)
                 at += segment.size

@@ -238,7 +238,7 @@ def _attention() -> Iterator[str]:
 
     def taken(latents: mx.array, shape: AttendShape, splits: int) -> str:
         positions = positions_of_a_split(CONTEXT, splits)
-        plan = SplitKVPlan.of(1, TAIL, [CONTEXT], positions)
+        plan = SplitKVPlan.uniform(1, TAIL, [CONTEXT], positions)
         run = lambda: list(mla_attend(queries, tail, plan, [latents], lora, shape))  # noqa: E731
         try:
             return f"{_microseconds([run] * LAUNCHES):.0f}"

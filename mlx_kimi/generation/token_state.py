@@ -387,7 +387,7 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 def _frozen_arrays(entry: CacheEntry) -> list[mx.array]:
     if isinstance(entry, KDACache):
         return []
-    return [array for segment in entry.frozen for array in segment.arrays()]
+    return entry.frozen_arrays
 
 
 def _serves(snapshot: Snapshot, shared: int, wanted: int) -> bool:

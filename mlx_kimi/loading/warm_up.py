@@ -62,13 +62,13 @@ def _attend(model: KimiLinear, layer: DecoderLayer) -> None:
     if isinstance(attention, KimiDeltaAttention):
         _read(model, layer, KDACache(), _steps())
         for B in (1, LARGE_BATCH):  # padded: their lengths are an input
-            _read(model, layer, KDACache(), (2,), ForwardBatch.padded(2, [2] * B))
+            _read(model, layer, KDACache(), (2,), ForwardBatch.padded([2] * B))
         return
     _read(model, layer, LatentCache(), _steps())
     _read(model, layer, LatentCache(bits=8), (TAIL, 1))  # packed once a tail is full
     # More than is expanded at a time: the outputs of each block are merged, and stay float32.
     long = LatentCache(lengths=(mla.EXPANDED // attention.embed_q.weight.shape[0],))
-    long.append(mx.zeros((1, long.lengths[0], attention.width), model.norm.weight.dtype), None)
+    long.append(mx.zeros((1, long.lengths[0], attention.width), model.norm.weight.dtype))
     _read(model, layer, long, (tuning().expand_from,))
 
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_kimi.errors import OptionError
 from mlx_kimi.metal_kernels.latents import BITS, is_packed, pack, unpack
-from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
+from mlx_kimi.metal_kernels.split_kv import SEGMENTS, Part, SplitKVPlan
 
 TAIL = 256  # tokens of the latent that may be rebuilt at every step (0.3 MB)
 RADIX = 4  # neighbours of one size class that merge into one of the next
 LAST_CLASS = 5  # of 262,144 tokens (0.3 GB) and more, which are never merged
+POOLED = 16_384  # tokens of the largest array (19 MB) that is copied so that texts share one
 
 
 @dataclass
@@ -62,146 +64,168 @@ class KDACache:
 
 @dataclass(frozen=True)
 class Segment:
-    """Latents of consecutive tokens, padding among them as masked rows.
+    """Latents of consecutive tokens of one text: some rows of an array, which others may share."""
 
-    Attention has no positional encoding, so a gap changes nothing.
-    """
+    latents: mx.array  # [1, rows, latent | shared key], or packed [1, rows, words] uint32
+    start: int  # its first row
+    size: int  # tokens
 
-    latents: mx.array  # [B, S, latent | shared key], or packed [B, S, words] uint32
-    valid: mx.array | None = None  # [B, S] bool, False for padding; None: there is none
-    spare: int = 0  # rows at the end of the latents that hold no token yet; 0 where some are masked
+    @staticmethod
+    def whole(latents: mx.array) -> Segment:
+        return Segment(latents, 0, latents.shape[1])
+
+    @cached_property
+    def address(self) -> mx.array:
+        """Where `latents` begin in memory, as an array of one shape for all: [1, 8, ...].
+
+        MLX's slice is a view of the same memory, which it keeps alive. A kernel that is told where
+        its rows are reads on behind it.
+        """
+        return self.latents[:, :8]
 
     @property
-    def size(self) -> int:
-        """Tokens."""
-        return self.latents.shape[1] - self.spare
-
-    def arrays(self) -> list[mx.array]:
-        return [self.latents] if self.valid is None else [self.latents, self.valid]
-
-    def trimmed(self) -> Segment:
-        """The same tokens without spare rows."""
-        return self.slice(0, self.size) if self.spare else self
-
-    def with_room(self, room: int) -> Segment:
-        """The same tokens, none of them masked, in `room` rows."""
-        missing = room - self.latents.shape[1]
-        if not missing:
-            return self
-        latents = mx.pad(self.latents, [(0, 0), (0, missing), (0, 0)])
-        return Segment(latents, spare=self.spare + missing)
+    def rows(self) -> mx.array:
+        """[1, size, ...]"""
+        if self.size == self.latents.shape[1]:
+            return self.latents
+        return self.latents[:, self.start : self.start + self.size]
 
     def slice(self, start: int, stop: int) -> Segment:
-        valid = None if self.valid is None else self.valid[:, start:stop]
-        return Segment(self.latents[:, start:stop], valid)
+        return Segment(self.latents, self.start + start, stop - start)
 
     def packed(self) -> Segment:
         """The same tokens in 8 bits."""
-        return self if is_packed(self.latents) else Segment(pack(self.latents), self.valid)
+        return self if is_packed(self.latents) else Segment.whole(pack(self.rows))
 
-    def plain(self, width: int, dtype: mx.Dtype) -> Segment:
-        """The same tokens as numbers, [B, S, width]."""
-        if not is_packed(self.latents):
-            return self
-        return Segment(unpack(self.latents, width, dtype), self.valid)
+    def plain(self, width: int, dtype: mx.Dtype) -> mx.array:
+        """The same tokens as numbers, [1, size, width]."""
+        return unpack(self.rows, width, dtype) if is_packed(self.latents) else self.rows
 
     def copy(self) -> Segment:
-        """The same tokens in arrays of their own: a slice keeps its whole parent alive."""
-        return Segment(
-            mx.contiguous(self.latents), None if self.valid is None else mx.contiguous(self.valid)
-        )
+        """The same tokens in an array of their own: a slice keeps its whole parent alive."""
+        return Segment.whole(mx.contiguous(self.rows))
 
     @staticmethod
     def concatenate(segments: Sequence[Segment]) -> Segment:
         if len(segments) == 1:
             return segments[0]
-        latents = mx.concatenate([s.latents for s in segments], axis=1)
-        if all(s.valid is None for s in segments):
-            return Segment(latents)
-        return Segment(latents, mx.concatenate([_valid(s) for s in segments], axis=1))
+        return Segment.whole(mx.concatenate([s.rows for s in segments], axis=1))
+
+
+Segments = tuple[Segment, ...]  # of one text
 
 
 @dataclass
 class LatentCache:
     """The cache of an MLA layer: one latent a token, in frozen segments and a short tail.
 
+    The texts of a batch have each a length of its own, without padding, and may share segments.
     Only the tail is rebuilt when a token comes. A full tail is frozen; four neighbouring segments
     of one size class merge into one of the next, so that a frozen token is copied at most five
     times and 2^20 tokens are at most 19 segments, as many as one launch of the decode kernel takes.
-    `bits` 8: frozen latents are packed to 8 bits.
+    `bits` 8: frozen latents are packed to 8 bits. Before the first token there are no texts.
     """
 
     lengths: tuple[int, ...] = ()
-    frozen: tuple[Segment, ...] = ()
-    tail: Segment | None = None
+    frozen: tuple[Segments, ...] = ()  # of each text
+    tail: mx.array | None = None  # [B, room, latent | shared key]
+    held: tuple[int, ...] = ()  # of each text: the latents in its tail
     bits: int | None = None  # None: latents stay as they come
 
     def __post_init__(self) -> None:
         check_latent_bits(self.bits)
 
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        return self.frozen if self.tail is None else (*self.frozen, self.tail.trimmed())
+    def segments(self, text: int) -> Segments:
+        """Those of a text, what is in its tail the last of them."""
+        if self.tail is None or not self.held[text]:
+            return self.frozen[text]
+        tail = self.tail if len(self.held) == 1 else self.tail[text : text + 1]
+        return (*self.frozen[text], Segment(tail, 0, self.held[text]))
 
-    @property
-    def _kept(self) -> tuple[Segment, ...]:
-        """The segments as they are kept: the tail with its spare rows."""
-        return self.frozen if self.tail is None else (*self.frozen, self.tail)
+    def positions(self, text: int) -> int:
+        """KV positions held for a text: its tokens."""
+        return sum(segment.size for segment in self.frozen[text]) + self.held[text]
 
-    @property
-    def positions(self) -> int:
-        """KV positions held for each row: its tokens, and padding between them."""
-        return sum(segment.size for segment in self._kept)
+    def append(self, latents: mx.array, counts: Sequence[int] | None = None) -> None:
+        """Add latents [B, T, width]; `counts` [B]: how many of the T are a text's. None: all."""
+        B, T, _ = latents.shape
+        self._begin(B)
+        texts = [latents] if B == 1 else [mx.contiguous(latents[b : b + 1]) for b in range(B)]
+        new = [Segment(x, 0, n) for x, n in zip(texts, counts or [T] * B, strict=True)]
+        tails = [self._appended(text, segment) for text, segment in enumerate(new)]
+        self.held = tuple(tail.size for tail in tails)
+        room = max(self.held)
+        rows = [_with_room(tail.rows, room) for tail in tails]
+        self.tail = (rows[0] if B == 1 else mx.concatenate(rows)) if room else None
 
-    @property
-    def is_masked(self) -> bool:
-        """Whether some KV positions may be padding."""
-        return any(segment.valid is not None for segment in self._kept)
+    def _begin(self, B: int) -> None:
+        if not self.frozen:
+            self.frozen, self.held = ((),) * B, (0,) * B
 
-    def append(self, latents: mx.array, valid: mx.array | None) -> None:
-        """Add latents [B, T, width]; `valid` [B, T] is False for padding, None: there is none."""
-        new = Segment(latents, valid)
-        tail = None if self.tail is None else self.tail.trimmed()
-        self._freeze_full(new if tail is None else Segment.concatenate([tail, new]))
+    def _appended(self, text: int, new: Segment) -> Segment:
+        """A text's tail with more tokens, of which what is full has been frozen."""
+        recent = Segment.concatenate([*self.segments(text)[len(self.frozen[text]) :], new])
+        full = recent.size // TAIL * TAIL
+        if not full:
+            return recent
+        if full == recent.latents.shape[1]:
+            self._freeze(text, recent)
+            return Segment(recent.latents, 0, 0)
+        self._freeze(text, recent.slice(0, full).copy())
+        return recent.slice(full, recent.size).copy()
 
-    def roomy_tail(self, B: int, width: int, dtype: mx.Dtype) -> Segment:
-        """The tail as [B, TAIL, width] latents, of a cache that is not masked."""
+    def _freeze(self, text: int, new: Segment) -> None:
+        """Add a segment, whose size is a multiple of TAIL, to a text's frozen ones."""
+        merged = _merged(self.frozen[text], new.packed() if self.bits else new)
+        frozen = (*self.frozen[:text], merged, *self.frozen[text + 1 :])
+        self.frozen = _pooled(_without_waste(frozen))
+
+    def roomy_tail(self, B: int, width: int, dtype: mx.Dtype) -> mx.array:
+        """The tail as [B, TAIL, width], as the decode kernel takes it."""
         if self.tail is None:
-            return Segment(mx.zeros((B, TAIL, width), dtype), spare=TAIL)
-        return self.tail.with_room(TAIL)
-
-    @property
-    def held(self) -> int:
-        """Tokens in the tail."""
-        return 0 if self.tail is None else self.tail.size
+            return mx.zeros((B, TAIL, width), dtype)
+        return _with_room(self.tail, TAIL)
 
     @property
     def room(self) -> int:
-        """Tokens until the tail is full."""
-        return TAIL - self.held
+        """Tokens of each text until one's tail is full."""
+        return TAIL - max(self.held, default=0)
 
-    def plan(self, tokens: int = 1) -> SplitKVPlan:
-        """How `mla_decode` divides the attention of the next tokens."""
-        frozen = [segment.size for segment in self.frozen]
-        return SplitKVPlan.of(self.held + 1, TAIL, frozen, tokens=tokens)
+    @property
+    def frozen_arrays(self) -> list[mx.array]:
+        """Each array that frozen segments lie in, once."""
+        return [segment.latents for segment in self._of_each_array()]
+
+    @property
+    def addresses(self) -> list[mx.array]:
+        """`Segment.address` of each of `frozen_arrays`."""
+        return [segment.address for segment in self._of_each_array()]
+
+    def _of_each_array(self) -> list[Segment]:
+        return list({id(s.latents): s for own in self.frozen for s in own}.values())
+
+    def plan(self, B: int, tokens: int = 1) -> SplitKVPlan:
+        """How `mla_decode` divides the attention of the next tokens of B texts."""
+        numbers = {id(array): number for number, array in enumerate(self.frozen_arrays)}
+        parts = [
+            [Part(numbers[id(s.latents)], s.start, s.size) for s in own] for own in self.frozen
+        ]
+        held = [n + 1 for n in self.held or (0,) * B]
+        return SplitKVPlan.of(held, TAIL, parts or [[]] * B, tokens=tokens)
 
     def grow_tail(self, latents: mx.array, tokens: int = 1) -> None:
-        """Take the latents of `roomy_tail`, with so many more tokens among them, up to `room`."""
-        self._freeze_full(Segment(latents, spare=self.room - tokens))
-
-    def _freeze_full(self, recent: Segment) -> None:
-        """Freeze what is full of the latest tokens; the rest is the tail."""
-        full = recent.size // TAIL * TAIL
-        if full:
-            new = recent if full == recent.size else recent.slice(0, full).copy()
-            self.frozen = _merged(self.frozen, new.packed() if self.bits else new)
-        if full == recent.size:
+        """Take the latents of `roomy_tail`, with more tokens of each text in them, up to `room`."""
+        self._begin(len(latents))
+        self.tail, self.held = latents, tuple(n + tokens for n in self.held)
+        full = [text for text, n in enumerate(self.held) if n == TAIL]
+        for text in full:
+            self._freeze(text, self.segments(text)[-1].copy())
+        self.held = tuple(n % TAIL for n in self.held)
+        if not any(self.held):
             self.tail = None
-        else:
-            self.tail = recent.slice(full, recent.size).copy() if full else recent
 
     def arrays(self) -> list[mx.array]:
-        return [array for segment in self._kept for array in segment.arrays()]
+        return self.frozen_arrays + ([] if self.tail is None else [self.tail])
 
     def snapshot(self) -> LatentCache:
         return replace(self)
@@ -210,46 +234,34 @@ class LatentCache:
         self.__dict__.update(snapshot.__dict__)
 
     def take(self, rows: Sequence[int]) -> LatentCache:
-        """The entry of the batch that consists of these rows, in this order."""
-        if not self.segments:
+        """The entry of the batch that consists of these texts, in this order."""
+        if not self.frozen:
             return LatentCache(bits=self.bits)
-        index = mx.array(list(rows))
-
-        def chosen(segment: Segment) -> Segment:
-            valid = None if segment.valid is None else segment.valid[index]
-            return replace(segment, latents=segment.latents[index], valid=valid)
-
         return LatentCache(
             tuple(self.lengths[row] for row in rows),
-            tuple(chosen(segment) for segment in self.frozen),
-            None if self.tail is None else chosen(self.tail),
+            _without_waste(tuple(self.frozen[row] for row in rows)),
+            None if self.tail is None else self.tail[mx.array(list(rows))],
+            tuple(self.held[row] for row in rows),
             self.bits,
         )
 
     @staticmethod
     def join(entries: Sequence[LatentCache]) -> LatentCache:
-        """The entry of one batch made of the rows of several. Each must have read a token.
+        """The entry of one batch made of the texts of several, which have the same `bits`.
 
-        Rows of different lengths are padded with masked positions. All entries have the same
-        `bits`; frozen latents are not packed a second time, but for fewer than TAIL of each row.
+        Each must have read a token. No frozen latent is copied, unless there are too many arrays
+        for a launch.
         """
-        _all_filled([e.segments[0].latents if e.segments else None for e in entries])
-        longest = max(entries, key=lambda entry: entry.positions)
-        parts = [
-            [s.packed() for s in entry.segments] if entry.bits else entry.segments
-            for entry in entries
-        ]
-        wholes = [_padded(Segment.concatenate(part), longest.positions) for part in parts]
-        latents = mx.concatenate([whole.latents for whole in wholes])
-        whole = Segment(latents, mx.concatenate([_valid(whole) for whole in wholes]))
-        joined = LatentCache(
-            tuple(n for entry in entries for n in entry.lengths), bits=longest.bits
+        if not all(entry.frozen for entry in entries):
+            raise ValueError("[join] every cache entry must have read a token but one is empty.")
+        tails = [entry.tail for entry in entries if entry.tail is not None]
+        return LatentCache(
+            tuple(n for entry in entries for n in entry.lengths),
+            _pooled(tuple(own for entry in entries for own in entry.frozen)),
+            _joined_tails(entries, tails[0]) if tails else None,
+            tuple(n for entry in entries for n in entry.held),
+            entries[0].bits,
         )
-        joined._freeze_full(whole)
-        if joined.tail is not None and longest.tail is not None:
-            _, _, width = longest.tail.latents.shape
-            joined.tail = joined.tail.plain(width, longest.tail.latents.dtype)
-        return joined
 
 
 CacheEntry = KDACache | LatentCache
@@ -323,15 +335,62 @@ def _merged(frozen: tuple[Segment, ...], new: Segment) -> tuple[Segment, ...]:
         kept = kept[: len(kept) - len(peers)]
 
 
-def _padded(segment: Segment, positions: int) -> Segment:
-    missing = positions - segment.size
-    if not missing:
-        return segment
-    latents = mx.pad(segment.latents, [(0, 0), (0, missing), (0, 0)])
-    return Segment(latents, mx.pad(_valid(segment), [(0, 0), (0, missing)]))
+def _with_room(tail: mx.array, room: int) -> mx.array:
+    """tail [B, n, width] -> [B, room, width]."""
+    missing = room - tail.shape[1]
+    return mx.pad(tail, [(0, 0), (0, missing), (0, 0)]) if missing else tail
 
 
-def _valid(segment: Segment) -> mx.array:
-    if segment.valid is not None:
-        return segment.valid
-    return mx.ones(segment.latents.shape[:2], mx.bool_)
+def _joined_tails(entries: Sequence[LatentCache], like: mx.array) -> mx.array:
+    """[B of all, room, width]"""
+    room = max(entry.tail.shape[1] for entry in entries if entry.tail is not None)
+    empty = [(len(entry.held), room, like.shape[2]) for entry in entries]
+    tails = [
+        mx.zeros(shape, like.dtype) if entry.tail is None else _with_room(entry.tail, room)
+        for entry, shape in zip(entries, empty, strict=True)
+    ]
+    return mx.concatenate(tails)
+
+
+# ------------------------------------------------------------- arrays that texts have in common
+def _pooled(frozen: tuple[Segments, ...]) -> tuple[Segments, ...]:
+    """The same segments in as few arrays as a launch takes, as far as small ones suffice.
+
+    One text alone never has more. More small ones are copied than must be: the next time is far.
+    """
+    arrays = {id(s.latents): s.latents for own in frozen for s in own}
+    if len(arrays) <= SEGMENTS or len(frozen) == 1:
+        return frozen
+    small = sorted((a for a in arrays.values() if a.shape[1] <= POOLED), key=lambda a: a.shape[1])
+    few = small[: len(arrays) - SEGMENTS // 2]
+    return _in_one_array(frozen, set(map(id, few))) if len(few) > 1 else frozen
+
+
+def _without_waste(frozen: tuple[Segments, ...]) -> tuple[Segments, ...]:
+    """The same segments, those copied that lie in arrays of which less than half is theirs."""
+    used: dict[int, dict[tuple[int, int], int]] = {}
+    rows: dict[int, int] = {}
+    for segment in (s for own in frozen for s in own):
+        rows[id(segment.latents)] = segment.latents.shape[1]
+        used.setdefault(id(segment.latents), {})[segment.start, segment.size] = segment.size
+    wasteful = {array for array, parts in used.items() if 2 * sum(parts.values()) < rows[array]}
+    return _in_one_array(frozen, wasteful) if wasteful else frozen
+
+
+def _in_one_array(frozen: tuple[Segments, ...], arrays: set[int]) -> tuple[Segments, ...]:
+    """The segments that lie in these arrays, by identity, copied into one; each once."""
+    moved: dict[tuple[int, int, int], Segment] = {}
+    parts, start = list[mx.array](), 0
+    for segment in (s for own in frozen for s in own if id(s.latents) in arrays):
+        place = id(segment.latents), segment.start, segment.size
+        if place not in moved:
+            moved[place] = replace(segment, start=start)
+            parts.append(segment.rows)
+            start += segment.size
+    pool = mx.concatenate(parts, axis=1) if len(parts) > 1 else mx.contiguous(parts[0])
+
+    def found(s: Segment) -> Segment:
+        place = id(s.latents), s.start, s.size
+        return replace(moved[place], latents=pool) if place in moved else s
+
+    return tuple(tuple(map(found, own)) for own in frozen)

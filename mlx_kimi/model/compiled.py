@@ -1,8 +1,9 @@
 """A token or a few through the whole model, as a graph that is built once for many steps.
 
 A step of one token of the 48B is 237 launches. To build them from Python, kernel by kernel, takes
-the host longer than the GPU works on them. `mx.compile` keeps the graph for as long as the cache
-keeps its shapes: until a tail is full, 256 tokens.
+the host longer than the GPU works on them. `mx.compile` keeps the graph for as long as what it is
+given keeps its shapes. Latents are therefore given as addresses, and what lies where as numbers: a
+graph serves any texts, as long as their number and the class of their splits stay.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from mlx_kimi.metal_kernels.kernel import backend, is_traced
+from mlx_kimi.metal_kernels.kernel import backend, is_traced, takes_addresses
 from mlx_kimi.metal_kernels.mla_decode import FEW
-from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
-from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
+from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan
+from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache, Segment
 from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kda import KimiDeltaAttention
 from mlx_kimi.model.mla import MultiHeadLatentAttention
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
     from mlx_kimi.model.kimi_linear import KimiLinear
 
 NOTHING_OFFLOADED = OptimisticResidency((), Counts(), np.zeros((0, 0), np.int64), np.zeros((0, 0)))
-MOST_GRAPHS = 12  # kept: steps of several sizes; conversations that take turns have other caches
+MOST_GRAPHS = 32  # kept: one for each number of texts and of tokens, and class of splits
 Arrays = list[list[mx.array]]  # of each entry
-# ids, the plan's arrays, the cache's arrays, slot tables -> hidden, the cache's arrays (of several
-# tokens also what going back needs), experts
+# ids, the plan's texts and launches, the cache's arrays, slot tables -> hidden, the cache's arrays
+# (of several tokens also what going back needs), experts
 Graph = Callable[
-    [mx.array, tuple[mx.array, ...], Arrays, list[mx.array]],
+    [mx.array, mx.array, tuple[mx.array, ...], Arrays, list[mx.array]],
     tuple[mx.array, Arrays, list[mx.array]],
 ]
 
@@ -53,17 +54,17 @@ class CompiledStep:
         self._warm: set[bool] = set()  # whether of several tokens
 
     def takes(self, cache: Sequence[CacheEntry], T: int = 1) -> bool:
-        """Whether a graph may take the next T tokens: kernels run, nothing is padding, every MLA
-        layer has its kernel and room, and the experts are likely in memory."""
+        """Whether a graph may take the next T tokens: kernels run, every MLA layer has its kernel
+        and room, and the experts are likely in memory."""
         return (
             is_traced()
             and T <= FEW
             and all(
-                entry.lengths
-                and not (isinstance(entry, LatentCache) and (entry.is_masked or entry.room < T))
+                entry.lengths and (isinstance(entry, KDACache) or entry.room >= T)
                 for entry in cache
             )
-            and self._has_mla_kernels
+            and MultiHeadLatentAttention not in self._without_kernels
+            and (T == 1 or not self._without_kernels)
             and self._experts_are_known(len(cache[0].lengths) * T)
         )
 
@@ -73,30 +74,27 @@ class CompiledStep:
         return offload is None or (tokens == 1 and offload.optimistic.should_try())
 
     @cached_property
-    def _has_mla_kernels(self) -> bool:
+    def _without_kernels(self) -> set[type]:
+        """The kinds of attention whose decode kernels cannot run."""
         attentions = [layer.self_attn for layer in self._owner.layers]
-        return all(
-            attention.decode_unsupported_reason(LatentCache()) is None
-            for attention in attentions
-            if isinstance(attention, MultiHeadLatentAttention)
-        )
+        return {type(a) for a in attentions if a.decode_unsupported_reason() is not None}
 
     def __call__(
         self, ids: mx.array, cache: Sequence[CacheEntry], steps: list[Step] | None = None
     ) -> mx.array:
         """ids [B, T] -> [B, T, hidden]; updates the cache's arrays, not its lengths."""
-        latents = [entry for entry in cache if isinstance(entry, LatentCache)]
-        T = ids.shape[1]
-        plan = latents[0].plan(T) if latents else SplitKVPlan.of(1, TAIL, [])
-        frozen = [segment.size for segment in latents[0].frozen] if latents else []
-        bits = latents[0].bits if latents else None
-        shapes = (ids.shape, *frozen, bits, backend())
+        B, T = ids.shape
+        latents = next((entry for entry in cache if isinstance(entry, LatentCache)), LatentCache())
+        plan = latents.plan(B, T)
+        given = self._arrays(B, cache)
+        frozen = [array.shape for array in _frozen(latents)]
+        shapes = (ids.shape, plan.capacities, *frozen, latents.bits, backend())
         graph = self._graphs.pop(shapes, None)
         if graph is None:
             self._warm_up(ids, cache)
-            graph = _compiled(self._model, plan.splits, bits)
-        given = self._arrays(ids.shape[0], cache)
-        hidden, arrays, choices = graph(ids, plan.arrays, given, self._optimistic.slot_tables())
+            graph = _compiled(self._model, plan.capacities, latents.bits)
+        slots = self._optimistic.slot_tables()
+        hidden, arrays, choices = graph(ids, plan.texts, plan.launches, given, slots)
         self._graphs[shapes] = graph
         if len(self._graphs) > MOST_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
@@ -108,12 +106,11 @@ class CompiledStep:
             if isinstance(entry, KDACache):
                 assert isinstance(layer.self_attn, KimiDeltaAttention)
                 if steps is not None:
-                    projected = layer.self_attn.projected(new[2], new[3], before[0])
-                    steps.append(KDAStep(entry.lengths, projected, before[1]))
+                    steps.append(layer.self_attn.decode_step(entry.lengths, new[2], *before))
                 entry.conv_tail, entry.state = new[:2]
             else:
                 if steps is not None:
-                    steps.append(LatentStep(entry.snapshot(), new[0], entry.held))
+                    steps.append(LatentStep(entry.snapshot(), new[0], in_tail=True))
                 entry.grow_tail(new[0], T)
         return hidden
 
@@ -135,7 +132,7 @@ class CompiledStep:
         return [
             entry.arrays()
             if isinstance(entry, KDACache)
-            else [entry.roomy_tail(B, width, dtype).latents, *(s.latents for s in entry.frozen)]
+            else [entry.roomy_tail(B, width, dtype), *_frozen(entry)]
             for entry in cache
         ]
 
@@ -151,18 +148,36 @@ class CompiledStep:
         return self._owner.run(ids, cache, ForwardBatch())
 
 
+def _frozen(entry: LatentCache) -> list[mx.array]:
+    """What launches are given of the frozen latents.
+
+    A GPU's own kernels take addresses, all of one shape, and as many as launches have room for, so
+    that a graph does not depend on them.
+    """
+    if not takes_addresses():
+        return entry.frozen_arrays
+    found = entry.addresses
+    return found + found[:1] * (-len(found) % SEGMENTS)
+
+
 def _compiled(
-    model: weakref.ReferenceType[KimiLinear], splits: tuple[int, ...], bits: int | None
+    model: weakref.ReferenceType[KimiLinear], capacities: tuple[int, ...], bits: int | None
 ) -> Graph:
     def entry(kind: CacheEntry, arrays: list[mx.array]) -> CacheEntry:
         if isinstance(kind, KDACache):
             return KDACache((), *arrays)
         tail, *frozen = arrays
-        # The plan's array says how full the tail is; `spare` here only gives the graph its shape.
-        return LatentCache((), tuple(map(Segment, frozen)), Segment(tail, spare=TAIL), bits)
+        # The plan says how full the tails are, and what of the frozen arrays is whose.
+        B = len(tail)
+        segments = tuple(map(Segment.whole, frozen))
+        return LatentCache((), (segments, *[()] * (B - 1)), tail, (0,) * B, bits)
 
     def step(
-        ids: mx.array, plan: tuple[mx.array, ...], arrays: Arrays, slot_tables: list[mx.array]
+        ids: mx.array,
+        texts: mx.array,
+        launches: tuple[mx.array, ...],
+        arrays: Arrays,
+        slot_tables: list[mx.array],
     ) -> tuple[mx.array, Arrays, list[mx.array]]:
         owner = model()
         assert owner is not None
@@ -170,12 +185,14 @@ def _compiled(
         optimistic = owner.offload.optimistic if owner.offload else NOTHING_OFFLOADED
         residency = optimistic.begin(slot_tables)
         steps: list[Step] | None = [] if ids.shape[1] > 1 else None
-        batch = ForwardBatch(plan=SplitKVPlan(plan, splits), residency=residency, steps=steps)
+        plan = SplitKVPlan(texts, launches, capacities)
+        batch = ForwardBatch(plan=plan, residency=residency, steps=steps)
         hidden = owner.run(ids, cache, batch)
         arrays = [e.arrays() if isinstance(e, KDACache) else e.arrays()[-1:] for e in cache]
         for kept, taken in zip(arrays, steps or (), strict=False):
             if isinstance(taken, KDAStep):
-                kept += [taken.projected.x, taken.projected.f]
+                assert taken.projected is not None, "a graph's steps are of few tokens"
+                kept.append(taken.projected)
         return hidden, arrays, residency.choices()
 
     graph: Graph = mx.compile(step)

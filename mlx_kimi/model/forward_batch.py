@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class ForwardBatch:
     """What all layers are told of the tokens [B, T] of one forward pass."""
 
-    valid: mx.array | None = None  # [B, T] bool, of a right-padded batch; None: no padding
-    lengths: mx.array | None = None  # [B] int32, the valid ones of the T tokens; None: all
+    counts: Sequence[int] | None = None  # [B], the valid ones of T tokens; the rest is padding on
+    lengths: mx.array | None = None  # the right; the same as an array of int32. None: all
     plan: SplitKVPlan | None = None  # how MLA divides the cache for one token; None: layers do
     # Queues the halves of layers, and the blocks of MLA, as they are built. None: no halves are
     # queued, and each MLA layer limits its own blocks.
@@ -31,10 +31,9 @@ class ForwardBatch:
     _zeros: dict[tuple[tuple[int, ...], mx.Dtype], mx.array] = field(default_factory=dict)
 
     @staticmethod
-    def padded(T: int, lengths: Sequence[int]) -> ForwardBatch:
-        """Rows of T tokens, of which the first `lengths` [B] are valid."""
-        counts = mx.array(list(lengths))
-        return ForwardBatch(mx.arange(T) < counts[:, None], counts)
+    def padded(lengths: Sequence[int]) -> ForwardBatch:
+        """Rows of tokens, of which the first `lengths` [B] are valid."""
+        return ForwardBatch(tuple(lengths), mx.array(list(lengths)))
 
     def zeros(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         """What layers start from before the first token: one array for all of them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ from mlx_kimi.metal_kernels.kda import (
     decode_unsupported_reason,
     kda,
 )
-from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode
+from mlx_kimi.metal_kernels.kda_decode import FEW, DecodeWeights, kda_decode
 from mlx_kimi.metal_kernels.kda_prepare import Projected, kda_finish, kda_prepare, prepared_by
 from mlx_kimi.metal_kernels.tuning import tuning
 from mlx_kimi.model.cache import KDACache
@@ -62,22 +62,17 @@ class KimiDeltaAttention(nn.Module):
             steps: takes what going back to fewer of these tokens needs.
         """
         B, T, _ = x.shape
-        if (
-            T == 1
-            and lengths is None
-            and decode_unsupported_reason(self._for_decode, self.head_dim) is None
-        ):
-            return self._decode(x, cache, zeros)
+        few = T == 1 or (steps is not None and T <= FEW)
+        if few and lengths is None and self.decode_unsupported_reason() is None:
+            return self._decode(x, cache, zeros, steps)
         y = self.in_proj.joined(x)
         f_a, g_a = mx.split(y, self.in_proj.ends, axis=-1)[1:3]  # (kda_prepare takes the rest)
         tail, state = self._memory(cache, B, y.dtype, zeros)
         f, g = self.f_b_proj(f_a), self.g_b_proj(g_a)
         projected = self.projected(y, f, tail, lengths)
         if steps is not None:
-            steps.append(KDAStep(cache.lengths, projected, state))
-        given = kda_prepare(projected)
-        o, state = kda(given.q, given.k, given.v, given.alpha, given.beta, state)
-        cache.conv_tail, cache.state = given.tail, state
+            steps.append(KDAStep(cache.lengths, partial(_replayed, projected, state)))
+        o, cache.conv_tail, cache.state = _delta_rule(projected, state)
         return self.o_proj(kda_finish(o, g, self.o_norm.weight, self.o_norm.eps))
 
     def projected(
@@ -88,14 +83,14 @@ class KimiDeltaAttention(nn.Module):
 
     def implementations(self) -> list[tuple[str, str, str]]:
         """Which implementation runs for how many tokens, and why: for `info --kernels`."""
-        reason = decode_unsupported_reason(self._for_decode, self.head_dim)
+        reason = self.decode_unsupported_reason()
         chunked_from = tuning().chunked_from
         few = chosen_implementation(2, self.head_dim, self.head_dim)
         many = chosen_implementation(chunked_from, self.head_dim, self.head_dim)
         return [
             ("1 token", "ops form", reason)
             if reason
-            else ("1 token", "kda_decode", "supported shapes"),
+            else ("1 token", "kda_decode", f"and of up to {FEW} with drafts"),
             (f"2 to {chunked_from - 1} tokens", few.name, few.why),
             (f"{chunked_from} tokens or more", many.name, many.why),
             ("2 tokens or more, around these", *prepared_by(self.in_proj.width, self.head_dim)),
@@ -111,16 +106,53 @@ class KimiDeltaAttention(nn.Module):
         return zeros((B, self.taps.shape[0] - 1, self.taps.shape[1]), dtype), state
 
     def _decode(
-        self, x: mx.array, cache: KDACache, zeros: Callable[..., mx.array] = mx.zeros
+        self,
+        x: mx.array,
+        cache: KDACache,
+        zeros: Callable[..., mx.array],
+        steps: list[Step] | None,
     ) -> mx.array:
-        """One token [B, 1, hidden], with one kernel between two matrices."""
-        y = self.in_proj.joined(x[:, 0])
-        memory = self._memory(cache, x.shape[0], y.dtype, zeros)
-        y, cache.conv_tail, cache.state = kda_decode(y, self._for_decode, *memory)
-        return self.o_proj(y[:, None])
+        """A few tokens [B, T, hidden], with one kernel between two matrices."""
+        B, T, hidden = x.shape
+        x = self.in_proj.joined(x.reshape(B * T, hidden))
+        tail, state = self._memory(cache, B, x.dtype, zeros)
+        if steps is not None:
+            steps.append(self.decode_step(cache.lengths, x, tail, state))
+        y, cache.conv_tail, cache.state = kda_decode(x, self._for_decode, tail, state)
+        return self.o_proj(y.reshape(B, T, -1))
+
+    def decode_step(
+        self, lengths: tuple[int, ...], x: mx.array, tail: mx.array, state: mx.array
+    ) -> KDAStep:
+        """How to go back within a step: x [B * T, width of in_proj]; the others as before it."""
+
+        def replay(n: int) -> tuple[mx.array, mx.array]:
+            first = x.reshape(len(state), -1, x.shape[-1])[:, :n].reshape(-1, x.shape[-1])
+            _, *memory = kda_decode(first, self._for_decode, tail, state)
+            return memory[0], memory[1]
+
+        return KDAStep(lengths, replay, x)
+
+    def decode_unsupported_reason(self) -> str | None:
+        """Why the decode kernel cannot run; None: it can."""
+        return decode_unsupported_reason(self._for_decode, self.head_dim)
 
     @cached_property
     def _for_decode(self) -> DecodeWeights:
         f_b, g_b = self.f_b_proj.matrix, self.g_b_proj.matrix
         gate, norm = (self.A_log, self.dt_bias), (self.o_norm.weight, self.o_norm.eps)
         return DecodeWeights(self.taps, f_b, g_b, *gate, *norm)
+
+
+def _delta_rule(projected: Projected, state: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """o [B, T, H, D], and the convolution's tail and the state after these tokens."""
+    given = kda_prepare(projected)
+    o, state = kda(given.q, given.k, given.v, given.alpha, given.beta, state)
+    return o, given.tail, state
+
+
+def _replayed(projected: Projected, state: mx.array, n: int) -> tuple[mx.array, mx.array]:
+    """Tail and state after the first n tokens: the others are padding."""
+    lengths = mx.array([n] * len(state))
+    _, tail, state = _delta_rule(projected._replace(lengths=lengths), state)
+    return tail, state

@@ -91,7 +91,7 @@ class DecoderLayer(nn.Module):
             return self.self_attn(normed, entry, batch.lengths, batch.zeros, batch.steps)
         assert isinstance(entry, LatentCache)
         return self.self_attn(
-            normed, entry, batch.valid, batch.plan, batch.submit_limit, batch.steps
+            normed, entry, batch.counts, batch.plan, batch.submit_limit, batch.steps
         )
 
     def feed_forward(
@@ -175,7 +175,7 @@ class KimiLinear(nn.Module):
         cache = self.make_cache() if cache is None else cache
         with self._turn, self.choices.use():
             if min(counts) < T:
-                x = self.run(ids, cache, ForwardBatch.padded(T, counts))
+                x = self.run(ids, cache, ForwardBatch.padded(counts))
             elif (T == 1 or steps is not None) and self.compiled.takes(cache, T):
                 x = self.compiled(ids, cache, steps)
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,11 +18,11 @@ from mlx_kimi.metal_kernels.attention import (
     merge_attention,
     query_block,
 )
-from mlx_kimi.metal_kernels.kernel import Kernel, not_running
+from mlx_kimi.metal_kernels.kernel import not_running
 from mlx_kimi.metal_kernels.mla_decode import LatentWeights
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 from mlx_kimi.metal_kernels.tuning import tuning
-from mlx_kimi.model.cache import LatentCache, Segment
+from mlx_kimi.model.cache import LatentCache, Segment, Segments
 from mlx_kimi.model.layers import RMSNorm
 from mlx_kimi.model.linear import FusedLinear
 from mlx_kimi.model.steps import LatentStep, Step
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 KV_A_EPS = 1e-6
 MOST_SCORES = 1 << 24  # elements of the largest block of scores (64 MiB in float32)
 LARGEST_BLOCK = 4096  # KV positions
-# KV positions, times heads, times rows of a batch, whose keys and values are expanded at a time for
-# `mla_prefill`: 2048 positions of one row in the 48B, 34 MB in 16 bits.
+# KV positions, times heads, whose keys and values are expanded at a time for `mla_prefill`: 2048
+# positions in the 48B, 34 MB in 16 bits.
 EXPANDED = 1 << 16
 
 
@@ -43,6 +43,13 @@ def expanding_pays(queries: int, positions: int) -> bool:
     """Whether so many queries attend to expanded keys and values of so many KV positions."""
     always = tuning().expand_from
     return queries > 1 and positions * (always - queries) <= queries * always
+
+
+class Keys(NamedTuple):
+    """What the last tokens of one text attend to."""
+
+    segments: Segments  # their own latents last
+    past: int  # KV positions before them
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -66,7 +73,7 @@ class MultiHeadLatentAttention(nn.Module):
         self,
         x: mx.array,
         cache: LatentCache,
-        valid: mx.array | None,
+        counts: Sequence[int] | None = None,
         plan: SplitKVPlan | None = None,
         submit_limit: SubmitLimit | None = None,
         steps: list[Step] | None = None,
@@ -74,7 +81,7 @@ class MultiHeadLatentAttention(nn.Module):
         """x [B, T, hidden] -> [B, T, hidden]; updates `cache` by these T tokens.
 
         Args:
-            valid: [B, T] bool, False for padding; None: there is none.
+            counts: [B], how many of the T tokens are no padding; None: all.
             plan: how the decode kernel divides the cached positions, the same for all MLA layers
                 of a step; None: it is made here.
             submit_limit: queues the work on each block of KV positions; None: one for this call.
@@ -82,30 +89,47 @@ class MultiHeadLatentAttention(nn.Module):
         """
         B, T, _ = x.shape
         few = T == 1 or (steps is not None and T <= min(mla_decode.FEW, cache.room))
-        if few and valid is None and self.decode_unsupported_reason(cache) is None:
-            return self._decode(x, cache, plan or cache.plan(T), steps)
-        heads = self.embed_q.weight.shape[0]
+        if few and counts is None and self.decode_unsupported_reason() is None:
+            return self._decode(x, cache, plan or cache.plan(B, T), steps)
         x = self.in_proj.joined(x)  # (mla_prefill reads the queries at the front of each row)
-        q, latent, shared = mx.split(x, [-self.width, self.lora - self.width], axis=-1)
-        past = cache.positions
+        latent, shared = mx.split(x[..., -self.width :], [self.lora], axis=-1)
         latents = mx.concatenate([self.kv_a_layernorm(latent), shared], axis=-1)
         if steps is not None:
-            steps.append(LatentStep(cache.snapshot(), latents, 0))
-        cache.append(latents, valid)
+            steps.append(LatentStep(cache.snapshot(), latents, in_tail=False))
+        cache.append(latents, counts)
         submit_limit = submit_limit or SubmitLimit()
-        expanding = expanding_pays(T, cache.positions)
-        if expanding and self.prefill_unsupported_reason(cache) is None:
-            o = self._prefill(x, cache, past, submit_limit)  # [B, T, H, v]
-            return self.o_proj(o.reshape(B, T, -1))
-        q = q.reshape(B, T, heads, -1).transpose(0, 2, 1, 3)  # [B, H, T, nope + shared]
-        attention = self._expanded if expanding else self._absorbed
-        o = attention(q, cache, past, submit_limit)  # [B, H, T, v]
-        return self.o_proj(o.transpose(0, 2, 1, 3).reshape(B, T, -1))
+        o = [
+            self._attend_text(x[b : b + 1] if B > 1 else x, cache, b, count, submit_limit)
+            for b, count in enumerate(counts or [T] * B)
+        ]
+        return self.o_proj(o[0] if B == 1 else mx.concatenate(o))
+
+    def _attend_text(
+        self, x: mx.array, cache: LatentCache, text: int, count: int, submit_limit: SubmitLimit
+    ) -> mx.array:
+        """The first `count` of T tokens of one text, which `cache` holds last: [1, T, H * v].
+
+        x: [1, T, width of in_proj]. What stands for the others means nothing.
+        """
+        _, T, _ = x.shape
+        heads, value = self.embed_q.weight.shape[0], self.unembed_out.out_features
+        if not count:
+            return mx.zeros((1, T, heads * value), x.dtype)
+        x = x[:, :count] if count < T else x
+        keys = Keys(cache.segments(text), cache.positions(text) - count)
+        expanding = expanding_pays(count, keys.past + count)
+        if expanding and self.prefill_unsupported_reason() is None:
+            o = self._prefill(x, keys, submit_limit)  # [1, count, H, v]
+        else:
+            q = x[..., : -self.width].reshape(1, count, heads, -1).transpose(0, 2, 1, 3)
+            attention = self._expanded if expanding else self._absorbed
+            o = attention(q, keys, submit_limit).transpose(0, 2, 1, 3)  # q [1, H, count, ...]
+        return mx.pad(o.reshape(1, count, -1), [(0, 0), (0, T - count), (0, 0)])
 
     def implementations(self) -> list[tuple[str, str, str]]:
         """Which implementation runs for how many tokens, and why: for `info --kernels`."""
-        reason = self.decode_unsupported_reason(LatentCache())
-        many_reason = self.prefill_unsupported_reason(LatentCache())
+        reason = self.decode_unsupported_reason()
+        many_reason = self.prefill_unsupported_reason()
         many = tuning().expand_from
         return [
             ("1 token", "ops form", reason)
@@ -128,23 +152,22 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> mx.array:
         """A few tokens [B, T, hidden], with three kernels between two matrices."""
         B, T, hidden = x.shape
-        tail = cache.roomy_tail(B, self.width, x.dtype).latents
-        frozen = [segment.latents for segment in cache.frozen]
+        tail = cache.roomy_tail(B, self.width, x.dtype)
         x = self.in_proj.joined(x.reshape(B * T, hidden))
-        y, tail = mla_decode.mla_decode(x, self._for_decode, tail, plan, frozen)
+        y, tail = mla_decode.mla_decode(x, self._for_decode, tail, plan, cache.frozen_arrays)
         if steps is not None:
-            steps.append(LatentStep(cache.snapshot(), tail, cache.held))
+            steps.append(LatentStep(cache.snapshot(), tail, in_tail=True))
         cache.grow_tail(tail, T)
         return self.o_proj(y.reshape(B, T, -1))
 
-    def decode_unsupported_reason(self, cache: LatentCache) -> str | None:
+    def decode_unsupported_reason(self) -> str | None:
         """Why the decode kernel cannot run; None: it can."""
-        return _unsupported_cache(cache, mla_decode.KERNELS) or self._unsupported_reason
+        return not_running(*mla_decode.KERNELS) or self._unsupported_reason
 
-    def prefill_unsupported_reason(self, cache: LatentCache) -> str | None:
+    def prefill_unsupported_reason(self) -> str | None:
         """Why the prefill kernel cannot run; None: it can."""
         sizes = (self.nope, self.width - self.lora, self.unembed_out.out_features)
-        return _unsupported_cache(cache, mla_prefill.KERNELS) or mla_prefill.unsupported_reason(
+        return not_running(*mla_prefill.KERNELS) or mla_prefill.unsupported_reason(
             self.lora, *sizes
         )
 
@@ -158,21 +181,19 @@ class MultiHeadLatentAttention(nn.Module):
         matrices = (self.embed_q.matrix, self.unembed_out.matrix)
         return LatentWeights(*matrices, norm.weight, norm.eps, self.scale)
 
-    def _prefill(
-        self, x: mx.array, cache: LatentCache, past: int, submit_limit: SubmitLimit
-    ) -> mx.array:
+    def _prefill(self, x: mx.array, keys: Keys, submit_limit: SubmitLimit) -> mx.array:
         """Each block of latents becomes keys and values, to which a kernel attends.
 
-        `x` [B, T, width of in_proj], whose tokens follow `past` KV positions -> [B, T, H, v].
+        `x` [1, T, width of in_proj] -> [1, T, H, v].
         """
         sums: tuple[mx.array, mx.array] | None = None  # log-sum-exp, output
-        start = 0
-        size = max(1, EXPANDED // (x.shape[0] * self.embed_q.weight.shape[0]))
-        for latents in _joined_blocks(cache, self.width, x.dtype, size):
-            dtype = x.dtype if latents.shape[1] == cache.positions else mx.float32
-            sums = self._attend_to_block(sums, x, latents, past - start, dtype)
+        start, end = 0, keys.past + x.shape[1]
+        size = max(1, EXPANDED // self.embed_q.weight.shape[0])
+        for latents in _joined_blocks(keys.segments, self.width, x.dtype, size):
+            dtype = x.dtype if latents.shape[1] == end else mx.float32
+            sums = self._attend_to_block(sums, x, latents, keys.past - start, dtype)
             start += latents.shape[1]
-            if start < cache.positions:  # (what comes last is a part of this half of the layer)
+            if start < end:  # (what comes last is a part of this half of the layer)
                 submit_limit.submit(*sums)
         assert sums is not None, "the queries' own positions are always in the cache"
         return sums[1].astype(x.dtype)
@@ -199,9 +220,7 @@ class MultiHeadLatentAttention(nn.Module):
         found = lse[..., None], output
         return found if sums is None else merge_attention(*sums, *found)
 
-    def _absorbed(
-        self, q: mx.array, cache: LatentCache, past: int, submit_limit: SubmitLimit
-    ) -> mx.array:
+    def _absorbed(self, q: mx.array, keys: Keys, submit_limit: SubmitLimit) -> mx.array:
         """Queries go through kv_b's key half into latent space, results through its value half."""
         content, shared = mx.split(q, [self.nope], axis=-1)
         q = mx.concatenate([self.embed_q(content), shared], axis=-1)
@@ -210,61 +229,53 @@ class MultiHeadLatentAttention(nn.Module):
         whole = q.shape[2] == 1
 
         def latents(segment: Segment) -> tuple[mx.array, mx.array]:
-            # [B, 1, S, lora + shared]
-            keys = mx.expand_dims(segment.plain(self.width, q.dtype).latents, 1)
-            return keys, keys if whole else keys[..., : self.lora]
+            rows = mx.expand_dims(segment.plain(self.width, q.dtype), 1)  # [1, 1, S, lora + shared]
+            return rows, rows if whole else rows[..., : self.lora]
 
-        o = attend(q, _blocks(q, cache, latents), self.scale, past, submit_limit)
+        o = attend(q, _blocks(q, keys, latents), self.scale, keys.past, submit_limit)
         return self.unembed_out(o[..., : self.lora])
 
-    def _expanded(
-        self, q: mx.array, cache: LatentCache, past: int, submit_limit: SubmitLimit
-    ) -> mx.array:
+    def _expanded(self, q: mx.array, keys: Keys, submit_limit: SubmitLimit) -> mx.array:
         """Each block of latents becomes the keys and values of every head."""
 
         def per_head(segment: Segment) -> tuple[mx.array, mx.array]:
-            latents = segment.plain(self.width, q.dtype).latents[:, None]
-            latent, shared = mx.split(latents, [self.lora], axis=-1)  # [B, 1, S, ...]
-            keys = self.embed_q.from_outputs(latent)  # [B, H, S, nope]
-            shared = mx.broadcast_to(shared, (*keys.shape[:3], shared.shape[-1]))
-            return mx.concatenate([keys, shared], axis=-1), self.unembed_out(latent)
+            rows = segment.plain(self.width, q.dtype)[:, None]
+            latent, shared = mx.split(rows, [self.lora], axis=-1)  # [1, 1, S, ...]
+            nope = self.embed_q.from_outputs(latent)  # [1, H, S, nope]
+            shared = mx.broadcast_to(shared, (*nope.shape[:3], shared.shape[-1]))
+            return mx.concatenate([nope, shared], axis=-1), self.unembed_out(latent)
 
-        return attend(q, _blocks(q, cache, per_head), self.scale, past, submit_limit)
-
-
-def _unsupported_cache(cache: LatentCache, kernels: Sequence[Kernel]) -> str | None:
-    """Why these kernels do not attend to this cache, whatever the layer's sizes; None: they may."""
-    return not_running(*kernels) or ("some columns are padding" if cache.is_masked else None)
+        return attend(q, _blocks(q, keys, per_head), self.scale, keys.past, submit_limit)
 
 
 def _blocks(
     q: mx.array,
-    cache: LatentCache,
+    keys: Keys,
     keys_and_values: Callable[[Segment], tuple[mx.array, mx.array]],
 ) -> Iterator[Block]:
     """The cached KV positions in blocks whose scores stay small."""
     B, H, T, _ = q.shape
     size = min(LARGEST_BLOCK, max(1, MOST_SCORES // (B * H * min(T, query_block()))))
     start = 0
-    for segment in cache.segments:
+    for segment in keys.segments:
         for first in range(0, segment.size, size):
             whole = segment.size <= size
             part = segment if whole else segment.slice(first, min(first + size, segment.size))
-            yield Block(start, *keys_and_values(part), part.valid)
+            yield Block(start, *keys_and_values(part))
             start += part.size
 
 
 def _joined_blocks(
-    cache: LatentCache, width: int, dtype: mx.Dtype, size: int
+    segments: Segments, width: int, dtype: mx.Dtype, size: int
 ) -> Iterator[mx.array]:
-    """The cached latents [B, S, width], `size` KV positions at a time, whatever the segments."""
+    """A text's latents [1, S, width], `size` KV positions at a time, whatever the segments."""
     parts: list[mx.array] = []
     room = size
-    for segment in cache.segments:
+    for segment in segments:
         first = 0
         while first < segment.size:
             last = min(first + room, segment.size)
-            parts.append(segment.slice(first, last).plain(width, dtype).latents.astype(dtype))
+            parts.append(segment.slice(first, last).plain(width, dtype).astype(dtype))
             room -= last - first
             first = last
             if not room:

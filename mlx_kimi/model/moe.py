@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.metal_kernels.experts import (
+    ADD_NORM_SCORES,
     KERNELS,
     SELECT,
     SwiGLUWeights,
@@ -19,6 +20,7 @@ from mlx_kimi.metal_kernels.experts import (
     expert_mlp,
     expert_select,
     naive_expert_select,
+    router_unsupported_reason,
     unsupported_reason,
 )
 from mlx_kimi.metal_kernels.kernel import not_running
@@ -30,6 +32,9 @@ from mlx_kimi.offload.optimistic import Residency
 
 if TYPE_CHECKING:
     from mlx_kimi.model.weights import Weights
+
+
+ROUTED_AT_ONCE = 16  # tokens: for each, a threadgroup of add_norm_scores reads its router's rows
 
 
 class Router(nn.Module):
@@ -56,6 +61,12 @@ class Router(nn.Module):
         lead = logits.shape[:-1]
         experts, weights = expert_select(logits.reshape(-1, logits.shape[-1]), *self._rule())
         return experts.reshape(*lead, -1), weights.reshape(*lead, -1)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether `norm_and_route` can run."""
+        reason = not_running(ADD_NORM_SCORES, SELECT)
+        return reason is None and router_unsupported_reason(self.gate.matrix) is None
 
     def norm_and_route(
         self, norm: RMSNorm, x: mx.array, residual: mx.array
@@ -199,6 +210,11 @@ class MixtureOfExperts(nn.Module):
             y = self.kernels(normed, self._slot_ids(experts, residency), weights)
             self._submit(y, residency)
             return y.reshape(x.shape), total.reshape(x.shape)
+        if tokens <= ROUTED_AT_ONCE and not self._is_part and self.router.has_kernels:
+            rows = (y.reshape(-1, x.shape[-1]) for y in (x, residual))
+            normed, total, experts, weights = self.router.norm_and_route(norm, *rows)
+            y = self._mixed(normed, experts, weights, residency)
+            return y.reshape(x.shape), total.reshape(x.shape)
         normed, residual = norm.add_norm(x, residual)
         return self(normed, residency), residual
 
@@ -214,6 +230,12 @@ class MixtureOfExperts(nn.Module):
             experts = experts.astype(mx.int32) - self.first_expert
             weights = mx.where((experts >= 0) & (experts < here), weights, 0)
             experts = mx.clip(experts, 0, here - 1)
+        return self._mixed(rows, experts, weights, residency).reshape(x.shape)
+
+    def _mixed(
+        self, rows: mx.array, experts: mx.array, weights: mx.array, residency: Residency | None
+    ) -> mx.array:
+        """rows [N, hidden] through their chosen experts [N, k] and the shared ones."""
         many = self.many_tokens.unsupported_reason(*experts.shape) is None
         together = many and self.many_tokens.has_shared(*experts.shape)
         cache = self.expert_cache
@@ -221,7 +243,7 @@ class MixtureOfExperts(nn.Module):
             shared = None
             if self.shared_experts is not None and not together:
                 shared = self.shared_experts(rows)
-            return self.many_tokens(rows, experts, weights, shared).reshape(x.shape)
+            return self.many_tokens(rows, experts, weights, shared)
         if together:
             shared = self.many_tokens.shared_alone(rows, experts.shape[1])
         else:
@@ -233,7 +255,7 @@ class MixtureOfExperts(nn.Module):
         else:
             y = self.switch_mlp(rows, self._slot_ids(experts, residency), weights, shared)
             self._submit(y, residency)
-        return y.reshape(x.shape)
+        return y
 
     def _slot_ids(self, experts: mx.array, residency: Residency | None) -> mx.array:
         """One token's experts [1, k] -> where they are in the stacks, once they are there."""

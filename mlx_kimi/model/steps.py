@@ -1,19 +1,17 @@
 """Going back within a forward pass of several tokens: to the state after the first few of them.
 
 A recurrent state cannot be cut back. What its layer projected from the tokens is kept instead, a
-few rows, and the recurrence runs again from the state before, with the other tokens as padding,
-which neither decays a state nor writes to it. Latents are appended again, fewer of them.
+few rows, and the recurrence runs again from the state before, over the first tokens alone. Latents
+are appended again, fewer of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_kimi.metal_kernels.kda import kda
-from mlx_kimi.metal_kernels.kda_prepare import Projected, kda_prepare
 from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache
 
 
@@ -22,16 +20,13 @@ class KDAStep:
     """A KDA layer's part of a pass."""
 
     lengths: tuple[int, ...]  # of the cache before
-    projected: Projected
-    state: mx.array  # before
+    replay: Callable[[int], tuple[mx.array, mx.array]]  # n -> conv_tail, state after n tokens
+    projected: mx.array | None = None  # what `replay` is made of, in a graph
 
     def keep_first(self, entry: KDACache, n: int) -> None:
         """Make `entry` what it is after the first n tokens."""
-        rows = self.projected.x.shape[0]
-        given = kda_prepare(self.projected._replace(lengths=mx.array([n] * rows)))
-        _, entry.state = kda(given.q, given.k, given.v, given.alpha, given.beta, self.state)
-        entry.conv_tail = given.tail
-        entry.lengths = _longer(self.lengths, rows, n)
+        entry.conv_tail, entry.state = self.replay(n)
+        entry.lengths = _longer(self.lengths, len(entry.state), n)
 
 
 @dataclass(frozen=True)
@@ -39,13 +34,16 @@ class LatentStep:
     """An MLA layer's part of a pass."""
 
     before: LatentCache
-    latents: mx.array  # [B, S, latent | shared key], with those of the T new tokens among them
-    first: int  # where these are
+    latents: mx.array  # [B, T, latent | shared key] of the new tokens,
+    in_tail: bool  # or [B, TAIL, ...], a tail with these in their places
 
     def keep_first(self, entry: LatentCache, n: int) -> None:
         """Make `entry` what it is after the first n tokens."""
         entry.restore(self.before)
-        entry.append(self.latents[:, self.first : self.first + n], None)
+        if self.in_tail:
+            entry.grow_tail(self.latents, n)
+        else:
+            entry.append(self.latents[:, :n])
         entry.lengths = _longer(self.before.lengths, len(self.latents), n)
 
 

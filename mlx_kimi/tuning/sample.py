@@ -152,7 +152,7 @@ class Sample:
         for start in range(0, case.past, BLOCK):  # (packing takes several float32 copies)
             tokens = min(BLOCK, case.past - start)
             latents = mx.random.normal((1, tokens, config.latent_width), self.dtype)
-            entry.append(latents.astype(dtype), None)
+            entry.append(latents.astype(dtype))
             mx.eval(entry.arrays())
             entry.lengths = lengths
         return entry

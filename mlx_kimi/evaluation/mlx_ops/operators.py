@@ -94,8 +94,7 @@ def _attention_cases(
             for seed, size in enumerate((*past, T)):
                 keys = at_random((1, heads, size, max(Dk, Dv)), dtype, seed + 2)
                 values = keys[..., :Dv] if heads == 1 else at_random((1, H, size, Dv), dtype, seed)
-                valid = mx.arange(size)[None] != 3 if start == 0 else None
-                blocks.append(Block(start, keys[..., :Dk], values, valid))
+                blocks.append(Block(start, keys[..., :Dk], values))
                 start += size
             scale = Dk**-0.5
             yield operator_case(
@@ -109,11 +108,9 @@ def _attention_cases(
 def _exact_attention(q: mx.array, blocks: list[Block], scale: float, first: int) -> Float64:
     keys = np.concatenate([numbers(block.keys) for block in blocks], axis=2)
     values = np.concatenate([numbers(block.values) for block in blocks], axis=2)
-    valid = [np.ones(b.size, bool) if b.valid is None else np.array(b.valid[0]) for b in blocks]
     scores = scale * numbers(q) @ keys.swapaxes(-1, -2)
     last = first + np.arange(q.shape[2])[:, None]
-    seen = np.concatenate(valid) & (np.arange(keys.shape[2]) <= last)
-    scores = np.where(seen, scores, -np.inf)
+    scores = np.where(np.arange(keys.shape[2]) <= last, scores, -np.inf)
     probs = np.exp(scores - scores.max(-1, keepdims=True))
     return np.asarray(probs / probs.sum(-1, keepdims=True) @ values)
 
