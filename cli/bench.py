@@ -25,6 +25,7 @@ from mlx_kimi.cli.given import budget_of, folder_of
 from mlx_kimi.cli.progress import Work, loading, work
 from mlx_kimi.errors import KimiError, OptionError
 from mlx_kimi.evaluation.bench import Bench, BenchRow, check_fits, check_settings
+from mlx_kimi.generation.speculate import Speculate
 from mlx_kimi.loading.load import load
 from mlx_kimi.metal_kernels.kernel import backend
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -60,6 +61,7 @@ def run(
     tokens: int,
     repeats: int,
     prefill_step: int,
+    speculate: Speculate,
     memory_budget: int | None,
     context: int | None,
     json_file: Path | None,
@@ -79,7 +81,8 @@ def run(
         budget = replace(budget, context=budget.context or max(lengths) + tokens + 1)
     with loading():
         network, tokenizer = load(folder, budget)
-    bench = Bench(network, tokenizer, tokens=tokens, repeats=repeats, prefill_step=prefill_step)
+    how = {"tokens": tokens, "repeats": repeats, "prefill_step": prefill_step}
+    bench = Bench(network, tokenizer, **how, speculate=speculate)
     facts = _facts(model or "pocket", network, bench)
     for line in (*_heading(facts), LEGEND.format(tokens=tokens, repeats=repeats), *_titles()):
         click.echo(line, err=json_file == DASH)  # then stdout is for JSON alone
@@ -93,6 +96,8 @@ def run(
             if rows[-1].experts:
                 spent = show.experts(rows[-1].experts, repeats * (tokens - 1))
                 click.echo(f"          {spent}", err=json_file == DASH)
+            if rows[-1].drafts:
+                click.echo(f"          {show.drafts(rows[-1].drafts)}", err=json_file == DASH)
     finally:  # what was measured before Ctrl-C is written, too
         report = {**facts, "complete": len(rows) == len(lengths), "rows": list(map(_json, rows))}
         if json_file:
@@ -160,6 +165,7 @@ def _facts(name: str, network: KimiLinear, bench: Bench) -> dict[str, Any]:
             "tokens": bench.tokens,
             "repeats": bench.repeats,
             "prefill_step": bench.prefill_step,
+            "speculate": bench.speculate,
             "slots": network.offload.slots if network.offload else None,
         },
     }

@@ -25,6 +25,7 @@ from mlx_kimi.cli.options import (
     PREFILL,
     SAMPLING,
     SESSIONS,
+    SPECULATE,
     SYSTEM,
     TEXT,
     Bytes,
@@ -448,6 +449,7 @@ BENCH = Command(
         click.Option(["--tokens"], type=int, default=128, help="Tokens of an answer."),
         click.Option(["--repeats"], type=int, default=3, help="Answers at each context."),
         PREFILL,
+        SPECULATE,
         *BUDGET,
         NO_TUNE_FIRST,
         click.Option(

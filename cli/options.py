@@ -165,16 +165,17 @@ LONGEST = Setting(
     show_default=f"{OF_MODEL} {MAX_TOKENS}",
     help="Longest answer, in tokens.",
 )
+SPECULATE = Setting(
+    ["--speculate"],
+    type=click.Choice(["off", "auto"]),
+    default="off",
+    help="auto: read several tokens in a step where the text repeats itself.",
+)
 LENGTHS = [
     LONGEST,
     PREFILL,
     LATENT_BITS,
-    Setting(
-        ["--speculate"],
-        type=click.Choice(["off", "auto"]),
-        default="off",
-        help="auto: read several tokens in a step where the text repeats itself.",
-    ),
+    SPECULATE,
 ]
 BUDGET = [
     Setting(

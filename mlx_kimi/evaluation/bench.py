@@ -6,16 +6,19 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import reduce
+from operator import add
 from random import Random
 from statistics import median
-from typing import Literal
+from typing import Literal, TypeVar
 
 import mlx.core as mx
 
 from mlx_kimi.defaults import PREFILL_STEP
 from mlx_kimi.errors import KimiError, OptionError
 from mlx_kimi.generation.answer import Stats
+from mlx_kimi.generation.drafts import Drafts
 from mlx_kimi.generation.generate import check_lengths, stream_generate
+from mlx_kimi.generation.speculate import Speculate
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.offload.stats import Counts
@@ -40,6 +43,7 @@ class BenchRow:
     active_memory: int  # above the weights, once the context is read: what the cache holds
     peak_memory: int  # weights included
     experts: Counts | None = None  # of all repeats together; None without a memory budget
+    drafts: Drafts | None = None  # of all repeats together; None: one token at a time
 
     @property
     def prompt_speed(self) -> float:
@@ -91,10 +95,11 @@ class Bench:
         repeats: int = 3,
         prefill_step: int = PREFILL_STEP,
         seed: int = 0,
+        speculate: Speculate = "off",
     ) -> None:
         check_settings(tokens, repeats, prefill_step)
         self.model, self.tokens, self.repeats = model, tokens, repeats
-        self.prefill_step = prefill_step
+        self.prefill_step, self.speculate = prefill_step, speculate
         self.tokenizer = copy(tokenizer)
         self.tokenizer.stop_ids = frozenset()
         self.weights_memory = mx.get_active_memory()
@@ -140,6 +145,7 @@ class Bench:
             active_memory=active,
             peak_memory=mx.get_peak_memory(),
             experts=_sum([run.experts for run in runs if run.experts]),
+            drafts=_sum([run.drafts for run in runs if run.drafts]),
         )
 
     def _answer(
@@ -157,6 +163,7 @@ class Bench:
             prefill_step=self.prefill_step,
             progress=progress,
             state=state,
+            speculate=self.speculate,
         )
         return last.stats
 
@@ -166,8 +173,11 @@ class Bench:
         del self._state.snapshots[:-1]
 
 
-def _sum(counts: list[Counts]) -> Counts | None:
-    return reduce(Counts.__add__, counts) if counts else None
+Summed = TypeVar("Summed", Counts, Drafts)
+
+
+def _sum(counts: list[Summed]) -> Summed | None:
+    return reduce(add, counts) if counts else None
 
 
 def check_settings(tokens: int, repeats: int, prefill_step: int = PREFILL_STEP) -> None:
