@@ -196,9 +196,13 @@ def naive_mla_attend(
     """
     launches = [
         _naive_splits(
-            queries, tail, Splits.of(array), segments[i * SEGMENTS : (i + 1) * SEGMENTS], lora
+            queries,
+            tail,
+            Splits.of(array, capacity),
+            segments[i * SEGMENTS : (i + 1) * SEGMENTS],
+            lora,
         )
-        for i, array in enumerate(plan.launches)
+        for i, (array, capacity) in enumerate(zip(plan.launches, plan.capacities, strict=True))
     ]
     acc, m_and_l = (mx.concatenate(list(x)) for x in zip(*launches, strict=True))
     return acc, m_and_l
@@ -323,7 +327,7 @@ def naive_mla_output(
     """
     T, H, lora = acc.shape[1:]
     texts = []
-    for places, own in places_of(plan.texts, _texts_of(plan)):
+    for places, own in places_of(plan.texts, plan.count):
         m, total = mx.split(m_and_l[places], 2, axis=-1)  # [splits, T, H, 1]
         m = mx.where(own[:, None, None, None], m, -mx.inf)
         e = mx.exp(m - m.max(axis=0, keepdims=True))
@@ -332,11 +336,6 @@ def naive_mla_output(
     latent = mx.stack(texts).reshape(-1, H, 1, lora)
     y = weights.unembed_out.times(latent.astype(dtype))
     return y.reshape(len(texts) * T, -1)
-
-
-def _texts_of(plan: SplitKVPlan) -> int:
-    """How many there are, by the shapes."""
-    return (plan.texts.size - 3 - sum(plan.capacities)) // 2
 
 
 OUTPUT = Kernel(
@@ -352,7 +351,7 @@ def mla_output(
 ) -> mx.array:
     """`naive_mla_output` in one launch. No text has more than MOST_SPLITS splits."""
     T, H, lora = acc.shape[1:]
-    rows, matrix = _texts_of(plan) * T, weights.unembed_out
+    rows, matrix = plan.count * T, weights.unembed_out
     (y,) = OUTPUT(
         inputs=[acc, m_and_l, *matrix.buffers(), plan.texts],
         template=[

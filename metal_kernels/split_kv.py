@@ -23,6 +23,7 @@ from mlx_kimi.metal_kernels.tuning import tuning
 # which its validation layer may need some.
 SEGMENTS = 19
 SPLIT_INTS = 5  # of a split in a launch's array: array, text, start, size, seen
+FEWEST = 8  # numbers of an array; MLX passes a smaller one in Metal's constant address space
 
 
 class Part(NamedTuple):
@@ -37,7 +38,7 @@ class Part(NamedTuple):
 class SplitKVPlan:
     """The splits of a step of `tokens` tokens of each text: the same in all layers.
 
-    Shapes depend on the number of texts and on `capacities` alone.
+    Shapes depend on `count` and `capacities` alone.
 
     Attributes:
         texts: int32: tokens, texts, of each text the latents in its tail with the first new one,
@@ -48,11 +49,13 @@ class SplitKVPlan:
             row there, in the tail within the text's room; `size` the positions for the last token,
             of which token i sees `seen` + i at most. A split of size 0 is none.
         capacities: splits that each launch has room for.
+        count: texts.
     """
 
     texts: mx.array
     launches: tuple[mx.array, ...]
     capacities: tuple[int, ...]
+    count: int
 
     @staticmethod
     def of(
@@ -95,6 +98,7 @@ class SplitKVPlan:
             _texts(tokens, held, places, capacities),
             tuple(map(_with_room, launches, capacities, repeat(tokens))),
             capacities,
+            len(held),
         )
 
     @staticmethod
@@ -138,7 +142,7 @@ def _texts(
         for launch, numbers in own:
             order += range(firsts[launch] + numbers.start, firsts[launch] + numbers.stop)
         ends.append(len(order))
-    order += [0] * (firsts[-1] - len(order))
+    order += [0] * (max(firsts[-1], FEWEST) - len(order))
     return mx.array(np.array([tokens, len(held), *held, *ends, *order], np.int32))
 
 
@@ -170,7 +174,7 @@ def _capacity(splits: int) -> int:
 
 
 def _with_room(splits: Sequence[np.ndarray], capacity: int, tokens: int) -> mx.array:
-    numbers = np.zeros(1 + capacity * SPLIT_INTS, np.int32)
+    numbers = np.zeros(1 + max(capacity, FEWEST // SPLIT_INTS + 1) * SPLIT_INTS, np.int32)
     numbers[0] = tokens
     if splits:
         flat = np.concatenate(splits).reshape(-1)
@@ -195,7 +199,7 @@ def multiple_of(divisor: int, x: int) -> int:
 
 
 class Splits(NamedTuple):
-    """A launch's array in columns, each [capacity] int32."""
+    """A launch's array in columns, each [splits] int32."""
 
     array: mx.array
     text: mx.array
@@ -204,8 +208,9 @@ class Splits(NamedTuple):
     seen: mx.array
 
     @staticmethod
-    def of(launch: mx.array) -> Splits:
-        return Splits(*launch[1:].reshape(-1, SPLIT_INTS).swapaxes(0, 1))
+    def of(launch: mx.array, capacity: int) -> Splits:
+        columns = launch[1 : 1 + capacity * SPLIT_INTS].reshape(-1, SPLIT_INTS).swapaxes(0, 1)
+        return Splits(*columns)
 
 
 def places_of(texts: mx.array, B: int) -> Iterator[tuple[mx.array, mx.array]]:

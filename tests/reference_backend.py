@@ -79,11 +79,13 @@ def _kda_finish(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
 def _mla_query(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
     embed = _matrix(x, "embed", n["Bits"], n["Group"])
     weights = LatentWeights(embed, embed, x["norm"], x["eps"].item(), x["scale"].item())
-    return naive_mla_query(x["x"], weights, x["tail"], SplitKVPlan(x["texts"], (), ()))
+    return naive_mla_query(
+        x["x"], weights, x["tail"], SplitKVPlan(x["texts"], (), (), len(x["tail"]))
+    )
 
 
 def _mla_attend(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
-    plan = SplitKVPlan(x["splits"], (x["splits"],), (n["shapes"][0][0],))
+    plan = SplitKVPlan(x["splits"], (x["splits"],), (n["shapes"][0][0],), len(x["tail"]))
     first, *others = (x[f"segment{i + 1}"] for i in range(SEGMENTS))
     segments = [first, *(s for s in others if s is not first)]  # (which stands for absent ones)
     return naive_mla_attend(x["queries"], x["tail"], plan, segments, n["Lora"])
@@ -92,7 +94,8 @@ def _mla_attend(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
 def _mla_output(x: Inputs, n: Sizes) -> tuple[mx.array, ...]:
     unembed = _matrix(x, "unembed", n["Bits"], n["Group"])
     weights = LatentWeights(unembed, unembed, x["acc"], 0, 0)
-    plan = SplitKVPlan(x["texts"], (x["texts"],), (len(x["acc"]),))
+    count = n["shapes"][0][0] // x["acc"].shape[1]
+    plan = SplitKVPlan(x["texts"], (x["texts"],), (len(x["acc"]),), count)
     return (naive_mla_output(x["acc"], x["m_and_l"], plan, weights, n["OutT"]),)
 
 

@@ -233,7 +233,13 @@ def test_json_holds_everything(talker: Path, tmp_path: Path) -> None:
     assert contexts_of(done.stdout) == ["16", "64"]
     report = json.loads((tmp_path / "rows.json").read_text())
     assert report["complete"] is True
-    assert report["settings"] == {"tokens": 4, "repeats": 3, "prefill_step": 8, "slots": None}
+    assert report["settings"] == {
+        "tokens": 4,
+        "repeats": 3,
+        "prefill_step": 8,
+        "speculate": "off",
+        "slots": None,
+    }
     assert report["model"]["name"] == str(talker) and report["model"]["quantization"] is None
     assert report["model"]["model_max_length"] == LIMIT
     assert set(report["versions"]) == {"mlx_kimi", "mlx", "python"}

@@ -185,7 +185,7 @@ def _compiled(
         optimistic = owner.offload.optimistic if owner.offload else NOTHING_OFFLOADED
         residency = optimistic.begin(slot_tables)
         steps: list[Step] | None = [] if ids.shape[1] > 1 else None
-        plan = SplitKVPlan(texts, launches, capacities)
+        plan = SplitKVPlan(texts, launches, capacities, len(ids))
         batch = ForwardBatch(plan=plan, residency=residency, steps=steps)
         hidden = owner.run(ids, cache, batch)
         arrays = [e.arrays() if isinstance(e, KDACache) else e.arrays()[-1:] for e in cache]
