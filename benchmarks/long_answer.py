@@ -4,8 +4,8 @@
 
 Each run is a process of its own. The answer goes on whatever its tokens say, at temperature 0. What
 grows by itself is the context: an MLA layer's step reads all latents before it. The rest is flat.
-On CPU that is H * (latent width) products twice a position, about 1 ns each in the BLAS of MLX's
-wheel for Linux: 3 microseconds a position in the pocket model's two MLA layers.
+On CPU that is H * (latent width) products twice a position, 0.7 to 1 ns each in the BLAS of MLX's
+wheel for Linux: 2 to 3 microseconds a position in the pocket model's two MLA layers.
 
 Processor time is that of all threads: beside it, time tells how busy the machine is otherwise.
 """
