@@ -354,7 +354,7 @@ def test_a_call_cut_by_the_limit_is_no_part_of_the_conversation(weather, tmp_pat
     chat.say("What is the weather in Paris?")
     *_, last = chat.answer()
     assert last.finish_reason == "length" and not chat.pending and chat.cut == "get_weather"
-    assert chat.conversation.turns[0].replies == [{"role": "assistant", "content": ""}]
+    assert chat.conversation.turns[0].replies == ({"role": "assistant", "content": ""},)
 
 
 @pytest.mark.slow

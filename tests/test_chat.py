@@ -449,7 +449,7 @@ def test_a_call_where_there_are_no_tools_is_answered_with_that(loaded, tmp_path)
 def test_a_session_full_of_escape_codes_writes_none_to_the_terminal(start, folder, talker) -> None:
     evil = "\x1b]0;owned\x07 \x1b[2J \x9b31m \u202egnirts"
     session = Session(folder / "evil", {}).open()
-    turn = Turn(evil, [{"role": "assistant", "content": evil}], 5)
+    turn = Turn(evil, ({"role": "assistant", "content": evil},), 5)
     session.save(Conversation(evil, [turn, turn]))
     session.close()
     terminal = start(*talker_options(talker), "--resume", "evil")

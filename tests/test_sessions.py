@@ -33,7 +33,7 @@ def add(kept: Sessions, name: str, *texts: str, age: int = 0) -> Path:
     """A session of these messages, used `age` seconds ago."""
     folder = kept.folder / name
     session = Session(folder, {}).open()
-    turns = [Turn(text, [{"role": "assistant", "content": f"{text}!"}], 7) for text in texts]
+    turns = [Turn(text, ({"role": "assistant", "content": f"{text}!"},), 7) for text in texts]
     session.save(Conversation(None, turns))
     session.close()
     (folder / "0-7-0123abcd.safetensors").write_bytes(bytes(STATE))

@@ -24,8 +24,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def answer(turn: Turn, text: str) -> None:
-    turn.replies.append({"role": "assistant", "content": text})
+def answer(conversation: Conversation, text: str) -> None:
+    conversation.reply({"role": "assistant", "content": text})
 
 
 def changes(conversation: Conversation) -> Iterator[str]:
@@ -33,7 +33,7 @@ def changes(conversation: Conversation) -> Iterator[str]:
     for text in ("one", "two 你好\n", "three"):
         conversation.say(text)
         yield "a message"
-        answer(conversation.turns[-1], f"{text}!")
+        answer(conversation, f"{text}!")
         yield "an answer"
     conversation.undo()
     yield "taken back"
@@ -41,11 +41,11 @@ def changes(conversation: Conversation) -> Iterator[str]:
     yield "a message after that"
     conversation.edit(1, "uno")
     yield "an earlier message changed"
-    answer(conversation.turns[-1], "un")
+    answer(conversation, "un")
     yield "its answer"
     conversation.retry()
     yield "taken back to be answered again"
-    answer(conversation.turns[-1], "deux")
+    answer(conversation, "deux")
     yield "another answer"
     conversation.system = "be brief"
     yield "another system message"
@@ -57,7 +57,7 @@ def stored(folder: Path) -> tuple[Conversation, str]:
 
 
 def copied(conversation: Conversation) -> Conversation:
-    return Conversation(conversation.system, list(map(transcript.copied, conversation.turns)))
+    return Conversation(conversation.system, list(conversation.turns))
 
 
 def test_every_change_is_added_and_read_again(folder: Path) -> None:
@@ -155,7 +155,7 @@ def test_after_many_answers_were_taken_back_the_text_is_written_anew(folder: Pat
     conversation.say("a question")
     for number in range(100):
         conversation.retry()
-        answer(conversation.turns[-1], f"answer {number}")
+        answer(conversation, f"answer {number}")
         text.save(conversation, ABOUT)
         sizes.append((folder / TEXT).stat().st_size)
         assert stored(folder) == (conversation, "")
@@ -211,7 +211,7 @@ def test_texts_of_the_first_format_are_read_and_then_written_in_this_one(folder:
     conversation = Conversation("system")
     conversation.say("one")
     write_first_format(folder / PREVIOUS, conversation)
-    answer(conversation.turns[0], "un")
+    answer(conversation, "un")
     write_first_format(folder / TEXT, conversation)
     (folder / "old").mkdir()
     shutil.copy(folder / TEXT, folder / "old" / PREVIOUS)

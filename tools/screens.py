@@ -122,8 +122,7 @@ def _tools(sessions: Path) -> Terminal:
 
 def _markdown(sessions: Path) -> Terminal:
     """80 columns: an answer with code and a table, of a conversation that was saved."""
-    turn = Turn("How are numbers added up?")
-    turn.replies.append({"role": "assistant", "content": ANSWER})
+    turn = Turn("How are numbers added up?", ({"role": "assistant", "content": ANSWER},))
     session = Session(sessions / "sums", fingerprint(pocket_folder(), None)).open()
     session.save(Conversation(None, [turn]))
     session.close()

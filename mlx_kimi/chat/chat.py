@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_kimi.chat.conversation import Conversation, Turn
+from mlx_kimi.chat.prompt import ChatPrompt
 from mlx_kimi.chat.session import Session
 from mlx_kimi.chat.sessions import Sessions, is_automatic
 from mlx_kimi.chat.tool_calls import Call, CallReader
@@ -15,7 +16,7 @@ from mlx_kimi.chat.tools import Toolbox
 from mlx_kimi.defaults import AUTOSAVE_LIMIT, SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generation.answer import Chunk, FinishReason
-from mlx_kimi.generation.generate import prompt_ids, stream_generate
+from mlx_kimi.generation.generate import PromptIds, stream_generate, text_ids
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
@@ -67,6 +68,7 @@ class Chat:
         self.removed: list[str] = []
         self.withdrawn = False
         self.ended: FinishReason | None = None
+        self._text = ChatPrompt(tokenizer, None)
         self._retries = 0
         self._before: list[Turn] = []  # the turns before the last message, retry or edit
 
@@ -117,8 +119,9 @@ class Chat:
     def tool_result(self, call: Call, result: str) -> None:
         """Answer a pending call."""
         self.pending.remove(call)
-        message = {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": result}
-        self.conversation.turns[-1].replies.append(message)
+        self.conversation.reply(
+            {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": result}
+        )
 
     def _record(self, said: str, calls: list[Call]) -> None:
         self.pending = [call for call in calls if call.is_whole]
@@ -126,9 +129,7 @@ class Chat:
         message: dict[str, Any] = {"role": "assistant", "content": said}
         if self.pending:
             message["tool_calls"] = [call.message for call in self.pending]
-        turn = self.conversation.turns[-1]
-        turn.replies.append(message)
-        turn.tokens = len(self.state.ids)
+        self.conversation.reply(message, tokens=len(self.state.ids))
         self._leave_what_stays_true()
         self.save()
 
@@ -143,9 +144,11 @@ class Chat:
         except KimiError:  # the context is full: nothing can follow
             pass
 
-    def _prompt(self) -> list[int]:
+    def _prompt(self) -> PromptIds:
         schemas = self.toolbox.schemas if self.toolbox else None
-        return prompt_ids(self.model, self.tokenizer, self.conversation.messages, schemas)
+        if self._text.tools is not schemas:
+            self._text = ChatPrompt(self.tokenizer, schemas)
+        return text_ids(self.model, self.tokenizer, self._text.ids(self.conversation))
 
     def _seed(self) -> int | None:
         """A given seed makes answers reproducible; another try has another one all the same."""

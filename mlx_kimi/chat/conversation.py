@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import is_not
 from typing import Any
 
 from mlx_kimi.errors import KimiError
@@ -12,12 +13,15 @@ BETWEEN = "\n\n"  # the parts of a message
 Message = dict[str, Any]  # role, content, and for tools: tool_calls, tool_call_id, name
 
 
-@dataclass
+@dataclass(frozen=True)
 class Turn:
-    """A user's message and all that followed it: answers, calls of tools and their results."""
+    """A user's message and all that followed it: answers, calls of tools and their results.
+
+    It never changes, nor does a message: what goes on is another turn.
+    """
 
     text: str
-    replies: list[Message] = field(default_factory=list)
+    replies: tuple[Message, ...] = ()
     tokens: int = 0  # of the conversation up to the end of this turn
 
     @property
@@ -39,15 +43,19 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
 
     @property
+    def opening(self) -> list[Message]:
+        """The system message, if any."""
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    @property
     def messages(self) -> list[Message]:
         """In the form that chat templates take."""
-        opening = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*opening, *(message for turn in self.turns for message in turn.messages)]
+        return [*self.opening, *(message for turn in self.turns for message in turn.messages)]
 
     @property
     def tokens(self) -> int:
         """Of the conversation so far; a turn without an answer is not counted."""
-        return max((turn.tokens for turn in self.turns), default=0)
+        return next((turn.tokens for turn in reversed(self.turns) if turn.tokens), 0)
 
     @property
     def is_unanswered(self) -> bool:
@@ -59,6 +67,16 @@ class Conversation:
             self.turns[-1] = Turn(self.turns[-1].text + BETWEEN + text.lstrip())
         else:
             self.turns.append(Turn(text))
+
+    def reply(self, message: Message, tokens: int | None = None) -> None:
+        """Add an answer, or a tool's result, to the last turn.
+
+        Args:
+            tokens: `Turn.tokens` with it; None leaves them.
+        """
+        turn = self.turns[-1]
+        count = turn.tokens if tokens is None else tokens
+        self.turns[-1] = replace(turn, replies=(*turn.replies, message), tokens=count)
 
     def undo(self) -> Turn:
         """Take back the last turn.
@@ -99,6 +117,14 @@ class Conversation:
             raise KimiError("nothing has been said yet")
 
 
+def same_turns(first: Sequence[Turn], second: Sequence[Turn]) -> int:
+    """How many turns two conversations begin with in common, by identity: not even texts are read.
+
+    Others may be alike.
+    """
+    return [*map(is_not, first, second), True].index(True)
+
+
 def read_turn(line: Mapping[str, Any]) -> Turn:
     """A turn from a session's file.
 
@@ -109,7 +135,7 @@ def read_turn(line: Mapping[str, Any]) -> Turn:
     right = isinstance(text, str) and isinstance(replies, list) and isinstance(tokens, int)
     if not right or not all(map(_is_reply, replies)):
         raise ValueError("not a turn")
-    return Turn(text, replies, tokens)
+    return Turn(text, tuple(replies), tokens)
 
 
 def _is_reply(message: Any) -> bool:

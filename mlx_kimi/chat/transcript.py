@@ -15,12 +15,12 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_kimi.chat import first_format
-from mlx_kimi.chat.conversation import Conversation, Turn, read_turn
+from mlx_kimi.chat.conversation import Conversation, Turn, read_turn, same_turns
 from mlx_kimi.durable import append_durably, write_bytes_durably
 from mlx_kimi.errors import KimiError
 from mlx_kimi.user_files import read_bytes
@@ -77,15 +77,14 @@ class Written:
         said = {"save": self.save + 1, "keep": keep, "turns": [vars(turn) for turn in turns]}
         record = json.dumps(said | changed).encode()
         line = self.line(record)
-        # (A turn's list of replies grows; a reply never changes.)
-        self._add(record, self.save + 1, keep, list(map(copied, turns)), changed)
+        self._add(record, self.save + 1, keep, turns, changed)
         return line
 
     def kept(self, turns: list[Turn]) -> int:
         """How many of `turns` are there already."""
-        pairs = zip(self.turns, turns, strict=False)
-        differ = (place for place, (old, new) in enumerate(pairs) if old != new)
-        return next(differ, min(len(self.turns), len(turns)))
+        same, shortest = same_turns(self.turns, turns), min(len(self.turns), len(turns))
+        differ = (place for place in range(same, shortest) if self.turns[place] != turns[place])
+        return next(differ, shortest)
 
     def line(self, record: bytes) -> bytes:
         """A record as it stands in the file."""
@@ -127,7 +126,7 @@ class Transcript:
         else:
             self._written, note = best, _note(text, copy)
             self._in_step = text == copy and not best.rest
-        return Conversation(self.about.get("system"), list(map(copied, self._written.turns))), note
+        return Conversation(self.about.get("system"), list(self._written.turns)), note
 
     def is_as_it_was_read(self) -> bool:
         """Whether nobody else has changed it since."""
@@ -172,11 +171,6 @@ class Transcript:
             write_bytes_durably(self.folder / name, b"".join(lines))
         (self.folder / first_format.PREVIOUS).unlink(missing_ok=True)
         self._written, self._in_step = new, True
-
-
-def copied(turn: Turn) -> Turn:
-    """A copy that does not grow with the turn."""
-    return replace(turn, replies=list(turn.replies))
 
 
 def text_file(folder: Path) -> Path | None:

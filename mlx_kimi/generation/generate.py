@@ -93,7 +93,7 @@ def stream_generate(
     """
     check_lengths(max_tokens, prefill_step)
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
-    ids = prompt_ids(model, tokenizer, prompt, tools)
+    ids = prompt if isinstance(prompt, PromptIds) else prompt_ids(model, tokenizer, prompt, tools)
     limit = min(max_tokens, model.config.model_max_length - len(ids))
     state = state or TokenState(model, latent_bits, snapshot_every=None)
     sampler = Sampler(sampling, ids, model.config.vocab_size)
@@ -108,6 +108,22 @@ def stream_generate(
         yield chunk
         if chunk.finish_reason:
             return
+
+
+class PromptIds(tuple[int, ...]):
+    """The tokens of a prompt that have been checked and cannot change."""
+
+
+def text_ids(model: KimiLinear, tokenizer: Tokenizer, ids: Sequence[int]) -> PromptIds:
+    """What a model's `tokenizer` gave for a text, checked as a prompt.
+
+    Raises:
+        KimiError: as of `check_ids`.
+    """
+    if tokenizer.vocab_size > model.config.vocab_size:
+        check_ids(model, ids)
+    check_length(model, ids)
+    return PromptIds(ids)
 
 
 def prompt_ids(
@@ -147,9 +163,23 @@ def check_ids(model: KimiLinear, ids: Sequence[int]) -> None:
         ContextFull: it fills the model's context.
         KimiError: it is empty, or has ids beyond the vocabulary.
     """
+    check_length(model, ids)
+    vocab = model.config.vocab_size
+    outside = next((token for token in ids if not 0 <= token < vocab), None)
+    if outside is not None:
+        raise KimiError(f"token ids must be from 0 to {vocab - 1} but the prompt has {outside}")
+
+
+def check_length(model: KimiLinear, ids: Sequence[int]) -> None:
+    """Refuse a prompt that is empty or too long.
+
+    Raises:
+        ContextFull: it fills the model's context.
+        KimiError: it is empty.
+    """
     if not ids:
         raise KimiError("the prompt is empty")
-    limit, vocab = model.config.model_max_length, model.config.vocab_size
+    limit = model.config.model_max_length
     if len(ids) >= limit:
         if model.offload and model.offload.bounds_context:
             raise ContextFull(beyond_budget("the prompt", len(ids), limit))
@@ -157,9 +187,6 @@ def check_ids(model: KimiLinear, ids: Sequence[int]) -> None:
             f"the prompt has {len(ids):,} tokens but the model's context (model_max_length) "
             f"holds {limit:,}, the answer included"
         )
-    outside = next((token for token in ids if not 0 <= token < vocab), None)
-    if outside is not None:
-        raise KimiError(f"token ids must be from 0 to {vocab - 1} but the prompt has {outside}")
 
 
 def _check_message(number: int, message: Any) -> None:

@@ -52,14 +52,14 @@ class Draw(NamedTuple):
 class Sampler:
     """Chooses one token after another; the same seed and logits give the same tokens."""
 
-    def __init__(self, sampling: Sampling, prompt: list[int], vocab_size: int) -> None:
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab_size: int) -> None:
         self.sampling = sampling
         self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         self._key = mx.random.key(self.seed)
         self._seen: mx.array | None = None
         if sampling.repetition_penalty != 1:
             seen = mx.zeros((vocab_size,), mx.bool_)
-            seen[mx.array(prompt)] = True
+            seen[mx.array(list(prompt))] = True
             self._seen = seen
 
     def __call__(self, logits: mx.array) -> mx.array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import mlx.core as mx
@@ -89,7 +89,9 @@ def expected(p: float, T: int) -> float:
     return sum(p**i for i in range(T))
 
 
-def speculation_for(state: TokenState, speculate: Speculate, ids: list[int]) -> Speculation | None:
+def speculation_for(
+    state: TokenState, speculate: Speculate, ids: Sequence[int]
+) -> Speculation | None:
     """What decodes after the prompt `ids`; None: one token at a time.
 
     Where experts are read from files, a step of several tokens reads more of them.

@@ -4,11 +4,11 @@ Templates are code from a downloaded folder: a child process runs them (template
 people type is kept from becoming a control token in it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mlx_kimi.errors import KimiError
-from mlx_kimi.text.template_renderer import Renderer
+from mlx_kimi.text.template_renderer import OUTPUT_CHARACTERS, Rendered, Renderer
 from mlx_kimi.user_files import Json, is_there, read_bytes, shown
 
 TEMPLATE_BYTES = 1 << 20  # published templates are below 40 kB
@@ -100,18 +100,52 @@ class ChatTemplate:
         Raises:
             KimiError: the template is wrong, refuses the messages, or passes a limit.
         """
-        given = {
-            "documents": None,
-            **self.variables,
-            **variables,
-            "messages": messages,
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        given = {**variables, "messages": messages, "tools": tools}
+        return self.rendered({**given, "add_generation_prompt": add_generation_prompt}).text
+
+    def rendered(self, variables: Mapping[str, Json], resumed: Json = None) -> Rendered:
+        """What the template makes of `variables`, messages and tools among them.
+
+        Raises:
+            KimiError: as of `render`.
+        """
+        given = {"documents": None, **self.variables, **variables}
         try:
-            return self._renderer.render(self.source(tools), given)
+            return self._renderer.render(self.source(given.get("tools")), given, resumed)
         except KimiError as error:
             raise KimiError(f"{self.name}: {error}") from None
+
+    def continued(
+        self,
+        known: Rendered,
+        variables: Mapping[str, Json],
+        messages: Sequence[Json],
+        kept: int,
+    ) -> Rendered | None:
+        """What `rendered` would make of the first `kept` messages of `known` and others after them.
+
+        The first message is rendered again, which the others may look at, and compared.
+
+        Args:
+            known: what it made of the same variables.
+            messages: the first, and those after the kept ones.
+
+        Returns:
+            None where that is not certain.
+        """
+        if not 1 <= kept < len(known.starts) or known.carried[kept] is None:
+            return None
+        given = {**variables, "messages": list(messages)}
+        try:
+            new = self.rendered(given, resumed=known.carried[kept])
+        except KimiError:  # with all messages it says the same, and the right line
+            return None
+        begin, same = new.starts[1], known.starts[kept]
+        text = known.text[:same] + new.text[begin:]
+        if known.text[: known.starts[1]] != new.text[:begin] or len(text) > OUTPUT_CHARACTERS:
+            return None
+        starts = [*known.starts[:kept], *(start - begin + same for start in new.starts[1:])]
+        return Rendered(text, starts, [*known.carried[:kept], *new.carried[1:]])
 
     def close(self) -> None:
         """End the child process; it ends by itself with this one."""

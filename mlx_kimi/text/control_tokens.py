@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from mlx_kimi.errors import KimiError
@@ -72,6 +72,19 @@ class ControlTokens:
         except RecursionError:
             raise KimiError("messages: lists and objects nest too deeply") from None
         return protected, mark
+
+    def protect_more(self, messages: Sequence[Json], mark: str) -> list[Json] | None:
+        """More messages, broken by the mark of those before; None if they hold it.
+
+        Raises:
+            KimiError: as of `protect`.
+        """
+        try:
+            if holds(_strings(messages), mark):
+                return None
+            return [self._protect(message, mark, whole_middles=False) for message in messages]
+        except RecursionError:
+            raise KimiError("messages: lists and objects nest too deeply") from None
 
     def split(self, text: str, mark: str = "") -> Iterator[tuple[str, bool]]:
         """Ordinary text without marks (False) and whole control tokens (True), in order."""
@@ -176,6 +189,12 @@ def free_character(texts: Iterable[str]) -> str:
             if chr(code) not in used and _escape(chr(code))[:6] not in escapes:
                 return chr(code)
     raise KimiError("messages: the text uses every private-use character, so none can mark it")
+
+
+def holds(texts: Iterable[str], mark: str) -> bool:
+    """Whether a mark, or its escape, is in one of them: `free_character` would not choose it."""
+    escape = _escape(mark)[:6]
+    return any(mark in text or escape in text for text in texts)
 
 
 def _strings(data: Json) -> Iterator[str]:

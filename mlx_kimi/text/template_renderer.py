@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mlx_kimi.errors import KimiError
 from mlx_kimi.user_files import Json
@@ -23,6 +24,20 @@ OUTPUT_CHARACTERS = 1 << 23  # twice the text of a full context, 1,048,576 token
 MEMORY_BYTES = 512 << 20  # holds the longest request and answer in their several copies
 POLL_SECONDS = 0.1  # between looks at the memory of a child where the system sets no limit
 MESSAGE_CHARACTERS = 300  # of a template's error that are shown
+
+
+class Rendered(NamedTuple):
+    """What a template gave.
+
+    Attributes:
+        starts: characters before each message and after all; empty unless the template was proven
+            to go message by message (`goes_by_message` in template_worker.py).
+        carried: what its namespaces held at each start; None where that cannot be taken up.
+    """
+
+    text: str
+    starts: Sequence[int] = ()
+    carried: Sequence[Json] = ()
 
 
 class Renderer:
@@ -39,8 +54,13 @@ class Renderer:
         self._child = self._start()
         self._ready = False
 
-    def render(self, template: str, variables: Mapping[str, Json]) -> str:
+    def render(
+        self, template: str, variables: Mapping[str, Json], resumed: Json = None
+    ) -> Rendered:
         """Render `template`.
+
+        Args:
+            resumed: of `Rendered.carried`: what namespaces shall hold after the first message.
 
         Raises:
             KimiError: it is wrong, it failed, or it passed a limit; without the template's name.
@@ -50,6 +70,7 @@ class Renderer:
                 {
                     "template": template,
                     "variables": variables,
+                    "resumed": resumed,
                     "seconds": int(self.seconds) + 1,
                     "limit": OUTPUT_CHARACTERS,
                 }
@@ -59,7 +80,7 @@ class Renderer:
         with self._turn:
             answer = self._answer(request + b"\n")
         if "text" in answer:
-            return str(answer["text"])
+            return Rendered(answer["text"], answer.get("starts", ()), answer.get("carried", ()))
         line = f"line {answer['line']}: " if answer.get("line") else ""
         raise KimiError(line + one_line(answer["error"]))
 

@@ -9,7 +9,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ STOP_NAMES = ("[EOS]", "<|im_end|>", "[EOT]")
 SOURCE = "moonshotai/Kimi-Linear-48B-A3B-Instruct"
 
 
-class _Encoded(NamedTuple):
+class Encoded(NamedTuple):
     """The ids of a text, and where both may be cut: behind each of its control tokens."""
 
     text: str = ""
@@ -62,6 +62,7 @@ class Tokenizer:
         control_tokens: ids of the tokens that are not text, by name.
         stop_ids: control tokens that end an answer.
         chat_template: the folder's template, or the built-in one.
+        control: what keeps control tokens apart from their spellings.
     """
 
     def __init__(
@@ -72,9 +73,9 @@ class Tokenizer:
         self.stop_ids = frozenset(stop_ids)
         self.chat_template = chat_template
         self._vocabulary = vocabulary
-        self._control = ControlTokens(self.control_tokens)
+        self.control = ControlTokens(self.control_tokens)
         self._encode_short = lru_cache(REMEMBERED)(vocabulary.encode)
-        self._latest = _Encoded()  # a chat's next text begins as this one does
+        self._latest = Encoded()  # a chat's next text begins as this one does
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: the spelling of a control token is text like any other."""
@@ -87,21 +88,26 @@ class Tokenizer:
             text: the text.
             mark: what `ControlTokens.protect` put into spellings that are ordinary text.
         """
-        known = self._latest
-        count = known.shared(text, mark, self._control.longest)
-        ends, counts = list(known.ends[:count]), list(known.counts[:count])
-        ids = list(known.ids[: counts[-1]]) if counts else []
+        same = self._latest.shared(text, mark, self.control.longest)
+        self._latest = self.encode_after(self._latest, same, text, mark)
+        return list(self._latest.ids)
+
+    def encode_after(self, known: Encoded, same: int, text: str, mark: str) -> Encoded:
+        """The same for a text that shares its first `same` control tokens with `known`."""
+        ends, counts = [*islice(known.ends, same)], [*islice(known.counts, same)]
+        ids = [*islice(known.ids, counts[-1] if counts else 0)]
         start = ends[-1] if ends else 0
-        new = self._control.ends(text, start)
+        new = self.control.ends(text, start)
         for begin, end in pairwise([start, *new, len(text)]):
-            for piece, is_control in self._control.split(text[begin:end], mark):
+            for piece, is_control in self.control.split(text[begin:end], mark):
                 if is_control:
                     ids.append(self.control_tokens[piece])
                 elif piece:
                     ids += self._encode_from(piece, not ids)
             counts.append(len(ids))
-        self._latest = _Encoded(text, mark, tuple(ids), [*ends, *new], counts[:-1])
-        return ids
+        ends += new
+        counts.pop()
+        return Encoded(text, mark, ids, ends, counts)
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """Text of `ids`, without control tokens unless asked for; broken UTF-8 gives U+FFFD."""
@@ -133,12 +139,16 @@ class Tokenizer:
             KimiError: the messages have no chat's form, or the template fails or refuses them.
         """
         check_messages(messages, tools)
-        template = self.chat_template
         given = {"messages": messages, "tools": tools, **variables}
-        fixed = json.dumps(template.variables, ensure_ascii=False)
-        protected, mark = self._control.protect(given, template.source(tools), fixed)
-        text = template.render(**protected, add_generation_prompt=add_generation_prompt)
+        protected, mark = self.protect(given)
+        text = self.chat_template.render(**protected, add_generation_prompt=add_generation_prompt)
         return self.encode_with_control(text, mark)
+
+    def protect(self, given: Mapping[str, Json]) -> tuple[dict[str, Json], str]:
+        """A template's variables as `ControlTokens.protect` gives them, and the mark."""
+        template = self.chat_template
+        fixed = json.dumps(template.variables, ensure_ascii=False)
+        return self.control.protect(given, template.source(given.get("tools")), fixed)
 
     def close(self) -> None:
         """End the template's process; without this it ends with the program."""
