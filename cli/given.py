@@ -25,7 +25,7 @@ from mlx_kimi.loading.budget import Budget
 from mlx_kimi.loading.fetch import fetched
 from mlx_kimi.loading.load import check_headers
 from mlx_kimi.model.cache import check_latent_bits
-from mlx_kimi.user_files import FILE_BYTES, read_bytes
+from mlx_kimi.user_files import FILE_BYTES, decoded, read_bytes
 
 STDIN = Path("-")
 ONLY_SAMPLING = ("top_p", "top_k", "min_p", "seed")  # of no use at temperature 0
@@ -85,24 +85,14 @@ def read_text(file: Path) -> str:
     Raises:
         KimiError: it cannot be read or is not UTF-8.
     """
-    return _decoded(read_bytes(file), str(file))
+    return decoded(read_bytes(file), file)
 
 
 def _stdin() -> str:
     data = sys.stdin.buffer.read(FILE_BYTES + 1)
     if len(data) > FILE_BYTES:
         raise KimiError(f"stdin: may have {FILE_BYTES} bytes, but has more")
-    return _decoded(data, "stdin")
-
-
-def _decoded(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
-        raise KimiError(
-            f"{name} is not UTF-8: byte 0x{byte:02x} at position {error.start}"
-        ) from None
+    return decoded(data, "stdin")
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import click
 from click.core import ParameterSource
 
 from mlx_kimi.errors import KimiError
-from mlx_kimi.user_files import is_there, read_bytes, shown
+from mlx_kimi.user_files import decoded, is_there, read_bytes, shown
 
 PREFIX = "MLX_KIMI_"
 NAMED = "MLX_KIMI_CONFIG"  # names another file in the environment
@@ -116,9 +116,7 @@ def _parsed(text: bytes, file: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(text.decode())
-    except UnicodeDecodeError as error:
-        raise KimiError(f"{file}: must be UTF-8, but byte {error.start} is not") from None
+        return tomllib.loads(decoded(text, file))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise KimiError(f"{file}: must be TOML: {error}") from None
 

@@ -61,6 +61,18 @@ def read_bytes(file: Path, most: int = FILE_BYTES) -> bytes:
     return data
 
 
+def decoded(data: bytes, name: Path | str) -> str:
+    """The text of what a file, or stdin, holds.
+
+    Raises:
+        KimiError: it is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise KimiError(f"{name}: must be UTF-8, but byte {error.start} is not") from None
+
+
 def read_json_if_there(file: Path) -> dict[str, Json]:
     """The object in `file`, empty without the file.
 
@@ -77,9 +89,7 @@ def parsed_json(text: bytes, file: Path) -> dict[str, Json]:
         KimiError: it is no JSON object, names a key twice or nests too deeply.
     """
     try:
-        value = json.loads(text.decode(), object_pairs_hook=_object_without_doubles)
-    except UnicodeDecodeError as error:
-        raise KimiError(f"{file}: must be UTF-8, but byte {error.start} is not") from None
+        value = json.loads(decoded(text, file), object_pairs_hook=_object_without_doubles)
     except RecursionError:
         raise KimiError(f"{file}: nests too deeply") from None
     except ValueError as error:

@@ -198,7 +198,7 @@ def grown(text: ChatText, kept: int, new: list[Any]) -> Sequence[int] | str:
         return str(error)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from([*BY_MESSAGE.values()] * 3 + [*NOT_BY_MESSAGE.values()]),
     STEPS,

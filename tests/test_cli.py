@@ -232,7 +232,7 @@ def test_an_answer_that_fills_the_context_says_so(talker: Path) -> None:
     [
         (("generate", ""), b"", 1, "the prompt is empty"),
         (("generate", "-f", "-"), b"", 1, "the prompt is empty"),
-        (("generate", "-f", "-"), b"ab\xff", 1, "stdin is not UTF-8: byte 0xff at position 2"),
+        (("generate", "-f", "-"), b"ab\xff", 1, "stdin: must be UTF-8, but byte 2 is not"),
         (("generate", "x", "--temp", "-1"), b"", 2, "--temp must be 0, or from 0.001"),
         (("generate", "x", "--max-tokens", "0"), b"", 2, "--max-tokens must be at least 1"),
         (("generate", "-f", "-"), b"word " * 20000, 1, "tokens but the model's context"),

@@ -90,4 +90,4 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     assert found["model"]["tokens"] == 49 and found["distance"]["agreement"] == 1
     file.write_bytes(b"ab\xff")
     result = CliRunner().invoke(COMMANDS["evaluate"], options)
-    assert str(result.exception).endswith("is not UTF-8: byte 0xff at position 2")
+    assert str(result.exception).endswith("must be UTF-8, but byte 2 is not")

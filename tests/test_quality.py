@@ -247,7 +247,7 @@ def test_bad_input_is_one_line_before_the_conversion(
 ) -> None:
     text = tmp_path / "text"
     for source, content, options, line in (
-        (talker, b"ab\xff", ["--report"], "text is not UTF-8: byte 0xff at position 2"),
+        (talker, b"ab\xff", ["--report"], "text: must be UTF-8, but byte 2 is not"),
         (talker, b"", ["--report"], "the text must have at least 2 tokens but has 0"),
         (talker, b"text", [], "--report-text needs --report"),
         (folder("tiny"), b"text", ["--report"], "tiktoken.model"),

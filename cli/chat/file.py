@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlx_kimi.cli.fence import fenced
 from mlx_kimi.errors import KimiError
-from mlx_kimi.user_files import read_bytes
+from mlx_kimi.user_files import decoded, read_bytes
 
 FILE_BYTES = 16 << 20  # more than the longest context holds
 
@@ -31,8 +31,4 @@ def attachment(path: str) -> Attachment:
         raise KimiError(f"{file} is a folder, and /file takes a file")
     if not file.exists():
         raise KimiError(f"{file}: no such file")
-    try:
-        text = read_bytes(file, FILE_BYTES).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise KimiError(f"{file}: must be UTF-8, but byte {error.start} is not") from None
-    return Attachment(path, fenced(file.name, text))
+    return Attachment(path, fenced(file.name, decoded(read_bytes(file, FILE_BYTES), file)))

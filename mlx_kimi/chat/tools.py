@@ -30,8 +30,9 @@ class Toolbox:
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
         """Raises KimiError for a function that a model cannot call, with the rule."""
-        self.schemas = [_schema(name, function) for name, function in functions.items()]
-        self._functions = {name: _checked(function) for name, function in functions.items()}
+        tools = {name: _tool(name, function) for name, function in functions.items()}
+        self.schemas = [schema for schema, _ in tools.values()]
+        self._functions = {name: checked for name, (_, checked) in tools.items()}
 
     def run(self, call: Call) -> str:
         """The result for the model; what goes wrong is a result, too, and begins with `error`."""
@@ -162,13 +163,14 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
-def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
-    """What a chat template declares of one function."""
+def _tool(name: str, function: Callable[..., Any]) -> tuple[dict[str, Any], Callable[..., Any]]:
+    """What a chat template declares of one function, and the function as it is called."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # (a default that JSON cannot spell is left out)
         _refuse_uncallable(name, function)
         try:
-            adapter: TypeAdapter[Any] = TypeAdapter(cast(Any, _checked(function)))
+            checked = _checked(function)
+            adapter: TypeAdapter[Any] = TypeAdapter(cast(Any, checked))
             parameters = adapter.json_schema()
         except Exception as error:  # pydantic's, of several kinds
             raise KimiError(f"tool {name}: {in_words(error)[:300]}") from None
@@ -181,7 +183,7 @@ def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
         described["$defs"] = _untitled(parameters["$defs"])
     description = _doc(function)
     function_schema = {"name": name, "description": description, "parameters": described}
-    return {"type": "function", "function": function_schema}
+    return {"type": "function", "function": function_schema}, checked
 
 
 def _untitled(properties: Mapping[str, Any]) -> dict[str, Any]:

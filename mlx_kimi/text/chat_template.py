@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlx_kimi.errors import KimiError
 from mlx_kimi.text.template_renderer import OUTPUT_CHARACTERS, Rendered, Renderer
-from mlx_kimi.user_files import Json, is_there, read_bytes, shown
+from mlx_kimi.user_files import Json, decoded, is_there, read_bytes, shown
 
 TEMPLATE_BYTES = 1 << 20  # published templates are below 40 kB
 
@@ -170,11 +170,8 @@ def load_chat_template(folder: Path, config: Mapping[str, Json]) -> ChatTemplate
 
 
 def _read(file: Path) -> str:
-    try:
-        text = read_bytes(file, TEMPLATE_BYTES).decode("utf-8")
-        return text.replace("\r\n", "\n").replace("\r", "\n")  # as files of text are read
-    except UnicodeDecodeError as error:
-        raise KimiError(f"{file}: must be UTF-8, but byte {error.start} is not") from None
+    text = decoded(read_bytes(file, TEMPLATE_BYTES), file)
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as files of text are read
 
 
 def _templates(entry: Json) -> dict[str, str]:
