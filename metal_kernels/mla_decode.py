@@ -17,6 +17,7 @@ from mlx_kimi.metal_kernels.kernel import Kernel
 from mlx_kimi.metal_kernels.latents import is_packed, unpack
 from mlx_kimi.metal_kernels.matrix import Matrix, with_scales
 from mlx_kimi.metal_kernels.split_kv import (
+    MOST_SPLITS,
     SEGMENTS,
     SplitKVPlan,
     Splits,
@@ -27,7 +28,6 @@ from mlx_kimi.metal_kernels.tuning import AttendShape, tuning
 
 OUTPUT_THREADS = 512
 FEW = 8  # tokens of a text: each reads the latents for itself
-MOST_SPLITS = 1024  # of a text in mla_output; `positions_of_a_split` asks for at most about 550
 
 
 class LatentWeights(NamedTuple):
@@ -349,7 +349,7 @@ OUTPUT = Kernel(
 def mla_output(
     acc: mx.array, m_and_l: mx.array, plan: SplitKVPlan, weights: LatentWeights, dtype: mx.Dtype
 ) -> mx.array:
-    """`naive_mla_output` in one launch. No text has more than MOST_SPLITS splits."""
+    """`naive_mla_output` in one launch."""
     T, H, lora = acc.shape[1:]
     rows, matrix = plan.count * T, weights.unembed_out
     (y,) = OUTPUT(

@@ -23,6 +23,7 @@ from mlx_kimi.metal_kernels.tuning import tuning
 # which its validation layer may need some.
 SEGMENTS = 19
 SPLIT_INTS = 5  # of a split in a launch's array: array, text, start, size, seen
+MOST_SPLITS = 1024  # of a text in mla_output; `positions_of_a_split` asks for at most about 550
 FEWEST = 8  # numbers of an array; MLX passes a smaller one in Metal's constant address space
 
 
@@ -72,6 +73,10 @@ class SplitKVPlan:
             parts: of each text, its latents before the tail. A launch takes SEGMENTS arrays.
             positions: of a split, a multiple of 8; None: as many as keep a GPU busy with so many
                 texts, by the text's own length, so that no text's splits depend on another's.
+            tokens: of each text.
+
+        Raises:
+            ValueError: a text has more than MOST_SPLITS splits.
         """
         splits = tuning().splits
         steps = [
@@ -141,6 +146,11 @@ def _texts(
     for own in places:
         for launch, numbers in own:
             order += range(firsts[launch] + numbers.start, firsts[launch] + numbers.stop)
+        if len(order) - ends[-1] > MOST_SPLITS:
+            raise ValueError(
+                f"[SplitKVPlan] a text must have at most {MOST_SPLITS} splits but has "
+                f"{len(order) - ends[-1]}."
+            )
         ends.append(len(order))
     order += [0] * (max(firsts[-1], FEWEST) - len(order))
     return mx.array(np.array([tokens, len(held), *held, *ends, *order], np.int32))

@@ -18,12 +18,13 @@ from mlx_kimi.metal_kernels import (
     mla_prefill,
     sorted_experts,
     source,
+    split_kv,
 )
 from mlx_kimi.metal_kernels import kernel as module
 from mlx_kimi.metal_kernels.cuda import cuda
 from mlx_kimi.metal_kernels.kernel import NARROW_SIZE, Kernel, use_backend
-from mlx_kimi.metal_kernels.matrix import Matrix
 from mlx_kimi.metal_kernels.source import text_of
+from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 
 FOLDER = Path(module.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.metal"))
@@ -144,11 +145,10 @@ def test_offsets_into_wide_arrays_have_64_bits(name: str) -> None:
 
 
 def test_more_splits_than_one_softmax_takes_are_refused() -> None:
-    weights = mla_decode.LatentWeights(*[Matrix(mx.zeros((1, 32, 32)))] * 2, mx.ones(32), 1e-6, 1.0)
-    many = mla_decode.MOST_SPLITS + 1
-    acc, m_and_l = mx.zeros((1, many, 1, 32)), mx.zeros((1, many, 1, 2))
-    with pytest.raises(ValueError, match=r"\[mla_output\] acc must have at most 1024 splits but"):
-        mla_decode.mla_output(acc, m_and_l, weights, mx.float32)
+    most = 8 * split_kv.MOST_SPLITS - 256  # of 8 positions each, beside a tail of 256
+    assert SplitKVPlan.uniform(256, 256, [most], positions=8).capacities == (1024,)
+    with pytest.raises(ValueError, match="a text must have at most 1024 splits but has 1025"):
+        SplitKVPlan.uniform(256, 256, [most + 8], positions=8)
 
 
 def test_the_longest_prefill_step_keeps_every_array_of_the_48b_within_32_bits() -> None:

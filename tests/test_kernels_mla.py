@@ -453,7 +453,7 @@ def test_splits_are_enough_and_not_too_many(total: int, wanted: int) -> None:
     splits = -(-total // columns)
     assert columns % 8 == 0
     # Every segment and the tail may end with a split that is not full.
-    assert splits + 2 * SEGMENTS <= module.MOST_SPLITS
+    assert splits + 2 * SEGMENTS <= split_kv.MOST_SPLITS
     # (rounding up to 64 positions costs some)
     assert splits >= min(total // 64, wanted / 2)
 
