@@ -61,7 +61,7 @@ def test_it_answers_at_once_and_ends_in_order(number: signal.Signals, code: int)
     assert process.returncode == code and stdout == ""
     lines = [json.loads(line) for line in stderr.splitlines() if line]
     assert [line["status"] for line in lines] == [200]
-    assert "347" not in stderr
+    assert "347 + 58" not in stderr  # (an id may have 347 in it)
 
 
 @pytest.mark.slow
