@@ -326,7 +326,7 @@ def test_undo_retry_edit_and_save(start, folder, talker) -> None:
 
     before = _answered(folder)
     terminal.say("/retry")
-    # (Once the answer is there, no more is written: read in two moments, the file might be another.)
+    # (Read in two moments, the file might be another.)
     terminal.wait_until(lambda: len(now := _answered(folder)) == 4 and now != before)
     terminal.wait_for_prompt()
     after = _answered(folder)
