@@ -65,9 +65,12 @@ def talker_options(talker: Path, tokens: int = 6) -> tuple[str | Path, ...]:
 
 def saved(folder: Path, name: str | None = None) -> Conversation:
     """What the latest session holds, or this one; nothing if there is none."""
-    if name is None and not Sessions(folder).list():
-        return Conversation()
-    return read_text(Sessions(folder).latest() if name is None else folder / name)[1]
+    if name is None:  # (one that is being made cannot be read yet)
+        listed = [session.name for session in Sessions(folder).list() if not session.problem]
+        if not listed:
+            return Conversation()
+        name = listed[0]
+    return read_text(folder / name)[1]
 
 
 def texts(folder: Path) -> list[str]:
