@@ -44,6 +44,7 @@ TEMPLATE = """\
 {%- endfor -%}
 <|im_assistant|>"""
 NOT_USED = ("the text is read again", "is damaged", "its last change is lost", "damaged: ")
+FORGED = ("a prompt cache stays as it is",)  # said of a session that was made to say it is one
 
 Answer = list[int]  # the prompt's ids, and those of the next tokens
 
@@ -257,7 +258,8 @@ def refuse_another_text(
     same = read.messages[:-1] == sound.messages
     if not notes and not same and damage is not cases.session_values:
         raise Wrong("another text was read, and no note says so")
-    if notes and not any(known in note for note in notes for known in NOT_USED):
+    known = NOT_USED + (FORGED if damage is cases.session_values else ())
+    if notes and not any(said in note for note in notes for said in known):
         raise Wrong(f"notes that this test does not know: {notes}")
 
 
