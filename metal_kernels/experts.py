@@ -298,10 +298,8 @@ def unsupported_reason(
         return why
     for mlp in (routed, shared) if shared else (routed,):
         for name, matrix in (("gate", mlp.gate), ("up", mlp.up), ("down", mlp.down)):
-            if why := _matrix_unsupported_reason(name, matrix):
+            if why := _matrix_unsupported_reason(name, matrix, rows=4):
                 return why
-            if matrix.rows % 4:
-                return f"{name} is no multiple of 4 rows and 8 columns"
     return None
 
 
@@ -309,15 +307,16 @@ def router_unsupported_reason(router: Matrix) -> str | None:
     """Why `add_norm_scores` does not take a router; None: it does."""
     if router.columns > WIDEST:
         return f"a token of {router.columns} elements is wider than {WIDEST}"
-    return _matrix_unsupported_reason("router", router)
+    return _matrix_unsupported_reason("router", router, rows=1)
 
 
-def _matrix_unsupported_reason(name: str, matrix: Matrix) -> str | None:
+def _matrix_unsupported_reason(name: str, matrix: Matrix, rows: int) -> str | None:
+    """`rows`: that a simdgroup takes."""
     if why := matrix.unsupported_reason(name):
         return why
     if matrix.bits and matrix.scales.size < FEWEST_SCALES:
         return f"{name} has only {matrix.scales.size} scales"
-    if matrix.columns % 8:
+    if matrix.rows % rows or matrix.columns % 8:
         return f"{name} is no multiple of 4 rows and 8 columns"
     return None
 

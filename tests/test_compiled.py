@@ -230,7 +230,7 @@ def test_texts_of_unlike_contexts_are_the_texts_alone(
     """Across the freezing of one text's tail, with latents that two of them share."""
     whole = prompted(pocket, 1, TAIL + 40)
     texts = [prompted(pocket, 1, TAIL - 2), whole, caches.snapshot(whole), prompted(pocket, 1, 3)]
-    batch = [type(entries[0]).join(entries) for entries in zip(*texts, strict=True)]
+    batch = caches.join(texts)
     tokens = ids(4, 5)
     together = one_by_one(pocket, tokens, batch)
     assert launched
@@ -272,11 +272,10 @@ def test_texts_that_come_and_go_take_a_graph_a_number(
         for _ in range(200):
             count = len(batch[0].lengths)
             if count == 1 or (count < 16 and rng.random() < 0.55):
-                pairs = zip(batch, rng.choice(known), strict=True)
-                batch = [type(entry).join([entry, new]) for entry, new in pairs]
+                batch = caches.join([batch, rng.choice(known)])
             else:
                 stay = rng.sample(range(count), count - 1)
-                batch = [entry.take(stay) for entry in batch]
+                batch = caches.take(batch, stay)
             count = len(batch[0].lengths)
             mx.eval(pocket.hidden(ids(count, 1), batch), caches.arrays(batch))
     assert {shape[0] for shape in traced} == set(range(1, 17))

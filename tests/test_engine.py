@@ -67,6 +67,19 @@ def engine(loaded) -> Iterator[Engine]:
     engine.stop(0)
 
 
+def rows_of_steps(engine: Engine) -> set[int]:
+    """How many rows its steps have, from now on."""
+    sizes = set[int]()
+    step = engine._batch.step
+
+    def counted() -> None:
+        sizes.add(len(engine._batch.jobs))
+        step()
+
+    engine._batch.step = counted  # type: ignore[method-assign]
+    return sizes
+
+
 def alone(loaded, request: Request) -> list[int]:
     """The tokens that `stream_generate` gives, which stop where the request says."""
     tokens = []
@@ -206,14 +219,7 @@ def test_eight_requests_that_join_and_leave_at_random_answer_as_alone(
     ]
     expected = [alone(pocket, request) for request in requests]
     engine = Engine(pocket[0], prefill_slice=32, rows=5)
-    sizes = set[int]()
-    step = engine._batch.step
-
-    def counted() -> None:
-        sizes.add(len(engine._batch.jobs))
-        step()
-
-    engine._batch.step = counted  # type: ignore[method-assign]
+    sizes = rows_of_steps(engine)
     engine.start()
     try:
         tickets = []
@@ -544,14 +550,7 @@ def test_under_a_memory_budget_one_row_runs_at_a_time(
     expected = [alone(loaded, request) for request in requests]
     engine = Engine(streamed[0], prefill_slice=10**4, tree_memory=64 << 20)
     assert engine.status().prefill_slice == streamed[0].offload.prefill_step
-    sizes = set[int]()
-    step = engine._batch.step
-
-    def counted() -> None:
-        sizes.add(len(engine._batch.jobs))
-        step()
-
-    engine._batch.step = counted  # type: ignore[method-assign]
+    sizes = rows_of_steps(engine)
     tickets = [engine.submit(request) for request in requests]
     engine.start()
     answers = [tokens(list(ticket)) for ticket in tickets]

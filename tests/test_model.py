@@ -217,12 +217,12 @@ class Rows:
         return self.single[row][0].lengths[0] if self.single[row][0].lengths else 0
 
     def take(self, rows: Sequence[int]) -> None:
-        self.batch = [entry.take(rows) for entry in self.batch]
+        self.batch = cache.take(self.batch, rows)
         self.single = [cache.snapshot(self.single[row]) for row in rows]
 
     def join(self, *others: "Rows") -> None:
         batches = [self.batch, *(other.batch for other in others)]
-        self.batch = [type(entries[0]).join(entries) for entries in zip(*batches, strict=True)]
+        self.batch = cache.join(batches)
         self.single += [row for other in others for row in other.single]
 
 

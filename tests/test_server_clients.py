@@ -60,6 +60,15 @@ class Talk(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------- clients
+def results_of(message: Any, called: list[str]) -> Iterator[dict[str, Any]]:
+    """Run the calls of a message of OpenAI's form; `called` gets their cities."""
+    for call in message.tool_calls:
+        arguments = json.loads(call.function.arguments)
+        called.append(arguments["city"])
+        result = {"role": "tool", "tool_call_id": call.id}
+        yield {**result, "content": get_weather(**arguments)}
+
+
 def with_openai(url: str, stream: bool) -> Talk:
     import openai
 
@@ -92,11 +101,7 @@ def with_openai(url: str, stream: bool) -> Talk:
                 said.append(message.content)
                 break
             assert choice.finish_reason == "tool_calls"
-            for call in message.tool_calls:
-                arguments = json.loads(call.function.arguments)
-                called.append(arguments["city"])
-                result = {"role": "tool", "tool_call_id": call.id}
-                messages.append({**result, "content": get_weather(**arguments)})
+            messages += results_of(message, called)
     return Talk(said, called, tuple(usage), logprobs)
 
 
@@ -121,11 +126,7 @@ def with_litellm(url: str, stream: bool) -> Talk:
             if not message.tool_calls:
                 said.append(message.content)
                 break
-            for call in message.tool_calls:
-                arguments = json.loads(call.function.arguments)
-                called.append(arguments["city"])
-                result = {"role": "tool", "tool_call_id": call.id}
-                messages.append({**result, "content": get_weather(**arguments)})
+            messages += results_of(message, called)
     return Talk(said, called, tuple(usage), logprobs)
 
 

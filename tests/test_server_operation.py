@@ -165,16 +165,22 @@ def ask_apart(running: Running, body: dict[str, Any], answers: list[httpx.Respon
         answers.append(client.post(CHAT, json=body))
 
 
+def asking_apart(
+    running: Running, engine: Scripted, stream: bool, answers: list[httpx.Response]
+) -> threading.Thread:
+    """A thread that asks so, once the engine has its request."""
+    thread = threading.Thread(target=ask_apart, args=(running, {**HI, "stream": stream}, answers))
+    thread.start()
+    until(lambda: engine.tickets)
+    return thread
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_answers_may_end_when_the_server_stops(stream: bool) -> None:
     engine = Scripted(["One, two."], between=0.05)
     answers: list[httpx.Response] = []
     with serving(engine, patience=10) as running:
-        thread = threading.Thread(
-            target=ask_apart, args=(running, {**HI, "stream": stream}, answers)
-        )
-        thread.start()
-        until(lambda: engine.tickets)
+        thread = asking_apart(running, engine, stream, answers)
     thread.join()
     assert answers[0].status_code == 200
     assert "[DONE]" in answers[0].text if stream else answers[0].json()["choices"]
@@ -185,11 +191,7 @@ def test_answers_that_take_too_long_end_in_an_error(stream: bool) -> None:
     engine = Scripted(["One, two."], between=60)
     answers: list[httpx.Response] = []
     with serving(engine, patience=0.2) as running:
-        thread = threading.Thread(
-            target=ask_apart, args=(running, {**HI, "stream": stream}, answers)
-        )
-        thread.start()
-        until(lambda: engine.tickets)
+        thread = asking_apart(running, engine, stream, answers)
         began = time.monotonic()
     assert time.monotonic() - began < 10
     thread.join()

@@ -95,8 +95,8 @@ def test_a_snapshot_survives_taking_and_joining(model: Models) -> None:
     Steps(odd, 1).take(entries, 2)
     saved = cache.snapshot(entries)
     expected = Steps(odd, 2).take(cache.snapshot(saved), 3)
-    taken = [entry.take([1]) for entry in entries]
-    joined = [type(a).join([a, b]) for a, b in zip(entries, taken, strict=True)]
+    taken = cache.take(entries, [1])
+    joined = cache.join([entries, taken])
     Steps(odd, 3, B=3).take(joined, 2)
     Steps(odd, 4, B=1).take(taken, 2)
     cache.restore(entries, saved)

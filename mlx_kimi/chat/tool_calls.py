@@ -26,6 +26,12 @@ def marks(tokenizer: Tokenizer, *names: str) -> frozenset[int]:
     return frozenset(ids[name] for name in names if name in ids)
 
 
+def name_in(id: str) -> str:
+    """The function's name in a call's id, as the model writes it; empty where there is none."""
+    found = ID.fullmatch(id.strip())
+    return found["name"] if found else ""
+
+
 @dataclass(frozen=True)
 class Call:
     """One call. `id` and `arguments` are verbatim, so that the next turn reads what was written."""
@@ -36,8 +42,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        found = ID.fullmatch(self.id.strip())
-        return found["name"] if found else ""
+        return name_in(self.id)
 
     @property
     def message(self) -> dict[str, Any]:

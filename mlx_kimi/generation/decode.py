@@ -49,12 +49,10 @@ def prefill(
     return hidden, cached
 
 
-def check_prefill_step(step: int) -> None:
-    """Refuse a step outside 1 to `PREFILL_STEP_LIMIT`."""
+def check_prefill_step(step: int, name: str = "prefill_step") -> None:
+    """Refuse a step, an option of this name, outside 1 to `PREFILL_STEP_LIMIT`."""
     if not 1 <= step <= PREFILL_STEP_LIMIT:
-        raise OptionError(
-            "prefill_step", f"must be from 1 to {PREFILL_STEP_LIMIT:,} but is {step:,}"
-        )
+        raise OptionError(name, f"must be from 1 to {PREFILL_STEP_LIMIT:,} but is {step:,}")
 
 
 def decode(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -252,12 +252,11 @@ class LatentCache:
         Each must have read a token. No frozen latent is copied, unless there are too many arrays
         for a launch.
         """
-        if not all(entry.frozen for entry in entries):
-            raise ValueError("[join] every cache entry must have read a token but one is empty.")
+        frozen = _all_filled([entry.frozen or None for entry in entries])
         tails = [entry.tail for entry in entries if entry.tail is not None]
         return LatentCache(
             tuple(n for entry in entries for n in entry.lengths),
-            _pooled(tuple(own for entry in entries for own in entry.frozen)),
+            _pooled(tuple(own for texts in frozen for own in texts)),
             _joined_tails(entries, tails[0]) if tails else None,
             tuple(n for entry in entries for n in entry.held),
             entries[0].bits,
@@ -265,6 +264,7 @@ class LatentCache:
 
 
 CacheEntry = KDACache | LatentCache
+Joined = TypeVar("Joined")
 
 
 def check_latent_bits(bits: int | None) -> None:
@@ -301,9 +301,9 @@ def join(batches: Sequence[Sequence[CacheEntry]]) -> list[CacheEntry]:
     return [type(entries[0]).join(entries) for entries in layers]
 
 
-def _all_filled(arrays: Sequence[mx.array | None]) -> list[mx.array]:
-    filled = [array for array in arrays if array is not None]
-    if len(filled) < len(arrays):
+def _all_filled(parts: Sequence[Joined | None]) -> list[Joined]:
+    filled = [part for part in parts if part is not None]
+    if len(filled) < len(parts):
         raise ValueError("[join] every cache entry must have read a token but one is empty.")
     return filled
 

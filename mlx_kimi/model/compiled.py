@@ -87,8 +87,10 @@ class CompiledStep:
         latents = next((entry for entry in cache if isinstance(entry, LatentCache)), LatentCache())
         plan = latents.plan(B, T)
         given = self._arrays(B, cache)
-        frozen = [array.shape for array in _frozen(latents)]
-        shapes = (ids.shape, plan.capacities, *frozen, latents.bits, backend())
+        pairs = zip(cache, given, strict=True)
+        frozen = next((arrays[1:] for entry, arrays in pairs if entry is latents), [])
+        frozen_shapes = (array.shape for array in frozen)
+        shapes = (ids.shape, plan.capacities, *frozen_shapes, latents.bits, backend())
         graph = self._graphs.pop(shapes, None)
         if graph is None:
             self._warm_up(ids, cache)

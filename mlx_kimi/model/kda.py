@@ -69,17 +69,11 @@ class KimiDeltaAttention(nn.Module):
         f_a, g_a = mx.split(y, self.in_proj.ends, axis=-1)[1:3]  # (kda_prepare takes the rest)
         tail, state = self._memory(cache, B, y.dtype, zeros)
         f, g = self.f_b_proj(f_a), self.g_b_proj(g_a)
-        projected = self.projected(y, f, tail, lengths)
+        projected = Projected(y, f, self.taps, tail, lengths, self.A_log, self.dt_bias)
         if steps is not None:
             steps.append(KDAStep(cache.lengths, partial(_replayed, projected, state)))
         o, cache.conv_tail, cache.state = _delta_rule(projected, state)
         return self.o_proj(kda_finish(o, g, self.o_norm.weight, self.o_norm.eps))
-
-    def projected(
-        self, y: mx.array, f: mx.array, tail: mx.array, lengths: mx.array | None = None
-    ) -> Projected:
-        """What the delta rule is made of: y, f of two projections; `tail` stands before them."""
-        return Projected(y, f, self.taps, tail, lengths, self.A_log, self.dt_bias)
 
     def implementations(self) -> list[tuple[str, str, str]]:
         """Which implementation runs for how many tokens, and why: for `info --kernels`."""

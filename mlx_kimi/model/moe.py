@@ -203,20 +203,20 @@ class MixtureOfExperts(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """x, residual [B, T, hidden] -> the experts of the norm of their sum, and the sum."""
         tokens = x.shape[0] * x.shape[1]
-        few = not self._is_part and (tokens == 1 or not self.expert_cache)
-        if few and self.kernels.unsupported_reason(tokens) is None:
-            rows = (y.reshape(-1, x.shape[-1]) for y in (x, residual))
-            normed, total, experts, weights = self.router.norm_and_route(norm, *rows)
+        few = tokens == 1 or not self.expert_cache
+        few = few and self.kernels.unsupported_reason(tokens) is None
+        together = few or (tokens <= ROUTED_AT_ONCE and self.router.has_kernels)
+        if self._is_part or not together:
+            normed, residual = norm.add_norm(x, residual)
+            return self(normed, residency), residual
+        rows = (y.reshape(-1, x.shape[-1]) for y in (x, residual))
+        normed, total, experts, weights = self.router.norm_and_route(norm, *rows)
+        if few:
             y = self.kernels(normed, self._slot_ids(experts, residency), weights)
             self._submit(y, residency)
-            return y.reshape(x.shape), total.reshape(x.shape)
-        if tokens <= ROUTED_AT_ONCE and not self._is_part and self.router.has_kernels:
-            rows = (y.reshape(-1, x.shape[-1]) for y in (x, residual))
-            normed, total, experts, weights = self.router.norm_and_route(norm, *rows)
+        else:
             y = self._mixed(normed, experts, weights, residency)
-            return y.reshape(x.shape), total.reshape(x.shape)
-        normed, residual = norm.add_norm(x, residual)
-        return self(normed, residency), residual
+        return y.reshape(x.shape), total.reshape(x.shape)
 
     def __call__(self, x: mx.array, residency: Residency | None = None) -> mx.array:
         """x [B, T, hidden] -> [B, T, hidden]. On one of several ranks, its part of the sum.

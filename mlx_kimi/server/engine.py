@@ -11,8 +11,9 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_kimi.defaults import PREFILL_STEP, PREFILL_STEP_LIMIT
-from mlx_kimi.errors import GpuLost, KimiError, OptionError, in_words
+from mlx_kimi.defaults import PREFILL_STEP
+from mlx_kimi.errors import GpuLost, KimiError, in_words
+from mlx_kimi.generation.decode import check_prefill_step
 from mlx_kimi.generation.faults import leave_out_what_failed
 from mlx_kimi.generation.generate import check_ids, check_lengths
 from mlx_kimi.model.cache import check_latent_bits
@@ -134,9 +135,7 @@ class Engine:
         """
         check_latent_bits(latent_bits)
         if prefill_slice is not None:
-            if not 1 <= prefill_slice <= PREFILL_STEP_LIMIT:
-                rule = f"must be from 1 to {PREFILL_STEP_LIMIT:,} but is {prefill_slice:,}"
-                raise OptionError("prefill_slice", rule)
+            check_prefill_step(prefill_slice, "prefill_slice")
             if model.offload is not None:
                 prefill_slice = min(prefill_slice, model.offload.prefill_step)
         self.model = model

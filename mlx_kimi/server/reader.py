@@ -15,10 +15,10 @@ from mlx_kimi.chat.tool_calls import (
     CALL_END,
     SECTION_BEGIN,
     SECTION_END,
-    Call,
     CallDelta,
     CallReader,
     marks,
+    name_in,
 )
 from mlx_kimi.generation.answer import StopStrings
 from mlx_kimi.server.engine import Reason, Token
@@ -146,7 +146,7 @@ class AnswerReader:
             self._ids.remember(sent.outward, sent.id, sent.arguments, shown)
         if call.id is None:
             return SentCall(call.number, None, None, text)
-        return SentCall(call.number, sent.outward, Call(call.id, "", True).name, text)
+        return SentCall(call.number, sent.outward, name_in(call.id), text)
 
 
 @dataclass

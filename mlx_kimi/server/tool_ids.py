@@ -12,7 +12,7 @@ from collections import OrderedDict
 from threading import Lock
 from typing import Any, NamedTuple
 
-from mlx_kimi.chat.tool_calls import Call
+from mlx_kimi.chat.tool_calls import Call, name_in
 from mlx_kimi.server.api_errors import ApiError
 from mlx_kimi.user_files import shown
 
@@ -88,10 +88,10 @@ class ToolIds:
             written = self._known.get(call["id"])
             if written:
                 self._known.move_to_end(call["id"])
-        if written and Call(written.id, "", True).name == name:
+        if written and name_in(written.id) == name:
             is_same = _means(arguments) == _means(written.sent)
             return Call(written.id, written.arguments if is_same else arguments, True)
-        is_native = call["id"].startswith("functions.") and Call(call["id"], "", True).name == name
+        is_native = call["id"].startswith("functions.") and name_in(call["id"]) == name
         return Call(call["id"] if is_native else f"functions.{name}:{index}", arguments, True)
 
 
