@@ -74,21 +74,16 @@ class AnswerWriter:
         click.echo(self._printable.end() if self._printable else "")
 
 
-FEW = 8  # tokens, which are too few to tell a speed
-
-
-def generation_speed(stats: Stats) -> list[str]:
-    """Tokens a second, in words, if there are enough of them."""
-    return [f"{stats.generation_speed:.1f} tok/s"] if stats.generated_tokens >= FEW else []
+def speed(tokens_a_second: float | None) -> list[str]:
+    """In words, if there were enough tokens to tell."""
+    return [] if tokens_a_second is None else [f"{tokens_a_second:.1f} tok/s"]
 
 
 def speeds(stats: Stats) -> str:
     """The closing line of an answer."""
     cached = f" ({stats.cached_tokens} kept)" if stats.cached_tokens else ""
-    prompt = [f"{counted(stats.prompt_tokens, 'token')}{cached}"]
-    if stats.prompt_tokens - stats.cached_tokens >= FEW:
-        prompt.append(f"{stats.prompt_speed:.1f} tok/s")
-    answer = [counted(stats.generated_tokens, "token"), *generation_speed(stats)]
+    prompt = [f"{counted(stats.prompt_tokens, 'token')}{cached}", *speed(stats.prompt_speed)]
+    answer = [counted(stats.generated_tokens, "token"), *speed(stats.generation_speed)]
     return (
         f"prompt {', '.join(prompt)} | answer {', '.join(answer)} | "
         f"first token {stats.time_to_first_token:.2f} s | "

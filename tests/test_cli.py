@@ -66,12 +66,20 @@ def test_no_compiler_is_started(talker: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_json_is_one_object_with_everything(talker: Path) -> None:
-    answer = json.loads(generated(talker, PROMPT, "--max-tokens", "6", "--json"))
-    assert len(answer["token_ids"]) == answer["generated_tokens"] == 6
+    answer = json.loads(generated(talker, PROMPT, "--max-tokens", "9", "--json"))
+    assert len(answer["token_ids"]) == answer["generated_tokens"] == 9
     assert answer["finish_reason"] == "length"
     for field in ("text", "prompt_tokens", "time_to_first_token", "peak_memory", "seed"):
         assert field in answer
-    assert answer["generation_tokens_per_second"] > 0
+    speed = answer["generation_tokens_per_second"]
+    assert speed == pytest.approx(8 / answer["decode_time"])
+
+
+@pytest.mark.slow
+def test_a_few_tokens_tell_no_speed(talker: Path) -> None:
+    answer = json.loads(generated(talker, PROMPT, "--max-tokens", "2", "--json"))
+    assert answer["generated_tokens"] == 2
+    assert answer["generation_tokens_per_second"] is None
 
 
 @pytest.mark.slow

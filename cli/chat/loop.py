@@ -216,7 +216,7 @@ def toolbar(loop: Loop) -> str:
     parts = [f"attached: {len(loop.attached)}"] if loop.attached else []
     parts.append(loop.used())
     if loop.stats:
-        parts += show.generation_speed(loop.stats)
+        parts += show.speed(loop.stats.generation_speed)
     parts.append(f"{human_size(mx.get_active_memory())} memory")
     parts.append(f"{human_size(loop.chat.state.snapshot_bytes)} snapshots")
     return " · ".join(parts)
@@ -227,4 +227,4 @@ def status(chat: Chat, stats: Stats) -> str:
     limit = chat.model.config.model_max_length
     used = _share(stats.prompt_tokens + stats.generated_tokens, limit)
     memory = f"{human_size(mx.get_active_memory())} memory"
-    return " · ".join(["Ctrl-C stops", *show.generation_speed(stats), used, memory])
+    return " · ".join(["Ctrl-C stops", *show.speed(stats.generation_speed), used, memory])

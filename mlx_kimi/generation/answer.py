@@ -15,6 +15,7 @@ from mlx_kimi.offload.stats import Counts
 from mlx_kimi.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
+LEAST_TIMED = 8  # tokens: fewer tell no speed
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,20 @@ class Stats:
     drafts: Drafts | None = None  # None: one token at a time
 
     @property
-    def prompt_speed(self) -> float:
-        """Prompt tokens read a second, the drawing of the first token included."""
-        return (self.prompt_tokens - self.cached_tokens) / max(self.time_to_first_token, 1e-9)
+    def prompt_speed(self) -> float | None:
+        """Prompt tokens read a second, the drawing of the first token included; None of fewer
+        than `LEAST_TIMED`."""
+        return _speed(self.prompt_tokens - self.cached_tokens, self.time_to_first_token)
 
     @property
-    def generation_speed(self) -> float:
-        """Tokens a second after the first; 0 when there is no second one."""
-        return (self.generated_tokens - 1) / self.decode_time if self.decode_time > 0 else 0.0
+    def generation_speed(self) -> float | None:
+        """Tokens a second after the first; None of fewer than `LEAST_TIMED`: the device computes a
+        token while the one before it is handled, so that two may come at once."""
+        return _speed(self.generated_tokens - 1, self.decode_time)
+
+
+def _speed(tokens: int, seconds: float) -> float | None:
+    return tokens / seconds if tokens >= LEAST_TIMED and seconds > 0 else None
 
 
 @dataclass(frozen=True)
