@@ -8,7 +8,7 @@ import pytest
 
 from mlx_kimi.model.cache import KDACache
 from mlx_kimi.server import prefix_tree
-from mlx_kimi.server.prefix_tree import PrefixTree, State, as_array, common_prefix
+from mlx_kimi.server.prefix_tree import Node, PrefixTree, State, as_array, common_prefix
 
 KB = 1024
 
@@ -130,11 +130,52 @@ def test_an_answer_that_no_prompt_repeats_goes_before_the_conversation_that_does
         assert tree.find(talk).length == known
 
 
+def nodes(tree: PrefixTree) -> list[Node]:
+    return list(prefix_tree._below(tree._root))
+
+
 def test_texts_without_a_state_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_tree, "TOKENS_REMEMBERED", 5_000)
     tree, choose = PrefixTree(2 * KB), np.random.default_rng(0)
     for _ in range(100):
         text = choose.integers(5, 700, 400, np.int32)
         ask(tree, text, 390, 400)
-        assert tree._tokens <= 5_000 + 400
+        assert sum(len(node.ids) for node in nodes(tree)) <= 5_000 + 400
         assert tree.find(np.append(text, 5)).length >= 390 and tree.states == 2
+
+
+def test_what_is_remembered_stays_small_however_many_texts_come() -> None:
+    """Of few tokens, that part at random places: an eviction looks at every node."""
+    tree, choose = PrefixTree(20 * KB), np.random.default_rng(0)
+    trunk = choose.integers(5, 700, 60, np.int32)
+    for _ in range(1_000):
+        own = choose.integers(5, 700, 20, np.int32)
+        text = np.concatenate([trunk[: choose.integers(1, 60)], own])
+        ask(tree, text, len(text) - 3, len(text))
+        assert tree._nodes <= 2 * tree.states + prefix_tree.NODES_REMEMBERED
+    held = nodes(tree)
+    assert len(held) == tree._nodes
+    assert sum(len(node.ids) for node in held) == tree._tokens
+    for node in held:
+        assert node.parent is not None and node.parent.children[int(node.ids[0])] is node
+        assert node.length == node.parent.length + len(node.ids)
+
+
+def test_the_states_that_a_long_conversation_leaves_behind_are_forgotten() -> None:
+    tree, choose = PrefixTree(4 * KB), np.random.default_rng(0)
+    talk = choose.integers(5, 700, 10, np.int32)
+    for turn in range(1_000):
+        talk = np.concatenate([talk, choose.integers(5, 700, 4, np.int32)])
+        known = ask(tree, talk, len(talk) - 2, len(talk))
+        assert known >= (len(talk) - 8 if turn else 0)
+        assert tree._nodes <= 2 * tree.states + prefix_tree.NODES_REMEMBERED
+    assert tree._tokens == len(talk)
+
+
+def test_so_many_states_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_tree, "MOST_STATES", 8)
+    tree, choose = PrefixTree(1 << 30), np.random.default_rng(0)
+    for _ in range(20):
+        ask(tree, choose.integers(5, 700, 30, np.int32), 30)
+        assert tree.states <= 8
+    assert tree.states == 8

@@ -17,7 +17,10 @@ from mlx_kimi.defaults import SNAPSHOT_EVERY
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import CacheEntry
 
-TOKENS_REMEMBERED = 1 << 20  # of texts whose states were evicted, to say so; 4 bytes each
+# What an eviction looks at, so that none takes long: these nodes, and a fork a state at most.
+MOST_STATES = 2048
+NODES_REMEMBERED = 512  # whose states were evicted, to say so
+TOKENS_REMEMBERED = 1 << 20  # of theirs and all others; 4 bytes each
 HALF_LIFE = 64  # requests after which it is half as likely that a state is wanted again
 
 
@@ -72,7 +75,7 @@ class PrefixTree:
         """`memory`: bytes of all states."""
         self.memory = memory
         self.bytes = self.states = self.evicted = 0
-        self._tokens = 0  # of all nodes
+        self._nodes = self._tokens = 0  # of the whole tree, without the root
         self._root = Node(np.zeros(0, np.int32), 0, None)
         self._requests = 0
         self._held: dict[int, list[int]] = {}  # by array's identity: states, bytes
@@ -128,20 +131,26 @@ class PrefixTree:
             if child is None:
                 child = Node(rest.copy(), len(ids), node, used=self._requests)
                 node.children[int(rest[0])] = child
+                self._nodes += 1
                 self._tokens += len(rest)
                 return child
             count = common_prefix(child.ids, rest)
-            node = child if count == len(child.ids) else _split(child, count)
+            if count < len(child.ids):
+                child = _split(child, count)
+                self._nodes += 1
+            node = child
         return node
 
     # ------------------------------------------------------------------------------- forgetting
     def fit(self) -> None:
         """Evict states until the rest takes no more than `memory`."""
-        while self.bytes > self.memory and self.states:
+        while self.states and (self.bytes > self.memory or self.states > MOST_STATES):
             costs = list(self._costs())
             self._evict(min(costs, key=lambda pair: pair[1])[0])
-        if self._tokens > TOKENS_REMEMBERED:
-            self._forget_texts()
+        if self._remembers_more_than(1):
+            while self._remembers_more_than(0.5) and (nodes := self._forgettable()):
+                for node in nodes[: -(-len(nodes) // 2)]:
+                    self._forget(node)
 
     def clear(self, memory: int) -> None:
         """Evict states until the rest takes no more than so many bytes."""
@@ -199,16 +208,27 @@ class PrefixTree:
     def _aged(self, node: Node, value: float) -> float:
         return value / (1 + (self._requests - node.used) / HALF_LIFE)
 
-    def _forget_texts(self) -> None:
-        """Forget the ends of texts that lead to no state, the oldest first, down to half."""
-        while self._tokens > TOKENS_REMEMBERED // 2:
-            ends = [node for node in _below(self._root) if not node.children and not node.state]
-            if not ends:
-                return
-            for node in sorted(ends, key=lambda node: node.used)[: -(-len(ends) // 2)]:
-                assert node.parent is not None
-                del node.parent.children[int(node.ids[0])]
-                self._tokens -= len(node.ids)
+    def _remembers_more_than(self, share: float) -> bool:
+        """Of what may be remembered beside the states."""
+        nodes = self._nodes - 2 * self.states  # (forks and states are no more than those)
+        return self._tokens > share * TOKENS_REMEMBERED or nodes > share * NODES_REMEMBERED
+
+    def _forgettable(self) -> list[Node]:
+        """Nodes that hold no state, where no texts part; those used longest ago first."""
+        nodes = [node for node in _below(self._root) if not node.state and len(node.children) < 2]
+        return sorted(nodes, key=lambda node: node.used)
+
+    def _forget(self, node: Node) -> None:
+        parent = node.parent
+        assert parent is not None
+        self._nodes -= 1
+        if node.children:
+            (only,) = node.children.values()
+            only.ids, only.parent = np.concatenate([node.ids, only.ids]), parent
+            parent.children[int(only.ids[0])] = only
+        else:
+            del parent.children[int(node.ids[0])]
+            self._tokens -= len(node.ids)
 
 
 def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
