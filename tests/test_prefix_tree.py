@@ -148,7 +148,7 @@ def test_what_is_remembered_stays_small_however_many_texts_come() -> None:
     """Of few tokens, that part at random places: an eviction looks at every node."""
     tree, choose = PrefixTree(20 * KB), np.random.default_rng(0)
     trunk = choose.integers(5, 700, 60, np.int32)
-    for _ in range(1_000):
+    for _ in range(500):
         own = choose.integers(5, 700, 20, np.int32)
         text = np.concatenate([trunk[: choose.integers(1, 60)], own])
         ask(tree, text, len(text) - 3, len(text))
@@ -164,7 +164,7 @@ def test_what_is_remembered_stays_small_however_many_texts_come() -> None:
 def test_the_states_that_a_long_conversation_leaves_behind_are_forgotten() -> None:
     tree, choose = PrefixTree(4 * KB), np.random.default_rng(0)
     talk = choose.integers(5, 700, 10, np.int32)
-    for turn in range(1_000):
+    for turn in range(300):
         talk = np.concatenate([talk, choose.integers(5, 700, 4, np.int32)])
         known = ask(tree, talk, len(talk) - 2, len(talk))
         assert known >= (len(talk) - 8 if turn else 0)

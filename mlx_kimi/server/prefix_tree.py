@@ -19,7 +19,7 @@ from mlx_kimi.model.cache import CacheEntry
 
 # What an eviction looks at, so that none takes long: these nodes, and a fork a state at most.
 MOST_STATES = 2048
-NODES_REMEMBERED = 512  # whose states were evicted, to say so
+NODES_REMEMBERED = 128  # whose states were evicted, to say so
 TOKENS_REMEMBERED = 1 << 20  # of theirs and all others; 4 bytes each
 HALF_LIFE = 64  # requests after which it is half as likely that a state is wanted again
 
