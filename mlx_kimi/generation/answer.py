@@ -121,22 +121,31 @@ class Answer:
 
 
 class StopStrings:
-    """Passes text on up to the first stop string, holding back what may be the beginning of one."""
+    """Passes text on up to the first stop string, holding back what may be the beginning of one.
+
+    Attributes:
+        found: the stop string that is met.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop = [text for text in stop if text]
         self.held = ""
-        self.met = False
+        self.found: str | None = None
+
+    @property
+    def met(self) -> bool:
+        """Whether the text is over."""
+        return self.found is not None
 
     def add(self, text: str) -> str:
         """The text that is certainly part of the answer; `met` once a stop string is complete."""
         if self.met:
             return ""
         self.held += text
-        found = [place for place in map(self.held.find, self.stop) if place >= 0]
-        if found:
-            self.met = True
-            return self._release(min(found))
+        places = [(place, s) for s in self.stop if (place := self.held.find(s)) >= 0]
+        if places:
+            place, self.found = min(places)
+            return self._release(place)
         longest = max(
             (n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0
         )

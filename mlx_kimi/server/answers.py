@@ -30,6 +30,7 @@ class Whole:
     tokens: list[Token] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)  # as a message has them
     finish: FinishReason = "stop"
+    stop_string: str | None = None  # that ended it
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
@@ -114,5 +115,6 @@ class Answers:
         self.found[choice].add(delta)
         if finish is not None:
             self.found[choice].finish = finish
+            self.found[choice].stop_string = self._readers[choice].stop_string
             self._record.finish.append(finish)
         return Step(choice, delta, finish)

@@ -9,15 +9,16 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.server.answers import Step, Whole
 from mlx_kimi.server.api_errors import ApiError
 from mlx_kimi.server.body import parsed
+from mlx_kimi.server.completion import Completion
 from mlx_kimi.server.engine import Request, Token
 from mlx_kimi.server.reader import AnswerReader, SentCall, stop_ids
-from mlx_kimi.server.reply import Json, Reply
+from mlx_kimi.server.reply import Json
 from mlx_kimi.server.service import Service
 from mlx_kimi.server.validation import ChatBody, checked
 from mlx_kimi.text.tokenizer import Tokenizer
 
 
-class ChatReply(Reply):
+class ChatReply(Completion):
     """Answers as messages."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
@@ -52,7 +53,7 @@ class ChatReply(Reply):
     def logprobs(self, tokens: Sequence[Token]) -> Json | None:
         if not self.body.logprobs:
             return None
-        return {"content": [self._logprob(token) for token in tokens], "refusal": None}
+        return {"content": [self.spelled(token) for token in tokens], "refusal": None}
 
     def _part(self, step: Step, delta: Json, logprobs: Json | None = None) -> Json:
         return {
@@ -61,15 +62,6 @@ class ChatReply(Reply):
             "logprobs": logprobs,
             "finish_reason": None,
         }
-
-    def _logprob(self, token: Token) -> Json:
-        top = [self._spelled(id, logprob) for id, logprob in token.top]
-        return {**self._spelled(token.id, token.logprob), "top_logprobs": top}
-
-    def _spelled(self, id: int, logprob: float | None) -> Json:
-        spelling = self._tokenizer.bytes_of(id)
-        text = spelling.decode("utf-8", "replace")
-        return {"token": text, "logprob": logprob, "bytes": list(spelling)}
 
 
 def _call(call: SentCall) -> Json:
@@ -88,13 +80,20 @@ def understood(service: Service, raw: bytes, client: str) -> ChatReply:
     """
     body = checked(ChatBody, parsed(raw))
     service.check_model(body.model)
-    tokenizer, tools = service.tokenizer, body.offered
-    messages = service.tool_ids.native([message.plain for message in body.messages])
-    try:
-        ids = tokenizer.apply_chat_template(messages, tools or None)
-    except KimiError as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from None
-    stops = stop_ids(tokenizer, bool(tools), body.parallel_tool_calls is False)
+    return ChatReply(body, service.name, service.tokenizer, *asked(service, body, client))
+
+
+def asked(
+    service: Service, body: ChatBody, client: str
+) -> tuple[list[Request], list[AnswerReader]]:
+    """What the engine is asked for a chat, in whichever API's words it came; and who reads it.
+
+    Raises:
+        ApiError: as `prompt`, or a value is out of its range.
+    """
+    tokenizer = service.tokenizer
+    ids = prompt(service, body)
+    stops = stop_ids(tokenizer, bool(body.offered), body.parallel_tool_calls is False)
     requests = [
         Request(
             ids=tuple(ids),
@@ -109,7 +108,20 @@ def understood(service: Service, raw: bytes, client: str) -> ChatReply:
         for sampling in service.samplings(body, body.choices)
     ]
     readers = [AnswerReader(tokenizer, body.stops, service.tool_ids, stops) for _ in requests]
-    return ChatReply(body, service.name, tokenizer, requests, readers)
+    return requests, readers
+
+
+def prompt(service: Service, body: ChatBody) -> list[int]:
+    """The ids of a chat's messages and tools.
+
+    Raises:
+        ApiError: a result answers no call, or the template refuses the messages.
+    """
+    messages = service.tool_ids.native([message.plain for message in body.messages])
+    try:
+        return service.tokenizer.apply_chat_template(messages, body.offered or None)
+    except KimiError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from None
 
 
 def boundaries(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[int, ...]:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from mlx_kimi.server.answers import Step, Whole
 from mlx_kimi.server.api_errors import ApiError
 from mlx_kimi.server.body import parsed
+from mlx_kimi.server.completion import Completion
 from mlx_kimi.server.engine import Request, Token
 from mlx_kimi.server.reader import AnswerReader, stop_ids
-from mlx_kimi.server.reply import Json, Reply
+from mlx_kimi.server.reply import Json
 from mlx_kimi.server.service import Service
 from mlx_kimi.server.validation import CompletionBody, checked
 
 
-class CompletionReply(Reply):
+class CompletionReply(Completion):
     """Answers as text that goes on from a prompt."""
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
@@ -35,12 +36,12 @@ class CompletionReply(Reply):
         if self.body.logprobs is None:
             return None
         return {
-            "tokens": [self._spelled(token.id) for token in tokens],
+            "tokens": [self._name(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self._spelled(id): p for id, p in token.top} for token in tokens],
+            "top_logprobs": [{self._name(id): p for id, p in token.top} for token in tokens],
         }
 
-    def _spelled(self, id: int) -> str:
+    def _name(self, id: int) -> str:
         spelling = self._tokenizer.bytes_of(id)
         try:
             return spelling.decode()

@@ -86,6 +86,11 @@ class AnswerReader:
     def is_over(self) -> bool:
         return self._stop.met
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that is met."""
+        return self._stop.found
+
     def add(self, token: Token) -> Delta:
         """What the next token adds."""
         self.count += 1

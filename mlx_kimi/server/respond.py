@@ -17,12 +17,13 @@ from mlx_kimi.server.api_errors import ApiError
 from mlx_kimi.server.body import read_body
 from mlx_kimi.server.engine import Progress
 from mlx_kimi.server.exchange import Gone
-from mlx_kimi.server.json_text import Json, json_bytes
+from mlx_kimi.server.json_text import Json
 from mlx_kimi.server.record import Record, record_of
 from mlx_kimi.server.reply import Reply
 from mlx_kimi.server.service import Service
 
 Understand = Callable[[Service, bytes, str], Reply]
+Count = Callable[[Service, bytes], int]
 LEFT = 499  # what logs say of a request whose client has left; nobody gets it
 SEND_SECONDS = 60.0  # a client that takes nothing for so long has left
 HEADERS = {
@@ -51,6 +52,19 @@ async def respond(service: Service, understand: Understand, request: Request) ->
         return Json(reply.whole(answers.found, record.usage))
     except (ClientDisconnect, Gone):
         return Response(status_code=LEFT)
+
+
+async def count(service: Service, counted: Count, request: Request) -> Response:
+    """Tell the length of a prompt that is not answered.
+
+    Raises:
+        ApiError: it is none.
+    """
+    try:
+        raw = await read_body(request)
+    except ClientDisconnect:
+        return Response(status_code=LEFT)
+    return Json({"input_tokens": await service.text_work(counted, service, raw)})
 
 
 @asynccontextmanager
@@ -86,25 +100,23 @@ class Stream(Response):
                 await events.end()
             except ApiError as error:
                 record.error = error.shortly
-                await events.data(error.body)
+                await events.put(self._reply.failed(error, record.id))
                 await events.end()
             except Gone:
                 record.status = LEFT
 
     async def _send_all(self, answers: Answers, events: Events, record: Record) -> None:
         reply = self._reply
+        await events.put(*reply.opening())
         while not answers.are_over:
             step = await answers.next(self._service.keepalive - events.silence())
             if isinstance(step, Progress):
-                await events.data(reply.progress(step))
-            else:
-                for chunk in reply.chunks(step) if step else ():
-                    await events.data(chunk)
+                await events.put(*reply.progress(step))
+            elif step is not None:
+                await events.put(*reply.events(step))
             if events.silence() >= self._service.keepalive:
-                await events.comment("still at it")
-        if reply.body.wants_usage:
-            await events.data(reply.usage(record.usage))
-        await events.text("data: [DONE]\n\n")
+                await events.put(reply.keepalive())
+        await events.put(*reply.closing(answers.found, record.usage))
 
 
 class Events:
@@ -118,17 +130,10 @@ class Events:
         """Seconds since something was sent."""
         return time.monotonic() - self._latest
 
-    async def data(self, value: Any) -> None:
-        """Send an event of JSON."""
-        await self._body(b"data: " + json_bytes(value) + b"\n\n")
-
-    async def comment(self, text: str) -> None:
-        """Send what no client reads, so that the connection is seen to live."""
-        await self._body(f": {text}\n\n".encode())
-
-    async def text(self, text: str) -> None:
-        """Send a line as it is."""
-        await self._body(text.encode())
+    async def put(self, *events: bytes) -> None:
+        """Send events, one by one."""
+        for each in events:
+            await self.send({"type": "http.response.body", "body": each, "more_body": True})
 
     async def end(self) -> None:
         """No more is sent."""
@@ -145,6 +150,3 @@ class Events:
         if time_left.cancelled_caught:
             raise Gone
         self._latest = time.monotonic()
-
-    async def _body(self, data: bytes) -> None:
-        await self.send({"type": "http.response.body", "body": data, "more_body": True})
