@@ -196,7 +196,7 @@ SERVE = Command(
         NO_TUNE_FIRST,
         *SAMPLING,
     ],
-    """Serve the model to other programs, as OpenAI's API: chat and text completions.
+    """Serve the model to other programs, as OpenAI's and Anthropic's APIs.
 
     Requests that say nothing of sampling and lengths get what is given here. The log goes to
     stderr, a line of JSON a request.

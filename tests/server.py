@@ -162,10 +162,12 @@ class Running:
         assert response.status_code == 200, response.text
         found = []
         for block in response.text.split("\n\n")[:-1]:
+            name, _, data = block.rpartition("\n")
             if block.startswith(":"):
                 found.append(block)
             elif block != "data: [DONE]":
-                found.append(json.loads(block.removeprefix("data: ")))
+                found.append(json.loads(data.removeprefix("data: ")))
+                assert name in ("", f"event: {found[-1].get('type')}")
         return found
 
 

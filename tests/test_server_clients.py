@@ -10,13 +10,14 @@ import pytest
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # it would ask the network for prices
 
-from mlx_kimi.errors import ContextFull
+from mlx_kimi.errors import ContextFull, KimiError
 from mlx_kimi.server.engine import QueueFull
 from mlx_kimi.server.security import Access
 from tests.server import (
     WEATHER,
     Running,
     Scripted,
+    failed,
     pocket_tokenizer,
     serving,
     serving_pocket,
@@ -103,6 +104,87 @@ def with_openai(url: str, stream: bool) -> Talk:
             assert choice.finish_reason == "tool_calls"
             messages += results_of(message, called)
     return Talk(said, called, tuple(usage), logprobs)
+
+
+def with_responses(url: str, stream: bool) -> Talk:
+    import openai
+
+    client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0)
+    items: list[Any] = []
+    said, called, usage, logprobs = [], [], [0, 0], []
+    tool = {"type": "function", **WEATHER["function"], "strict": False}
+    include = ["message.output_text.logprobs", "reasoning.encrypted_content"]
+    asked = {"model": "pocket", "tools": [tool], "include": include, "store": False}
+    for question in QUESTIONS:
+        items.append({"role": "user", "content": question})
+        while True:
+            if stream:
+                with client.responses.stream(input=items, **asked) as events:
+                    for _ in events:
+                        pass
+                    answer = events.get_final_response()
+            else:
+                answer = client.responses.create(input=items, **asked)
+            assert answer.status == "completed" and answer.error is None
+            usage[0] += answer.usage.input_tokens
+            usage[1] += answer.usage.output_tokens
+            assert answer.usage.input_tokens_details.cached_tokens == 2
+            items += answer.output
+            calls = [item for item in answer.output if item.type == "function_call"]
+            if not calls:
+                (message,) = answer.output
+                logprobs = [token.logprob for token in message.content[0].logprobs]
+                said.append(answer.output_text)
+                break
+            for call in calls:
+                arguments = json.loads(call.arguments)
+                called.append(arguments["city"])
+                result = {"type": "function_call_output", "call_id": call.call_id}
+                items.append({**result, "output": get_weather(**arguments)})
+    return Talk(said, called, tuple(usage), logprobs)
+
+
+def with_anthropic(url: str, stream: bool) -> Talk:
+    """Arguments go to the client as objects, and come back so."""
+    import anthropic
+
+    client = anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key=KEY, max_retries=0)
+    messages: list[Any] = []
+    said, called, usage = [], [], [0, 0]
+    function = WEATHER["function"]
+    tool = {"name": function["name"], "input_schema": function["parameters"]}
+    tool["description"] = function["description"]
+    asked = {"model": "claude-of-any-name", "max_tokens": 200, "tools": [tool]}
+    for question in QUESTIONS:
+        messages.append({"role": "user", "content": question})
+        while True:
+            if stream:
+                with client.messages.stream(messages=messages, **asked) as events:
+                    answer = events.get_final_message()
+            else:
+                answer = client.messages.create(messages=messages, **asked)
+            told = answer.usage
+            usage[0] += told.input_tokens + told.cache_read_input_tokens
+            usage[1] += told.output_tokens
+            assert told.cache_read_input_tokens == 2
+            messages.append({"role": "assistant", "content": answer.content})
+            calls = [block for block in answer.content if block.type == "tool_use"]
+            if not calls:
+                assert answer.stop_reason == "end_turn"
+                said.append(answer.content[0].text)
+                break
+            assert answer.stop_reason == "tool_use"
+            called += [call.input["city"] for call in calls]
+            results = [
+                {
+                    "type": "tool_result",
+                    "tool_use_id": call.id,
+                    "content": get_weather(**call.input),
+                }
+                for call in calls
+            ]
+            messages.append({"role": "user", "content": results})
+    return Talk(said, called, tuple(usage), [])
 
 
 def with_litellm(url: str, stream: bool) -> Talk:
@@ -230,7 +312,15 @@ def llm_model(url: str) -> Any:
     return model
 
 
-CLIENTS = [with_openai, with_litellm, with_langchain, with_pydantic_ai, with_llm]
+CLIENTS = [
+    with_openai,
+    with_responses,
+    with_anthropic,
+    with_litellm,
+    with_langchain,
+    with_pydantic_ai,
+    with_llm,
+]
 
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.__name__)
@@ -347,6 +437,81 @@ def test_openai_raises_its_own_exceptions(locked: Running, request: pytest.Fixtu
     with pytest.raises(openai.BadRequestError) as caught:
         asks(url)
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_anthropic_raises_its_own_exceptions(
+    locked: Running, request: pytest.FixtureRequest
+) -> None:
+    import anthropic
+
+    def asks(key: str = KEY, headers: Any = None, **fields: Any) -> None:
+        client = anthropic.Anthropic(
+            base_url=locked.url, api_key=key, max_retries=0, default_headers=headers or {}
+        )
+        given = {"model": "pocket", "max_tokens": 9, "messages": HI, **fields}
+        client.messages.create(**given)
+
+    for error, kind, given in (
+        (anthropic.BadRequestError, "invalid_request_error", {"extra_body": {"temperature": -1}}),
+        (anthropic.BadRequestError, "invalid_request_error", {"messages": []}),
+        (anthropic.AuthenticationError, "authentication_error", {"key": "wrong-key-1"}),
+        (anthropic.NotFoundError, "not_found_error", {"model": "gpt-4o"}),
+        (
+            anthropic.PermissionDeniedError,
+            "permission_error",
+            {"headers": {"host": "evil.example"}},
+        ),
+        (
+            anthropic.BadRequestError,
+            "invalid_request_error",
+            {"extra_body": {"temperature": -1}, "stream": True},
+        ),
+    ):
+        with pytest.raises(error) as caught:
+            asks(**given)
+        assert caught.value.type == kind and caught.value.body["type"] == "error"
+        assert caught.value.request_id == caught.value.body["request_id"]
+        assert caught.value.request_id.startswith("req_")
+    request.getfixturevalue("full")
+    with pytest.raises(anthropic.ServiceUnavailableError, match="wait already"):
+        asks()
+    request.getfixturevalue("small")
+    # The words by which Claude Code knows that it must make the conversation shorter.
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long: [0-9]+ tokens > "):
+        asks()
+
+
+def test_a_stream_that_fails_raises_the_exceptions_of_each_client() -> None:
+    import anthropic
+    import openai
+
+    with serving(Scripted([failed(KimiError("the GPU is gone"))])) as running:
+        theirs = anthropic.Anthropic(base_url=running.url, api_key=KEY, max_retries=0)
+        with (
+            pytest.raises(anthropic.APIStatusError, match="the GPU is gone") as caught,
+            theirs.messages.stream(model="pocket", max_tokens=9, messages=HI) as events,
+        ):
+            events.get_final_message()
+        assert caught.value.type == "api_error" and caught.value.request_id.startswith("req_")
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0)
+        with client.responses.stream(model="pocket", input="Hi") as events:
+            *_, last = events
+        assert last.type == "response.failed" and last.response.status == "failed"
+        assert last.response.error.message == "the GPU is gone"
+
+
+def test_both_kinds_of_clients_read_the_list_of_models(locked: Running) -> None:
+    import anthropic
+    import openai
+
+    theirs = anthropic.Anthropic(base_url=locked.url, api_key=KEY)
+    (model,) = theirs.models.list()
+    assert (model.id, model.type, model.max_input_tokens) == ("pocket", "model", 32_768)
+    assert theirs.models.retrieve("pocket") == model and model.created_at.year > 2000
+    client = openai.OpenAI(base_url=f"{locked.url}/v1", api_key=KEY)
+    (model,) = client.models.list()
+    assert (model.id, model.object) == ("pocket", "model")
+    assert client.models.retrieve("pocket").created == model.created
 
 
 def test_openai_asks_again_when_the_queue_was_full(full: Running) -> None:

@@ -1,12 +1,16 @@
-"""Errors as OpenAI's API tells them: a status and one JSON object."""
+"""Errors as OpenAI's and Anthropic's APIs tell them: a status and one JSON object."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.types import Scope
+
 from mlx_kimi.errors import KimiError
 from mlx_kimi.server.engine import OutOfMemory, QueueFull
+from mlx_kimi.server.json_text import Json
+from mlx_kimi.server.record import record_of
 
 TYPES = {
     401: "authentication_error",
@@ -16,6 +20,7 @@ TYPES = {
     500: "server_error",
     503: "overloaded_error",
 }
+ANTHROPIC_TYPES = {**TYPES, 413: "request_too_large", 500: "api_error"}
 
 
 class ApiError(Exception):
@@ -55,6 +60,28 @@ class ApiError(Exception):
         fields = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": fields}
 
+    def anthropic_body(self, request: str) -> dict[str, Any]:
+        """As JSON of Anthropic's form. `request`: the id of the request."""
+        kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+        error = {"type": kind, "message": self.message}
+        return {"type": "error", "error": error, "request_id": request}
+
+
+def speaks_anthropic(scope: Scope) -> bool:
+    """Whether a request is one of Anthropic's API, by its path or its header."""
+    path = scope["path"]
+    names = [name for name, _ in scope["headers"]]
+    return path.startswith("/v1/messages") or b"anthropic-version" in names
+
+
+def told(error: ApiError, scope: Scope) -> Json:
+    """An error as the client of this request understands it, which is kept for the log."""
+    record = record_of(scope)
+    record.error = error.shortly
+    is_theirs = speaks_anthropic(scope)
+    body = error.anthropic_body(record.id) if is_theirs else error.body
+    return Json(body, error.status, error.headers)
+
 
 def of_engine(error: KimiError) -> ApiError:
     """What the engine refused or could not finish."""
@@ -67,10 +94,11 @@ def of_engine(error: KimiError) -> ApiError:
 
 
 def too_long(tokens: int, context: int) -> ApiError:
-    """A prompt fills the context. Clients know the error by its code or its first words."""
+    """A prompt fills the context. Clients know the error by its code or by these words: OpenAI's
+    by the first, Anthropic's by those with the numbers."""
     said = (
-        f"This model's maximum context length is {context} tokens, the answer included, but the "
-        f"prompt has {tokens}"
+        f"This model's maximum context length is {context} tokens, the answer included: prompt is "
+        f"too long: {tokens} tokens > {context} maximum"
     )
     return ApiError(400, said, code="context_length_exceeded")
 

@@ -6,6 +6,7 @@ import asyncio
 import sys
 import traceback
 from collections.abc import Awaitable, Callable
+from datetime import datetime, timezone
 from typing import TextIO
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -17,14 +18,20 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_kimi.server import openai_chat, openai_completions
-from mlx_kimi.server.api_errors import ApiError
+from mlx_kimi.server import (
+    anthropic_messages,
+    openai_chat,
+    openai_completions,
+    openai_responses,
+)
+from mlx_kimi.server.api_errors import ApiError, told
 from mlx_kimi.server.json_text import Json
 from mlx_kimi.server.record import new_record, record_of
-from mlx_kimi.server.respond import Understand, respond
+from mlx_kimi.server.respond import Understand, count, respond
 from mlx_kimi.server.security import Access, Gate
 from mlx_kimi.server.service import Service
 
+REQUEST_ID = ("x-request-id", "request-id")  # OpenAI's name, and Anthropic's
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -36,6 +43,9 @@ def routes(service: Service) -> list[Route]:
             return await respond(service, understand, request)
 
         return answer
+
+    async def count_tokens(request: Request) -> Response:
+        return await count(service, anthropic_messages.counted, request)
 
     async def health(request: Request) -> Response:
         status = service.engine.status()
@@ -60,7 +70,8 @@ def routes(service: Service) -> list[Route]:
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def models(request: Request) -> Response:
-        return Json({"object": "list", "data": [_model(service)]})
+        ends = {"has_more": False, "first_id": service.name, "last_id": service.name}
+        return Json({"object": "list", "data": [_model(service)], **ends})
 
     async def model(request: Request) -> Response:
         service.check_model(request.path_params["name"])
@@ -74,6 +85,9 @@ def routes(service: Service) -> list[Route]:
         _route("GET", "/v1/models/{name:path}", model),
         _route("POST", "/v1/chat/completions", completions(openai_chat.understood)),
         _route("POST", "/v1/completions", completions(openai_completions.understood)),
+        _route("POST", "/v1/responses", completions(openai_responses.understood)),
+        _route("POST", "/v1/messages", completions(anthropic_messages.understood)),
+        _route("POST", "/v1/messages/count_tokens", count_tokens),
     ]
 
 
@@ -86,12 +100,19 @@ def _route(method: str, path: str, endpoint: Endpoint) -> Route:
 
 
 def _model(service: Service) -> dict[str, str | int]:
+    """As OpenAI's clients read it, and Anthropic's."""
     return {
         "id": service.name,
         "object": "model",
         "created": service.started,
         "owned_by": "mlx_kimi",
         "max_model_len": service.context,
+        "type": "model",
+        "display_name": service.name,
+        "created_at": datetime.fromtimestamp(service.started, timezone.utc).isoformat(),
+        "lifecycle": "active",
+        "max_input_tokens": service.context,
+        "max_tokens": service.context,
     }
 
 
@@ -107,8 +128,7 @@ def make_app(service: Service, access: Access, log: TextIO | None = None) -> ASG
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    record_of(request.scope).error = error.shortly
-    return Json(error.body, error.status, error.headers)
+    return told(error, request.scope)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -122,7 +142,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _fault(request: Request, error: Exception) -> Response:
     said = f"the server has a fault; its log tells of {record_of(request.scope).id}"
-    return Json(ApiError(500, said, code="fault").body, 500)
+    return told(ApiError(500, said, code="fault"), request.scope)
 
 
 class Recorder:
@@ -139,7 +159,9 @@ class Recorder:
         async def sends(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(raw=message["headers"])["x-request-id"] = record.id
+                headers = MutableHeaders(raw=message["headers"])
+                for name in REQUEST_ID:
+                    headers[name] = record.id
             await send(message)
 
         try:

@@ -18,14 +18,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_kimi.errors import OptionError
-from mlx_kimi.server.api_errors import ApiError
-from mlx_kimi.server.json_text import Json
-from mlx_kimi.server.record import record_of
+from mlx_kimi.server.api_errors import ApiError, told
 from mlx_kimi.user_files import shown
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 METHODS = "GET, POST"
-HEADERS = "authorization, content-type, x-api-key"
+HEADERS = "anthropic-beta, anthropic-version, authorization, content-type, x-api-key"
 REMEMBERED = "600"  # seconds that a browser remembers a permission
 
 
@@ -128,8 +126,7 @@ class Gate:
                 wants = {"www-authenticate": "Bearer"}
                 raise ApiError(401, said, code="invalid_api_key", headers=wants)
         except ApiError as error:
-            record_of(scope).error = error.shortly
-            answer = Json(error.body, error.status, error.headers)
+            answer = told(error, scope)
             return await answer(scope, receive, _with_cors(send, origin, self._access.origins))
         await self._app(scope, receive, _with_cors(send, origin, self._access.origins))
 

@@ -6,7 +6,7 @@ What cannot be honoured is refused by its name, unless its value asks for nothin
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -25,9 +25,9 @@ from mlx_kimi.user_files import shown
 
 MOST_CHOICES = 8  # answers to one request: each takes a row
 MOST_STOPS = 4
-NAME = r"^[A-Za-z0-9_.-]{1,64}$"  # of a function: what a call's id can spell
+NAME = r"^[A-Za-z0-9_.-]{1,128}$"  # of a function: what a call's id can spell
 
-Body = TypeVar("Body", bound="CommonBody")
+Body = TypeVar("Body", bound=BaseModel)
 Ignored = Any
 
 
@@ -157,25 +157,17 @@ StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Penalty = Annotated[float | None, only(0.0)]
 
 
-class CommonBody(Strict):
-    """What both kinds of completion take."""
+class Drawn(Strict):
+    """What all kinds of answers take: how they are drawn and sent, and who asks."""
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    presence_penalty: Penalty = None
-    frequency_penalty: Penalty = None
-    logit_bias: Annotated[dict[str, Any] | None, only({})] = None
-    return_progress: bool | None = None
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None
@@ -183,6 +175,19 @@ class CommonBody(Strict):
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
+
+
+class CommonBody(Drawn):
+    """What both kinds of completion take."""
+
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    presence_penalty: Penalty = None
+    frequency_penalty: Penalty = None
+    logit_bias: Annotated[dict[str, Any] | None, only({})] = None
+    return_progress: bool | None = None
 
     @property
     def stops(self) -> Sequence[str]:
@@ -273,8 +278,13 @@ class CompletionBody(CommonBody):
         return [self.prompt] if is_ids else self.prompt  # type: ignore[return-value]
 
 
-def checked(kind: type[Body], value: dict[str, Any]) -> Body:
+def checked(
+    kind: type[Body], value: dict[str, Any], names: Mapping[str, str] | None = None
+) -> Body:
     """A request of this kind.
+
+    Args:
+        names: what errors call its fields, where the request was put into other words.
 
     Raises:
         ApiError: a field is unknown, or has no value that can be honoured.
@@ -282,14 +292,15 @@ def checked(kind: type[Body], value: dict[str, Any]) -> Body:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        raise _api_error(error) from None
+        raise _api_error(error, names or {}) from None
 
 
+PLAIN_KINDS = ("str", "int", "float", "constrained-str", "constrained-int")
 CODES = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
 OUR_CODES = ("unsupported_value", "invalid_value")
 
 
-def _api_error(error: ValidationError) -> ApiError:
+def _api_error(error: ValidationError, names: Mapping[str, str]) -> ApiError:
     """The first complaint; of those about one value that may be of several kinds, the one of the
     kind that fits best."""
     complaints = error.errors(include_url=False, include_context=False)
@@ -299,6 +310,7 @@ def _api_error(error: ValidationError) -> ApiError:
         key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")),
     )
     name = _name(complaint)
+    name = names.get(name, name)
     kind = complaint["type"]
     code = kind if kind in OUR_CODES else CODES.get(kind, "invalid_value")
     where = name or "the request"
@@ -320,7 +332,11 @@ def _name(complaint: ErrorDetails) -> str:
 
 def _is_kind(each: str) -> bool:
     """Whether pydantic names one of the kinds that a value may be of, and no field."""
-    return "[" in each or each in ("str", "int", "float", "constrained-str", "constrained-int")
+    return (
+        "[" in each
+        or each[:1].isupper()
+        or each in ("str", "int", "float", "constrained-str", "constrained-int")
+    )
 
 
 def _rule(complaint: ErrorDetails) -> str:

@@ -25,7 +25,10 @@ from mlx_kimi.server.record import Record
 from tests.processes import PROGRAM
 from tests.server import JSON, WEATHER, Scripted, serving, until
 
-PATHS = ["/v1/chat/completions", "/v1/completions"]
+PATHS = [
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses"),
+    *("/v1/messages", "/v1/messages/count_tokens"),
+]
 CALL = {
     "id": "call_1",
     "type": "function",
@@ -56,9 +59,46 @@ BODIES: list[dict[str, Any]] = [
         "stop": ["a", "b"],
         "max_tokens": 5,
     },
+    {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+            {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "a", "output": "sunny"},
+            {"type": "reasoning", "summary": []},
+        ],
+        "instructions": "Be.",
+        "tools": [{"type": "function", "name": "f"}, {"type": "web_search"}],
+        "include": ["message.output_text.logprobs"],
+        "stream": True,
+        "max_output_tokens": 4,
+    },
+    {
+        "model": "claude-x",
+        "max_tokens": 4,
+        "system": [{"type": "text", "text": "Be.", "cache_control": {"type": "ephemeral"}}],
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {
+                "role": "assistant",
+                "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {"x": 1}}],
+            },
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "a", "content": "sunny"}],
+            },
+        ],
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+        "tool_choice": {"type": "auto"},
+        "stop_sequences": ["a"],
+        "stream": True,
+    },
     {"prompt": "Hi", "max_tokens": 3, "logprobs": 1, "stream": True},
     {"prompt": [[1, 2], [3]], "echo": False, "stop": "x", "min_p": 0.1, "top_k": 3},
 ]
+ENDS = (  # of streams
+    *("data: [DONE]", "event: message_stop", "event: response.completed"),
+    "event: response.incomplete",
+)
 WORDS = [
     *("<|im_end|>", "<|tool_call_begin|>", "\0", "\ud800", "\u202e", "", "é" * 300, "{{ 7 * 7 }}"),
     *("file:///etc/passwd", "http://127.0.0.1/", "functions.f:0", "-1", "[DONE]", "\r\n\r\n"),
@@ -138,7 +178,7 @@ def streams_of_bytes(draw: st.DrawFn) -> bytes:
 
 
 def send_bodies(client: httpx.Client, count: int, seen: Counter[int]) -> None:
-    """Send bodies to both kinds of completion."""
+    """Send bodies to all routes that take any."""
 
     @_examples(count)
     @given(st.sampled_from(PATHS), bodies())
@@ -150,9 +190,9 @@ def send_bodies(client: httpx.Client, count: int, seen: Counter[int]) -> None:
             error = answer.json()["error"]
             assert error["message"] and error["type"] and "\n" not in error["message"], error
         elif not answer.headers["content-type"].startswith("text/event-stream"):
-            assert answer.json()["choices"]
+            assert answer.json().keys() & {"choices", "output", "content", "input_tokens"}
         else:
-            assert answer.text.endswith("data: [DONE]\n\n"), answer.text
+            assert answer.text.split("\n\n")[-2].startswith(ENDS), answer.text
 
     one()
 
