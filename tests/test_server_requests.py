@@ -156,6 +156,7 @@ def test_the_text_is_the_same_however_it_comes_in_parts() -> None:
             messages = [*HI, {"role": role, "content": "Be brief."}]
             assert running.post("/v1/chat/completions", {"messages": messages}).status_code == 200
     assert engine.requests[0].ids == engine.requests[1].ids
+    assert engine.requests[2].ids == engine.requests[3].ids
 
 
 # --------------------------------------------------------------------------------- text completions

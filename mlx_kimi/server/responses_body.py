@@ -38,7 +38,7 @@ NEEDED = {
     "reasoning": (),
 }
 # Tools that a server of OpenAI runs itself. Here none is; that they may be called obliges nobody.
-HOSTED = ("web_search", "web_search_preview", "image_generation", "file_search", "code_interpreter")
+HOSTED = ("web_search", "image_generation", "file_search", "code_interpreter")  # and later ones
 LOGPROBS = "message.output_text.logprobs"  # in `include`; nothing else is left out of an answer
 NAMES = {"response_format": "text.format"}
 Role = Literal["user", "assistant", "system", "developer"]
@@ -163,7 +163,7 @@ class Hosted(BaseModel):
 
 def _kind(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind in HOSTED:
+    if isinstance(kind, str) and kind.startswith(HOSTED):
         return "[hosted]"
     return f"[{kind}]" if kind in ("function", "namespace") else None
 

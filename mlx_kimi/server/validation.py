@@ -113,7 +113,9 @@ class Message(Strict):
         content = self.content or ""
         if isinstance(content, list):
             content = "".join(part.text for part in content)
-        message: dict[str, Any] = {"role": self.role, "content": content}
+        # `developer` is OpenAI's newer name, which no template knows.
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": content}
         if self.name is not None:
             message["name"] = self.name
         if self.tool_call_id is not None:
