@@ -19,6 +19,7 @@ from mlx_kimi.convert.convert import Summary, convert
 from mlx_kimi.convert.partial import partial_of
 from mlx_kimi.convert.preview import Preview
 from mlx_kimi.convert.quantize import Scheme, scheme
+from mlx_kimi.loading.kept_models import remember_converted
 from mlx_kimi.units import counted, human_size
 
 Hidden = Callable[[], AbstractContextManager[object]]
@@ -78,6 +79,11 @@ def run(
     _print_summary(done)
     if ids is not None:
         convert_report.compare(local_folder(source), out, ids)
+    try:
+        remember_converted(out)  # with its report
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}"
+        click.echo(f"`mlx_kimi list` and `rm` will not know {out}: {why}", err=True)
 
 
 def _terminated(number: int, _: object) -> None:

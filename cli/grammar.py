@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
+from mlx_kimi.cli.agents import AGENTS
 from mlx_kimi.cli.command import Command
 from mlx_kimi.cli.options import (
     AUTOSAVE,
@@ -135,6 +136,12 @@ CHAT = Command(
     module="chat.command",
 )
 
+API_KEY = Setting(
+    ["--api-key"],
+    metavar="KEY",
+    callback=utf8,
+    help="What requests must show. Others can read a command line: MLX_KIMI_API_KEY is the same.",
+)
 SERVE = Command(
     "serve",
     [
@@ -150,13 +157,7 @@ SERVE = Command(
             default=8080,
             help="The port to listen on; 0 is any that is free.",
         ),
-        Setting(
-            ["--api-key"],
-            metavar="KEY",
-            callback=utf8,
-            help="What requests must show. Others can read a command line: MLX_KIMI_API_KEY is "
-            "the same.",
-        ),
+        API_KEY,
         click.Option(
             ["--allow-origin"],
             multiple=True,
@@ -201,6 +202,22 @@ SERVE = Command(
     Requests that say nothing of sampling and lengths get what is given here. The log goes to
     stderr, a line of JSON a request.
     """,
+)
+
+LAUNCH = Command(
+    "launch",
+    [
+        click.Argument(["agent"], type=click.Choice(list(AGENTS))),
+        Setting(
+            ["--url"],
+            default="http://127.0.0.1:8080",
+            callback=utf8,
+            help="Where `serve` says that it listens.",
+        ),
+        API_KEY,
+        _flag("--write", "Make the file, where none is; else it is printed."),
+    ],
+    """Print or write what AGENT must know to use a running `serve`.""",
 )
 
 NAME = click.Argument(["name"], callback=utf8)
@@ -467,14 +484,51 @@ BENCH = Command(
     """,
 )
 
+PULL = Command(
+    "pull",
+    [NAME],
+    """Download a model of the Hugging Face hub, and print the folder that it is in.
+
+    Its small files and its weights' headers are checked first, and the disk; a download that was
+    interrupted goes on. What is too large for this machine's memory can be converted.
+    """,
+    module="models",
+    function="pull",
+)
+MODELS = Command(
+    "list",
+    [click.Option(["--json", "as_json"], is_flag=True, help="List them as JSON.")],
+    """List the models on this machine: those of the hub that were downloaded, and those that
+    `convert` made.""",
+    module="models",
+    function="list_models",
+)
+REMOVE_MODELS = Command(
+    "rm",
+    [
+        click.Argument(["names"], nargs=-1, required=True, callback=utf8),
+        _flag("--yes", "Ask nothing."),
+    ],
+    """Remove models, by the names that `list` gives them.
+
+    Of a folder that `convert` made, the files that it made and nobody has changed are removed.
+    """,
+    module="models",
+    function="remove",
+)
+
 COMMANDS: dict[str, click.Command] = {
     str(command.name): command
     for command in (
         GENERATE,
         CHAT,
         SERVE,
+        LAUNCH,
         KEPT,
         CACHE,
+        PULL,
+        MODELS,
+        REMOVE_MODELS,
         CONVERT,
         CHECK,
         TUNE,

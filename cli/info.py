@@ -19,6 +19,7 @@ from mlx_kimi.cli.progress import work
 from mlx_kimi.cli.tuned import lines
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.fetch import headers_of
+from mlx_kimi.loading.kept_models import weights_in_words
 from mlx_kimi.loading.load import load_model
 from mlx_kimi.loading.memory import Machine, needs
 from mlx_kimi.metal_kernels.kernel import OFF, backend, is_traced
@@ -86,9 +87,7 @@ def _facts(network: KimiLinear) -> Iterator[str]:
         f"experts       {config.num_experts_per_token} of {config.num_experts} a token and "
         f"{config.num_shared_experts} shared, in {experts} layers"
     )
-    q = config.quantization
-    stored = f"{q.bits} bits, groups of {q.group_size}, {q.mode}" if q else "not quantized"
-    yield f"weights       {stored}"
+    yield f"weights       {weights_in_words(config)}"
     yield f"context       {config.model_max_length:,} tokens"
 
 
