@@ -14,10 +14,12 @@ from mlx_kimi.chat.session import read_session
 from mlx_kimi.cli import show
 from mlx_kimi.cli.given import budget_of, check_options, folder_of, prompt_of, with_defaults
 from mlx_kimi.cli.progress import BYTES, loading, work
+from mlx_kimi.constraints.schema import enforced
 from mlx_kimi.generation.answer import Chunk, Stats
 from mlx_kimi.generation.generate import Prompt, stream_generate
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.load import load
+from mlx_kimi.user_files import JSON_BYTES, parsed_json, read_bytes
 
 NO_TOKEN = Stats(  # of an answer that was interrupted before its first
     prompt_tokens=0,
@@ -39,6 +41,7 @@ def run(
     prompt_cache: Path | None,
     raw: bool,
     stop: tuple[str, ...],
+    json_schema: Path | None,
     as_json: bool,
     memory_budget: int | None,
     context: int | None,
@@ -46,6 +49,7 @@ def run(
 ) -> None:
     prompt = prompt_of(text, files)
     check_options(options)
+    schema = _schema(json_schema)
     budget = budget_of(memory_budget, context, options["prefill_step"], options["latent_bits"])
     if raw and (system or prompt_cache):
         which = "--system" if system else "--prompt-cache"
@@ -65,7 +69,14 @@ def run(
         asked: Prompt = tokenizer.encode(prompt) if raw else conversation.messages
         with work("reading", "tokens") as progress:
             stream = stream_generate(
-                network, tokenizer, asked, stop=stop, progress=progress, state=state, **options
+                network,
+                tokenizer,
+                asked,
+                stop=stop,
+                json_schema=schema,
+                progress=progress,
+                state=state,
+                **options,
             )
             chunks.append(next(stream))
         answer = None if as_json else show.AnswerWriter()
@@ -89,6 +100,19 @@ def run(
         limit = f"--max-tokens {options['max_tokens']}" if is_own else "the end of the context"
         click.echo(f"the answer is cut at {limit}", err=True)
     click.echo(show.speeds(last.stats), err=True)
+
+
+def _schema(file: Path | None) -> dict[str, Any] | None:
+    """What --json-schema says, before a model is loaded.
+
+    Raises:
+        KimiError: the file cannot be read, or what it holds cannot be enforced.
+    """
+    if file is None:
+        return None
+    schema = parsed_json(read_bytes(file, JSON_BYTES), file)
+    enforced(schema, "json_schema")
+    return schema
 
 
 def _cached(file: Path, folder: Path, state: TokenState, system: str | None) -> Conversation:

@@ -79,6 +79,12 @@ GENERATE = Command(
             help="End the answer before TEXT; may repeat.",
         ),
         click.Option(
+            ["--json-schema"],
+            type=FILE,
+            metavar="FILE.json",
+            help="The answer is JSON that obeys this schema. The model is not told of it.",
+        ),
+        click.Option(
             ["--json", "as_json"], is_flag=True, help="Print one JSON object at the end instead."
         ),
         *LENGTHS,

@@ -24,7 +24,7 @@ ROOMS = (
     ("evaluation", "chat"),
     ("generation", "loading"),
     ("tuning",),
-    ("model",),
+    ("model", "constraints"),
     ("offload",),
     ("text", "checkpoint"),
 )

@@ -276,12 +276,10 @@ def with_pydantic_ai(url: str, stream: bool) -> Talk:
 def pydantic_ai_agent(url: str, tools: list[Callable[..., str]]) -> Any:
     from pydantic_ai import Agent
     from pydantic_ai.models.openai import OpenAIChatModel
-    from pydantic_ai.profiles.openai import OpenAIModelProfile
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    profile = OpenAIModelProfile(openai_supports_strict_tool_definition=False)
     provider = OpenAIProvider(base_url=url, api_key=KEY)
-    return Agent(OpenAIChatModel("pocket", provider=provider, profile=profile), tools=tools)
+    return Agent(OpenAIChatModel("pocket", provider=provider), tools=tools)
 
 
 def with_llm(url: str, stream: bool) -> Talk:
@@ -569,19 +567,6 @@ def test_langchain_raises_the_exceptions_of_openai(locked: Running) -> None:
     ):
         with pytest.raises(error):
             asks(**given)
-
-
-def test_langchain_is_told_that_schemas_are_not_enforced(locked: Running) -> None:
-    import openai
-    from langchain_openai import ChatOpenAI
-    from pydantic import BaseModel
-
-    class City(BaseModel):
-        name: str
-
-    model = ChatOpenAI(base_url=f"{locked.url}/v1", api_key=KEY, model="pocket")
-    with pytest.raises(openai.BadRequestError, match="response_format"):
-        model.with_structured_output(City, method="json_schema").invoke("Hi")
 
 
 def test_pydantic_ai_raises_its_own_exceptions(locked: Running) -> None:

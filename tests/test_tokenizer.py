@@ -72,7 +72,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def id_bytes(tokenizer: Tokenizer, id: int) -> bytes:
-    return tokenizer._vocabulary.pieces.text[id]
+    return tokenizer.vocabulary.pieces.text[id]
 
 
 def random_texts(count: int, alphabet: str = "aB1 \n\t'.<|中é😀[]ー\u0301") -> list[str]:

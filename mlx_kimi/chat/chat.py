@@ -111,6 +111,7 @@ class Chat:
             self.model,
             self.tokenizer,
             self._prompt(),
+            tools=self.toolbox.schemas if self.toolbox else None,
             state=self.state,
             progress=progress,
             **{**self.options, "seed": self._seed()},

@@ -7,23 +7,17 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from mlx_kimi.text.call_tokens import (
+    ARGUMENT_BEGIN,
+    CALL_BEGIN,
+    CALL_END,
+    SECTION_BEGIN,
+    SECTION_END,
+    marks,
+)
 from mlx_kimi.text.tokenizer import Tokenizer
 
-# Models of the family differ in the section's spelling.
-SECTION_BEGIN = ("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>")
-SECTION_END = ("<|tool_calls_section_end|>", "<|tool_call_section_end|>")
-CALL_BEGIN, ARGUMENT_BEGIN, CALL_END = (
-    "<|tool_call_begin|>",
-    "<|tool_call_argument_begin|>",
-    "<|tool_call_end|>",
-)
 ID = re.compile(r"(?:functions\.)?(?P<name>.+?)(?::\d+)?")
-
-
-def marks(tokenizer: Tokenizer, *names: str) -> frozenset[int]:
-    """The ids of those of these control tokens that the tokenizer has."""
-    ids = tokenizer.control_tokens
-    return frozenset(ids[name] for name in names if name in ids)
 
 
 def name_in(id: str) -> str:

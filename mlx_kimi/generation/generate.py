@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import mlx.core as mx
 from typing_extensions import Unpack
 
+from mlx_kimi.constraints.constraint import constraint_for
 from mlx_kimi.defaults import MAX_TOKENS, PREFILL_STEP
 from mlx_kimi.errors import ContextFull, KimiError, OptionError, beyond_budget
 from mlx_kimi.generation.answer import Answer, Chunk
@@ -35,6 +36,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     tools: Sequence[dict[str, Any]] | None
+    json_schema: Mapping[str, Any] | None
     prefill_step: int
     latent_bits: int | None
     progress: Callable[[int, int], None] | None
@@ -63,6 +65,7 @@ def stream_generate(
     seed: int | None = None,
     stop: str | Sequence[str] = (),
     tools: Sequence[dict[str, Any]] | None = None,
+    json_schema: Mapping[str, Any] | None = None,
     prefill_step: int = PREFILL_STEP,
     latent_bits: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -77,7 +80,9 @@ def stream_generate(
         max_tokens: the answer's length at most; the context window may end it earlier.
         temp, top_k, top_p, min_p, repetition_penalty, seed: see `sample.Sampling`.
         stop: a string, or several, that end the answer; they are not part of it.
-        tools: JSON schemas of functions that the model may call, for the chat template.
+        tools: JSON schemas of functions that the model may call, for the chat template. Calls name
+            one of them, and their arguments obey its schema: see `constraints.constraint_for`.
+        json_schema: what the answer is JSON of, unless it is a call. The model is not told of it.
         prefill_step: prompt tokens read at once, 65,536 at most. More is faster and takes memory.
         latent_bits: 8 keeps the latents of MLA layers in 8 bits; ignored if `state` is given.
         progress: called with (tokens read, tokens of the prompt) before each prefill step.
@@ -88,15 +93,17 @@ def stream_generate(
             are in memory.
 
     Raises:
-        KimiError: the prompt is empty or fills the model's context, an option is out of range, or
-            the model's logits have NaN or +infinity.
+        KimiError: the prompt is empty or fills the model's context, an option is out of range, the
+            model's logits have NaN or +infinity, or a schema cannot be enforced.
     """
     check_lengths(max_tokens, prefill_step)
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     ids = prompt if isinstance(prompt, PromptIds) else prompt_ids(model, tokenizer, prompt, tools)
     limit = min(max_tokens, model.config.model_max_length - len(ids))
     state = state or TokenState(model, latent_bits, snapshot_every=None)
-    sampler = Sampler(sampling, ids, model.config.vocab_size)
+    constraint = constraint_for(tokenizer, json_schema=json_schema, tools=tools)
+    matcher = constraint.begin() if constraint else None
+    sampler = Sampler(sampling, ids, model.config.vocab_size, matcher)
     stop = (stop,) if isinstance(stop, str) else stop
     speculation = speculation_for(state, speculate, ids)
     drafts = speculation.counts if speculation else None

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_kimi.constraints.constraint import Matcher
 from mlx_kimi.errors import OptionError
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. The order is: repetition penalty, temperature, top-k, top-p, min-p.
+    """How a token is chosen of those that may follow. The order is: repetition penalty,
+    temperature, top-k, top-p, min-p.
 
     `temp` 0 takes the most likely token. `top_k` 0, `top_p` 1, `min_p` 0 and
     `repetition_penalty` 1 leave the distribution as it is. `seed` None takes 32 random bits.
@@ -50,10 +53,21 @@ class Draw(NamedTuple):
 
 
 class Sampler:
-    """Chooses one token after another; the same seed and logits give the same tokens."""
+    """Chooses one token after another; the same seed and logits give the same tokens.
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab_size: int) -> None:
-        self.sampling = sampling
+    Attributes:
+        matcher: what the tokens must obey; each must be taken by `take` before the next is drawn.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        vocab_size: int,
+        matcher: Matcher | None = None,
+    ) -> None:
+        self.sampling, self.matcher = sampling, matcher
+        self._taken = 0  # tokens
         self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         self._key = mx.random.key(self.seed)
         self._seen: mx.array | None = None
@@ -66,6 +80,9 @@ class Sampler:
         """logits [1, vocab] -> token [1]; nothing is computed yet."""
         s = self.sampling
         logits = logits.astype(mx.float32)
+        if self.matcher is not None:
+            self.matcher.go_back(self._taken)  # where this is drawn again
+            logits = masked(logits, [self.matcher.mask])
         if self._seen is not None:
             logits = _penalized(logits, self._seen, [s])
         token = mx.argmax(logits, axis=-1) if s.temp == 0 else self._draw(logits / s.temp)
@@ -76,6 +93,15 @@ class Sampler:
     def _draw(self, logits: mx.array) -> mx.array:
         self._key, key = mx.random.split(self._key)
         return mx.random.categorical(_filtered(logits, [self.sampling]), key=key)
+
+    def take(self, token: int) -> bool:
+        """Let what the tokens must obey go on by one; False: it may not follow."""
+        if self.matcher is None:
+            return True
+        self.matcher.go_back(self._taken)
+        is_taken = self.matcher.take(token)
+        self._taken += is_taken
+        return is_taken
 
     def skip(self, tokens: Sequence[int]) -> None:
         """Go on as if these had been drawn."""
@@ -142,6 +168,22 @@ class BatchSampler:
             self._keys[row], key = mx.random.split(self._keys[row])
             tokens.append(mx.random.categorical(chosen[place : place + 1], key=key))
         return mx.concatenate(tokens)
+
+
+def masked(logits: mx.array, masks: Sequence[np.ndarray | None]) -> mx.array:
+    """logits [B, vocab] with -inf for tokens whose bit is not in the row's mask, if it has one.
+
+    A mask is [words] uint32; a vocabulary may go beyond it, with tokens that are never drawn.
+    """
+    rows = [row for row, mask in enumerate(masks) if mask is not None]
+    if not rows:
+        return logits
+    vocab = logits.shape[-1]
+    words = mx.array(np.stack([mask for mask in masks if mask is not None]))
+    bits = (words[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    allowed = bits.reshape(len(rows), -1)[:, :vocab].astype(mx.bool_)
+    allowed = mx.pad(allowed, [(0, 0), (0, vocab - allowed.shape[-1])])
+    return _with_rows(logits, rows, lambda logits: mx.where(allowed, logits, -mx.inf))
 
 
 def _with_rows(

@@ -239,7 +239,9 @@ class TokenState:
         began = time.thread_time()
         logits = self.model.logits(self.model.hidden(mx.array([ids]), self.entries, steps=steps))
         draws, after = [], []
-        for position in range(len(ids)):
+        for position, id in enumerate(ids):
+            if not sampler.take(id):  # nor is it drawn
+                break
             draws.append(sampler(logits[:, position]))
             after.append(dict(vars(sampler)))
         tokens, lse = mx.concatenate(draws), mx.logsumexp(logits[0], axis=-1)
@@ -285,7 +287,11 @@ class TokenState:
             self._source, self._steps = (len(self.ids), caches.snapshot(self.entries)), None
             # Processor time: MLX lets a thread that is far ahead of the device wait in here.
             began = time.thread_time()
-            following = self.draw(self.model.hidden(draw.token[:, None], self.entries), sampler)
+            hidden = self.model.hidden(draw.token[:, None], self.entries)
+            if sampler.matcher is not None:  # what may follow is found out beside the device's work
+                mx.async_eval(hidden, caches.arrays(self.entries))
+                sampler.take(self.token_of(draw))
+            following = self.draw(hidden, sampler)
             self.host_time += time.thread_time() - began
             token = self.token_of(draw)
             self.ids.append(token)

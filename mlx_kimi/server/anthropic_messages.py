@@ -113,6 +113,10 @@ def _usage(usage: Usage) -> Json:
     }
 
 
+# Fields, by our names.
+SCHEMAS = {"json_schema": "output_config.format.schema", "function.parameters": "input_schema"}
+
+
 def _chat(service: Service, raw: bytes) -> ChatBody:
     model, body = read(parsed(raw))
     if not model.startswith(ANY_MODEL):
@@ -124,10 +128,13 @@ def understood(service: Service, raw: bytes, client: str) -> MessagesReply:
     """What a body asks for.
 
     Raises:
-        ApiError: it is no such request, or the template refuses the messages.
+        ApiError: it is no such request, the template refuses the messages, or a schema cannot be
+            enforced.
     """
     body = _chat(service, raw)
-    return MessagesReply(body, service.name, service.tokenizer, *asked(service, body, client))
+    return MessagesReply(
+        body, service.name, service.tokenizer, *asked(service, body, client, SCHEMAS)
+    )
 
 
 def counted(service: Service, raw: bytes) -> int:

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlx_kimi.defaults import SNAPSHOT_EVERY
 from mlx_kimi.generation.not_finite import not_finite
-from mlx_kimi.generation.sample import BatchSampler
+from mlx_kimi.generation.sample import BatchSampler, masked
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import CacheEntry
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -79,6 +79,7 @@ class Batch:
         self._entries: list[CacheEntry] = []
         self._sampler = BatchSampler([])
         self._inputs = mx.array([], mx.uint32)  # [B], the tokens that the next step reads
+        self._logits: mx.array | None = None  # [B, vocab] after them, of which none is drawn yet
         self._drawn: Drawn | None = None  # what of `_inputs` is not told: of the first rows
 
     def join(self, job: Job, hidden: mx.array) -> None:
@@ -89,7 +90,7 @@ class Batch:
         assert job.entries is not None
         sampler = job.sampler(self.model.config.vocab_size)
         logits = self.model.logits(hidden[:, -1])
-        drawn = Drawn.of(logits, sampler(logits), [job])
+        drawn = Drawn.of(logits, sampler(masked(logits, [job.mask])), [job])
         mx.eval(drawn.arrays())  # what fails here fails before anything is told
         job.tell_started()
         ended = drawn.tell(self.model, [job])
@@ -103,8 +104,9 @@ class Batch:
     def step(self) -> None:
         """Draw a token of each row, and tell those drawn by the step before.
 
-        The device has the next step to work on while the tokens of this one are awaited; but where
-        experts are read from files, a token is told first.
+        The device has the next step to work on while the tokens of this one are awaited. But where
+        experts are read from files, a token is told first; and where a row must obey something, the
+        next ones are drawn when what may follow is known, while the device computes their logits.
 
         Raises:
             RuntimeError: the device failed; what the rows hold means nothing any more.
@@ -115,15 +117,31 @@ class Batch:
             self._drawn = None
             self._tell(drawn)
             if self.jobs:
-                self._queue()
+                self._read()
+                self._draw()
             return
-        self._queue()
-        self._tell(drawn)
+        self._read()
+        if any(job.must_obey for job in self.jobs):
+            mx.async_eval(self._logits, caches.arrays(self._entries))
+            self._drawn = None
+            self._tell(drawn)
+            self._draw()
+        else:
+            self._draw()
+            self._tell(drawn)
 
-    def _queue(self) -> None:
+    def _read(self) -> None:
+        """Queue the step that reads the rows' tokens."""
         hidden = self.model.hidden(self._inputs[:, None], self._entries)
-        logits = self.model.logits(hidden[:, -1])
-        self._drawn = Drawn.of(logits, self._sampler(logits), self.jobs)
+        self._logits = self.model.logits(hidden[:, -1])
+
+    def _draw(self) -> None:
+        """Queue the drawing of the tokens that follow."""
+        if self._logits is None:  # no row is left
+            return
+        logits, self._logits = self._logits, None
+        allowed = masked(logits, [job.mask for job in self.jobs])
+        self._drawn = Drawn.of(logits, self._sampler(allowed), self.jobs)
         self._inputs = self._drawn.token
         mx.async_eval(self._drawn.arrays(), caches.arrays(self._entries))
 
@@ -161,6 +179,7 @@ class Batch:
         self._entries = caches.take(self._entries, rows)
         self._sampler.take(rows)
         self._inputs = self._inputs[mx.array(rows)]
+        self._logits = None if self._logits is None else self._logits[mx.array(rows)]
         drawn = [row for row in rows if row < known]
         self._drawn = self._drawn.take(drawn) if self._drawn and drawn else None
 
@@ -168,5 +187,5 @@ class Batch:
         """Forget all rows; the jobs they were of."""
         jobs, self.jobs = self.jobs, []
         self._entries, self._sampler = [], BatchSampler([])
-        self._inputs, self._drawn = mx.array([], mx.uint32), None
+        self._inputs, self._logits, self._drawn = mx.array([], mx.uint32), None, None
         return jobs

@@ -69,11 +69,23 @@ class Job:
         # With a seed that is known, the same can be drawn again.
         seed = randbits(32) if sampling.seed is None else sampling.seed
         self._sampling = replace(sampling, seed=seed)
+        constraint = ticket.request.constraint
+        self._matcher = constraint.begin() if constraint else None
 
     @property
     def ids(self) -> np.ndarray:
         """[T] int32: the prompt, and what was drawn."""
         return np.concatenate([self.prompt, as_array(self.drawn)]) if self.drawn else self.prompt
+
+    @property
+    def must_obey(self) -> bool:
+        """Whether not every token may follow, now or later."""
+        return self._matcher is not None
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """Of the tokens that may follow: `Matcher.mask`."""
+        return None if self._matcher is None else self._matcher.mask
 
     def sampler(self, vocab_size: int) -> Sampler:
         """What draws the next token."""
@@ -117,7 +129,18 @@ class Job:
             self.finish("stop")
         elif len(self.drawn) >= self.limit:
             self.finish("length")
+        else:
+            self._go_on(token)
         return self.ticket.is_closed
+
+    def _go_on(self, token: int) -> None:
+        """Find out what may follow."""
+        try:
+            if self._matcher is not None:
+                self._matcher.take(token)
+                _ = self._matcher.mask
+        except KimiError as error:
+            self.fail(error)
 
     def finish(self, reason: Reason) -> None:
         """The answer is over."""

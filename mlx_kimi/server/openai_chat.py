@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_kimi.errors import KimiError
@@ -10,12 +10,15 @@ from mlx_kimi.server.answers import Step, Whole
 from mlx_kimi.server.api_errors import ApiError
 from mlx_kimi.server.body import parsed
 from mlx_kimi.server.completion import Completion
+from mlx_kimi.server.constrained import constraint_of
 from mlx_kimi.server.engine import Request, Token
 from mlx_kimi.server.reader import AnswerReader, SentCall, stop_ids
 from mlx_kimi.server.reply import Json
 from mlx_kimi.server.service import Service
 from mlx_kimi.server.validation import ChatBody, checked
 from mlx_kimi.text.tokenizer import Tokenizer
+
+SCHEMA = {"json_schema": "response_format.json_schema.schema"}  # fields, by our names
 
 
 class ChatReply(Completion):
@@ -76,7 +79,8 @@ def understood(service: Service, raw: bytes, client: str) -> ChatReply:
     """What a body asks for. Takes a while: it renders and encodes the messages.
 
     Raises:
-        ApiError: it is no such request, or the template refuses the messages.
+        ApiError: it is no such request, the template refuses the messages, or a schema cannot be
+            enforced.
     """
     body = checked(ChatBody, parsed(raw))
     service.check_model(body.model)
@@ -84,16 +88,28 @@ def understood(service: Service, raw: bytes, client: str) -> ChatReply:
 
 
 def asked(
-    service: Service, body: ChatBody, client: str
+    service: Service, body: ChatBody, client: str, names: Mapping[str, str] | None = None
 ) -> tuple[list[Request], list[AnswerReader]]:
     """What the engine is asked for a chat, in whichever API's words it came; and who reads it.
 
+    Args:
+        names: of `constraint_of`, where the request was put into other words.
+
     Raises:
-        ApiError: as `prompt`, or a value is out of its range.
+        ApiError: as `prompt`, a value is out of its range, or a schema cannot be enforced.
     """
     tokenizer = service.tokenizer
     ids = prompt(service, body)
-    stops = stop_ids(tokenizer, bool(body.offered), body.parallel_tool_calls is False)
+    stops = stop_ids(tokenizer, bool(body.offered), body.one_call)
+    constraint = constraint_of(
+        tokenizer,
+        body.asked,
+        only=body.only_tool,
+        is_required=body.must_call,
+        parallel=not body.one_call,
+        json_schema=body.schema_of_text,
+        names=names or SCHEMA,
+    )
     requests = [
         Request(
             ids=tuple(ids),
@@ -104,6 +120,7 @@ def asked(
             client=f"{client} {body.user or ''}".strip(),
             stop_ids=stops,
             wants_progress=bool(body.return_progress and body.stream),
+            constraint=constraint,
         )
         for sampling in service.samplings(body, body.choices)
     ]

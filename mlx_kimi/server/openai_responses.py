@@ -167,15 +167,20 @@ def _usage(usage: Usage) -> Json:
     }
 
 
+# Fields, by our names.
+SCHEMAS = {"json_schema": "text.format.schema", "function.parameters": "parameters"}
+
+
 def understood(service: Service, raw: bytes, client: str) -> ResponsesReply:
     """What a body asks for.
 
     Raises:
-        ApiError: it is no such request, or the template refuses the messages.
+        ApiError: it is no such request, the template refuses the messages, or a schema cannot be
+            enforced.
     """
     value = parsed(raw)
     given = checked(ResponsesBody, value)
     service.check_model(given.model)
     body = given.chat
-    each = asked(service, body, client)
+    each = asked(service, body, client, SCHEMAS)
     return ResponsesReply(given, value, body, service.name, service.tokenizer, *each)

@@ -10,19 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from mlx_kimi.chat.tool_calls import (
-    CALL_BEGIN,
-    CALL_END,
-    SECTION_BEGIN,
-    SECTION_END,
-    CallDelta,
-    CallReader,
-    marks,
-    name_in,
-)
+from mlx_kimi.chat.tool_calls import CallDelta, CallReader, name_in
 from mlx_kimi.generation.answer import StopStrings
 from mlx_kimi.server.engine import Reason, Token
 from mlx_kimi.server.tool_ids import NO_ARGUMENTS, ToolIds
+from mlx_kimi.text.call_tokens import CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END, marks
 from mlx_kimi.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "tool_calls"]

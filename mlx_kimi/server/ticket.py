@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from threading import Condition
 from typing import Literal, NamedTuple
 
+from mlx_kimi.constraints.constraint import Constraint
 from mlx_kimi.defaults import MAX_TOKENS
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generation.sample import Sampling
@@ -29,6 +30,7 @@ class Request:
         client: who asks. Clients take turns.
         stop_ids: tokens that end the answer; the one drawn is the answer's last token.
         wants_progress: whether to tell how much of the prompt is read.
+        constraint: what the answer must obey.
     """
 
     ids: tuple[int, ...]
@@ -39,6 +41,7 @@ class Request:
     client: str = ""
     stop_ids: frozenset[int] = frozenset()
     wants_progress: bool = False
+    constraint: Constraint | None = None
 
 
 class Progress(NamedTuple):

@@ -131,7 +131,7 @@ class Function(Strict):
     name: Annotated[str, Field(pattern=NAME)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Annotated[bool | None, only(False)] = None
+    strict: bool | None = None
 
 
 class Tool(Strict):
@@ -147,12 +147,55 @@ class Tool(Strict):
         function = self.function.model_dump(exclude={"strict"}, exclude_none=True)
         return {"type": "function", "function": function}
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The same, with whether all of its schema is to be enforced."""
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
+
 
 class StreamOptions(Strict):
     """What a stream tells beside the answer."""
 
     include_usage: bool | None = None
     include_obfuscation: Ignored = None
+
+
+class NamedFunction(Strict):
+    """A function, by its name."""
+
+    name: str
+
+
+class NamedTool(Strict):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Strict):
+    """What an answer must be JSON of; with `strict` or without."""
+
+    model_config = ConfigDict(**Strict.model_config, validate_by_alias=True)
+
+    name: str | None = None
+    description: str | None = None
+    value: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """What kind of text an answer is."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            rule = "must have json_schema if, and only if, its type is json_schema"
+            raise PydanticCustomError("invalid_value", "{rule}", {"rule": rule})
+        return self
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -215,12 +258,12 @@ class ChatBody(CommonBody):
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
     tools: list[Tool] | None = None
-    tool_choice: Annotated[Any, only("auto", "none")] = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: Annotated[Any, only({"type": "text"})] = None
+    response_format: ResponseFormat | None = None
     reasoning_effort: Annotated[Any, only("none")] = None
     verbosity: Annotated[Any, only("medium")] = None
     modalities: Annotated[Any, only(["text"])] = None
@@ -242,6 +285,10 @@ class ChatBody(CommonBody):
         elif len(set(names)) < len(names):
             double = next(name for name in names if names.count(name) > 1)
             rule = f"must not have two tools of the name {double}"
+        elif self.must_call and not names:
+            rule = "must have tools for tool_choice to ask for one"
+        elif self.only_tool is not None and self.only_tool not in names:
+            rule = f"must have the tool that tool_choice names, {shown(self.only_tool)}"
         if rule:
             raise PydanticCustomError("invalid_value", "{rule}", {"rule": rule})
         return self
@@ -250,6 +297,34 @@ class ChatBody(CommonBody):
     def offered(self) -> list[dict[str, Any]]:
         """The tools that the model may call, as a chat template takes them."""
         return [] if self.tool_choice == "none" else [tool.plain for tool in self.tools or ()]
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """The same, each with whether all of its schema is to be enforced."""
+        return [] if self.tool_choice == "none" else [tool.asked for tool in self.tools or ()]
+
+    @property
+    def only_tool(self) -> str | None:
+        """The name of the tool that must be called, if one is named."""
+        choice = self.tool_choice
+        return choice.function.name if isinstance(choice, NamedTool) else None
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or self.only_tool is not None
+
+    @property
+    def one_call(self) -> bool:
+        """Whether the answer may have one call at most."""
+        return self.parallel_tool_calls is False or self.only_tool is not None
+
+    @property
+    def schema_of_text(self) -> dict[str, Any] | None:
+        """What the answer's text is JSON of."""
+        format = self.response_format
+        if format is None or format.type == "text":
+            return None
+        return {"type": "object"} if format.json_schema is None else format.json_schema.value
 
 
 Prompt = str | list[int] | list[str] | list[list[int]]

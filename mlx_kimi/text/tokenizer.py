@@ -58,6 +58,7 @@ class Tokenizer:
     """One interface for both kinds of vocabulary.
 
     Attributes:
+        vocabulary: of the folder's file.
         vocab_size: one more than the largest id.
         control_tokens: ids of the tokens that are not text, by name.
         stop_ids: control tokens that end an answer.
@@ -72,7 +73,7 @@ class Tokenizer:
         self.control_tokens = {name: id for id, name in vocabulary.pieces.control.items()}
         self.stop_ids = frozenset(stop_ids)
         self.chat_template = chat_template
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self.control = ControlTokens(self.control_tokens)
         self._encode_short = lru_cache(REMEMBERED)(vocabulary.encode)
         self._latest = Encoded()  # a chat's next text begins as this one does
@@ -116,7 +117,7 @@ class Tokenizer:
 
     def bytes_of(self, id: int) -> bytes:
         """What an id stands for by itself: a character may need several; a control token's name."""
-        pieces = self._vocabulary.pieces
+        pieces = self.vocabulary.pieces
         name = pieces.control.get(id)
         if name is not None:
             return name.encode("utf-8", "replace")
@@ -124,7 +125,7 @@ class Tokenizer:
 
     def detokenizer(self, skip_control: bool = True) -> StreamingDetokenizer:
         """A new stream of text; it drops control tokens, as `decode` does."""
-        return StreamingDetokenizer(self._vocabulary.pieces, skip_control)
+        return StreamingDetokenizer(self.vocabulary.pieces, skip_control)
 
     def apply_chat_template(
         self,
@@ -158,7 +159,7 @@ class Tokenizer:
         # Half a surrogate pair, which JSON and terminals can bring, is no text.
         valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if len(valid) > SHORT:
-            return self._vocabulary.encode(valid, at_start)
+            return self.vocabulary.encode(valid, at_start)
         return list(self._encode_short(valid, at_start))
 
 

@@ -1,0 +1,1 @@
+"""What answers must obey, as masks over the vocabulary."""
