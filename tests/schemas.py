@@ -145,6 +145,31 @@ def schemas(draw: st.DrawFn) -> Schema:
     return {**draw(nested), "$defs": {"tree": TREE}}
 
 
+KEYWORDS = (
+    *("type", "properties", "required", "items", "prefixItems", "anyOf", "allOf", "oneOf", "$ref"),
+    *("$defs", "enum", "const", "minimum", "maximum", "exclusiveMinimum", "multipleOf", "pattern"),
+    *("minLength", "maxLength", "format", "minItems", "maxItems", "additionalProperties", "not"),
+    *("patternProperties", "minProperties", "maxProperties", "if", "$id", "$schema", "x-guidance"),
+)
+WORDS = (
+    *("object", "string", "integer", "array", "null", "#", "#/$defs/a", "#/properties/a", "("),
+    *("^a", "[a-z]{1,3}", "date", "\ud800", "\0", "é" * 90, 1 << 64, 10**400, 1e308, True),
+)
+# Any JSON in the words of schemas.
+nonsense = st.dictionaries(
+    st.sampled_from(KEYWORDS),
+    st.recursive(
+        st.none() | st.sampled_from(WORDS) | st.integers(-3, 10) | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from([*KEYWORDS, "a", "\ud800"]), inner, max_size=4)
+        ),
+        max_leaves=12,
+    ),
+    max_size=5,
+)
+
+
 def drawn(
     tokenizer: Tokenizer, constraint: Constraint, seed: int, patience: int = 100
 ) -> list[int]:

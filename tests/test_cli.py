@@ -54,6 +54,21 @@ def test_stdout_is_the_answer_and_stderr_the_speeds(talker: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_answer_is_json_of_a_schema(talker: Path, tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2}')
+    said = json.loads(generated(talker, PROMPT, "--json-schema", str(file), "--temp", "1"))
+    assert isinstance(said, list) and set(said) <= {"a", "b"}
+    file.write_text('{"type": "array", "uniqueItems": true}')
+    done = run("generate", "--model", "no such model", PROMPT, "--json-schema", str(file))
+    said = 'Error: --json-schema cannot be enforced: Unimplemented keys: ["uniqueItems"]\n'
+    assert done.returncode == 2 and done.stderr.decode() == said
+    file.write_text("[]")
+    done = run("generate", "--model", "no such model", PROMPT, "--json-schema", str(file))
+    assert "schema.json: must be a JSON object" in done.stderr.decode()
+
+
+@pytest.mark.slow
 def test_no_compiler_is_started(talker: Path, tmp_path: Path) -> None:
     """MLX would keep what it compiles for a CPU in the folder of temporary files."""
     done = run(

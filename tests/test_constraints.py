@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from mlx_kimi import load, stream_generate
@@ -19,15 +20,20 @@ from mlx_kimi.constraints.schema import Unenforceable
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generation import lookup, speculate
 from mlx_kimi.generation.decode import decode, prefill
+from mlx_kimi.generation.generate import prompt_ids
 from mlx_kimi.generation.sample import BatchSampler, Sampler, Sampling, masked
 from mlx_kimi.generation.speculate import Speculation
 from mlx_kimi.generation.token_state import TokenState
+from mlx_kimi.loading import load as load_module
+from mlx_kimi.loading.budget import Budget
+from mlx_kimi.server.engine import Engine, Request, Token
 from mlx_kimi.text.tokenizer import Tokenizer, load_tokenizer
-from tests.schemas import Schema, allowed, drawn, schemas
+from tests.schemas import Schema, allowed, drawn, nonsense, schemas
 from tests.server import pocket_tokenizer
 from tests.test_speculate import Guesses, always  # noqa: F401 (a fixture)
 from tests.tokenizer_files import ALL_BYTES, write_sentencepiece, write_tiktoken
 
+ASKED = "What is the weather in Paris?"
 PERSON: Schema = {
     "type": "object",
     "properties": {
@@ -87,10 +93,32 @@ def test_every_answer_obeys_its_schema_whatever_is_drawn(schema: Schema) -> None
     Draft202012Validator(schema).validate(json.loads(answer))
 
 
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[*HealthCheck])
+@given(nonsense, st.booleans())
+def test_any_json_in_the_place_of_a_schema_is_obeyed_or_refused(schema: Any, is_tool: bool) -> None:
+    given = {"tools": [tool("f", schema)], "is_required": True}
+    try:
+        matcher = constraint(
+            pocket_tokenizer(), **given if is_tool else {"json_schema": schema}
+        ).begin()
+        for seed in range(10):
+            assert matcher.mask is not None
+            token = random.Random(seed).choice(allowed(matcher.mask))
+            assert matcher.take(token)
+            if token in pocket_tokenizer().stop_ids:
+                break
+    except Unenforceable:
+        assert not is_tool
+
+
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"minLength": "é" * 90}, "not even read"),
+        ({"const": "\ud800"}, "hex escape"),
+        ({"minimum": 10**400}, "out of range"),
+        ({"multipleOf": True}, "multipleOf"),
         ({"properties": {"a": {"not": {}}}}, '"not"'),
         ({"if": {}, "then": {}}, '"if", "then"'),
         ({"type": "string", "format": "binary"}, "Unknown format: binary"),
@@ -318,8 +346,7 @@ def test_only_what_is_allowed_is_drawn_whatever_the_logits_and_options_are() -> 
 
 
 def answered(model: Any, tokenizer: Tokenizer, **options: Any) -> list[int]:
-    asked = "What is the weather in Paris?"
-    return [chunk.token for chunk in stream_generate(model, tokenizer, asked, **options)]
+    return [chunk.token for chunk in stream_generate(model, tokenizer, ASKED, **options)]
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temp": 1.0, "seed": 5, "repetition_penalty": 1.1}])
@@ -330,6 +357,29 @@ def test_a_model_of_random_weights_obeys_to_the_end(talker: Path, sampling: dict
     Draft202012Validator(schema).validate(json.loads(tokenizer.decode(answer)))
     cut = answered(model, tokenizer, json_schema=schema, max_tokens=9, **sampling)
     assert cut == answer[:9]
+
+
+def test_under_a_memory_budget_an_answer_obeys_as_without(
+    talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_module, "slots_for", lambda *_: 4)  # of 8 experts
+    options: dict[str, Any] = {"json_schema": PERSON, "max_tokens": 20, "temp": 1.0, "seed": 2}
+    expected = answered(*load(talker), **options)
+    streamed = load(talker, Budget(8 << 30))
+    assert answered(*streamed, **options) == expected
+    ids = tuple(prompt_ids(*streamed, ASKED))
+    engine = Engine(streamed[0], tree_memory=64 << 20)
+    ticket = engine.submit(
+        Request(
+            ids,
+            max_tokens=20,
+            sampling=Sampling(temp=1.0, seed=2),
+            constraint=constraint(streamed[1], json_schema=PERSON),
+        )
+    )
+    engine.start()
+    assert [event.id for event in ticket if isinstance(event, Token)] == expected
+    engine.stop(0)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])

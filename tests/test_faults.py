@@ -31,6 +31,7 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"temp": 0.0},
     {"temp": 1.0, "seed": 3, "repetition_penalty": 1.3, "top_k": 50},
 ]
+OBEYING: dict[str, Any] = {"temp": 1.0, "seed": 3, "json_schema": {"type": "array"}}
 PROMPT, TOKENS = [5, 6, 7, 8] * 5, 6
 Loaded = tuple[KimiLinear, Tokenizer]
 
@@ -62,7 +63,7 @@ def answered(loaded: Loaded, state: TokenState, **options: Any) -> list[int]:
     return [chunk.token for chunk in stream_generate(*loaded, PROMPT, **options)]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, OBEYING], ids=["greedy", "sampled", "obeying"])
 @pytest.mark.parametrize(
     ("name", "at"),
     [*(("hidden", n) for n in (1, 2, 4)), *(("token_of", n) for n in (1, 2, 5, 6)), ("advance", 2)],

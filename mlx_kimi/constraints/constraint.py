@@ -32,11 +32,15 @@ class Constraint:
     def __init__(self, vocabulary: LLTokenizer, grammar: Grammar) -> None:
         """Raises KimiError where the grammar is too large."""
         self.triggers, self.stop_ids = grammar.triggers, frozenset(vocabulary.eos_tokens)
-        self._compiled = deeply(
-            lambda: LLMatcher(vocabulary, grammar.text, log_level=0, limits=LIMITS)
-        )
-        if self._compiled.is_error():
-            said = shortly(self._compiled.get_error().partition("\n")[0])
+        try:
+            self._compiled = deeply(
+                lambda: LLMatcher(vocabulary, grammar.text, log_level=0, limits=LIMITS)
+            )
+            said = self._compiled.get_error()
+        except ValueError as error:
+            said = str(error)
+        if said:
+            said = shortly(said.partition("\n")[0])
             raise KimiError(f"what the answer must obey cannot be enforced: {said}")
 
     def begin(self) -> Matcher:

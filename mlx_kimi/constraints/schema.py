@@ -74,12 +74,19 @@ def _checked(schema_json: str, is_lenient: bool) -> tuple[str, str]:
     """The schema with our options for llguidance, and what of it cannot be enforced, if any."""
     schema = json.loads(schema_json)
     schema["x-guidance"] = {"whitespace_pattern": WHITE_SPACE, "lenient": is_lenient}
-    complaint = next(_beyond_llguidance(schema), "")
-    if not complaint:
+    text = json.dumps(schema)
+    complaint = next(_beyond_llguidance(schema), "") or _complaint(text)
+    return text, shortly(complaint)
+
+
+def _complaint(schema: str) -> str:
+    """What llguidance cannot enforce; empty: it can all."""
+    try:
         grammar = LLMatcher.grammar_from_json_schema(schema)
         is_wrong, said = deeply(lambda: LLMatcher.validate_grammar_with_warnings(grammar))
-        complaint = said[0] if is_wrong else ""
-    return json.dumps(schema), shortly(complaint)
+    except ValueError as error:  # it cannot read half a surrogate pair, or a huge number
+        return f"not even read: {error}"
+    return said[0] if is_wrong else ""
 
 
 def shortly(said: str) -> str:
@@ -103,7 +110,7 @@ def _beyond_llguidance(schema: dict[str, Any]) -> Iterator[str]:
         keys = each.get("patternProperties")
         patterns += len(keys) if isinstance(keys, dict) else 0
         step = each.get("multipleOf")
-        if isinstance(step, (int, float)) and step > 0:
+        if isinstance(step, (int, float)) and not isinstance(step, bool) and step > 0:
             multiple = math.lcm(multiple, _digits(step))
     if patterns > MOST_PATTERNS:
         yield f"patternProperties, of which there may be {MOST_PATTERNS} but are {patterns:,}"
