@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mlx_kimi.server.anthropic_body import without_billing
+from tests.scripted import call
 from tests.server import Running, Scripted, pocket_tokenizer, serving, serving_pocket
 from tests.test_server_chat import TWO_CALLS
 
@@ -132,6 +133,30 @@ def test_events_come_in_the_order_that_clients_know() -> None:
     ]
     ids = [e["content_block"]["id"] for e in events if e.get("index") and "content_block" in e]
     assert len(set(ids)) == 2 and all(id.replace("_", "").isalnum() for id in ids)
+
+
+@pytest.mark.parametrize(
+    "written, sent",
+    [
+        ('{"city": "Zürich"}', {"city": "Zürich"}),
+        ("", {}),
+        ('{"city": 1e999}', {}),
+        ('{"city": NaN}', {}),
+        ("[1]", {}),
+        ("no JSON", {}),
+    ],
+)
+def test_whatever_the_model_writes_as_arguments_is_an_object(written: str, sent: Any) -> None:
+    answer = call("get_weather", 0, written)
+    with serving(Scripted([answer])) as running:
+        whole = running.post(MESSAGES, body(tools=[TOOL]))
+        (event,) = [
+            each
+            for each in running.events(MESSAGES, body(tools=[TOOL]))
+            if each["type"] == "content_block_start"
+        ]
+    assert whole.status_code == 200 and whole.json()["content"][0]["input"] == sent
+    assert event["content_block"]["input"] == {}
 
 
 def test_a_silent_stream_pings() -> None:

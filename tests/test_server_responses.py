@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.server import WEATHER, Running, Scripted, pocket_tokenizer, serving
+from tests.server import JSON, WEATHER, Running, Scripted, pocket_tokenizer, serving
 from tests.test_server_chat import TWO_CALLS
 
 RESPONSES = "/v1/responses"
@@ -231,6 +231,16 @@ def test_what_would_change_the_answer_is_refused_by_its_name(
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["param"] == param, error
     assert error["message"].startswith(param or "the request") and said in error["message"]
+
+
+def test_what_is_echoed_can_be_sent(hello: Running) -> None:
+    content = '{"input": "Hi", "metadata": {"a": NUMBER, "b": "\\ud800"}}'
+    for number, status in (("1e999", 400), ("-1e999", 400), ("1e300", 200)):
+        answer = hello.asking.post(
+            RESPONSES, content=content.replace("NUMBER", number), headers=JSON
+        )
+        assert answer.status_code == status, answer.text
+    assert answer.json()["metadata"] == {"a": 1e300, "b": "?"}
 
 
 def test_what_asks_for_nothing_is_taken(hello: Running) -> None:

@@ -13,6 +13,7 @@ from mlx_kimi.server.api_errors import ApiError
 from mlx_kimi.server.blocks import Block, BlocksReply
 from mlx_kimi.server.body import parsed
 from mlx_kimi.server.engine import Token
+from mlx_kimi.server.json_text import json_bytes
 from mlx_kimi.server.openai_chat import asked, prompt
 from mlx_kimi.server.record import Usage
 from mlx_kimi.server.reply import Json
@@ -86,9 +87,13 @@ def _content(block: Block) -> Json:
 
 
 def _object(arguments: str) -> Json:
-    """What arguments spell, as far as they do: clients read a cut stream in the same way."""
+    """What arguments spell, as far as they do: clients read a cut stream in the same way.
+
+    Nothing where they are no JSON, or have a number that none can be sent for, such as 1e999.
+    """
     try:
         found = from_json(arguments, allow_partial=True)
+        json_bytes(found)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

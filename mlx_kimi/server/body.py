@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NoReturn
 
 import anyio
@@ -57,7 +58,7 @@ def parsed(body: bytes) -> dict[str, Any]:
         ApiError: it is no JSON object, nests too deeply, or has a number that is none in JSON.
     """
     try:
-        value = json.loads(body.decode(), parse_constant=_no_number)
+        value = json.loads(body.decode(), parse_constant=_no_number, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise _not_json(f"must be UTF-8, but byte {error.start} is not") from None
     except RecursionError:
@@ -82,6 +83,13 @@ def _inside(value: Any) -> list[Any]:
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        _no_number(shown(text))
+    return value
 
 
 def _not_json(rule: str) -> ApiError:
