@@ -152,6 +152,25 @@ def check(folder: Path, running: Running, said: str, turns: int) -> None:
         assert line["cached_tokens"] >= before["prompt_tokens"] - 64, line
 
 
+def test_a_script_is_what_the_real_engine_draws() -> None:
+    """Without an agent: a call, whose arguments come back as an object, and what follows it."""
+    tool = {"name": "read", "input_schema": {"type": "object"}}
+    asked: list[Any] = [{"role": "user", "content": ASKED}]
+    body = {"model": "pocket", "max_tokens": 99, "tools": [tool], "messages": asked}
+    written = '{"file" : "calc.py"}'
+    with real(steps(call("read", 0, written), f"{SAID}<|im_end|>")) as running:
+        answer = running.post("/v1/messages", body).json()
+        (block,) = answer["content"]
+        assert (block["name"], block["input"]) == ("read", json.loads(written))
+        result = {"type": "tool_result", "tool_use_id": block["id"], "content": WRONG}
+        asked.append({"role": "assistant", "content": answer["content"]})
+        asked.append({"role": "user", "content": [result]})
+        last = running.post("/v1/messages", body).json()
+    assert last["content"][0]["text"] == SAID
+    known = sum(answer["usage"].values()) - 1  # but the token that ended the answer
+    assert last["usage"]["cache_read_input_tokens"] >= known
+
+
 def needs(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(shutil.which(name) is None, reason=f"{name} is not installed")
 
