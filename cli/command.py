@@ -24,6 +24,26 @@ class Mistake(click.ClickException):
     exit_code = USAGE
 
 
+class Either(click.Group):
+    """A command, and others below it: those are meant where their name comes first."""
+
+    def __init__(self, own: click.Command, below: dict[str, click.Command]) -> None:
+        super().__init__(own.name, below, params=own.params, help=own.help)
+        self._own = own
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        if args and args[0] in self.commands:
+            below = click.Group(self.name, self.commands, help=self.help)
+            return below.make_context(info_name, args, parent, **extra)
+        return self._own.make_context(info_name, args, parent, **extra)
+
+
 class Command(click.Command):
     """Runs a function of its module, which is imported then and not before."""
 

@@ -13,7 +13,7 @@ import click
 
 from mlx_kimi.checkpoint.config import QUANTIZATION_MODES
 from mlx_kimi.cli.agents import AGENTS
-from mlx_kimi.cli.command import Command
+from mlx_kimi.cli.command import Command, Either
 from mlx_kimi.cli.options import (
     AUTOSAVE,
     BUDGET,
@@ -36,12 +36,14 @@ from mlx_kimi.cli.options import (
 from mlx_kimi.cli.settings import Setting
 from mlx_kimi.convert.quantize import DTYPES, RECIPES
 from mlx_kimi.defaults import (
+    CACHE_DISK,
     EVALUATED_TOKENS,
     PREFILL_STEP_LIMIT,
     REPORTED_TOKENS,
     SNAPSHOT_MEMORY,
     WINDOW,
 )
+from mlx_kimi.units import human_size
 
 FILE = click.Path(path_type=Path)
 LATEST = ""  # what --resume is without a name
@@ -192,6 +194,14 @@ SERVE = Command(
             help="What states of prompts may take, so that they are not read again.",
         ),
         Setting(
+            ["--cache-disk"],
+            type=Bytes(),
+            default=CACHE_DISK,
+            show_default=human_size(CACHE_DISK),
+            help="What states of prompts may take of the disk, where they outlive the server; 0GB "
+            "keeps none there.",
+        ),
+        Setting(
             ["--prefill-slice"],
             type=click.IntRange(1, PREFILL_STEP_LIMIT),
             show_default="measured at the start",
@@ -292,6 +302,23 @@ KEPT = click.Group(
     invoke_without_command=True,
 )
 
+CACHE_LIST = Command(
+    "list",
+    [click.Option(["--json", "as_json"], is_flag=True, help="List them as JSON.")],
+    """List the models whose states `serve` stores, with their sizes.""",
+    module="stores",
+    function="list_stores",
+)
+CACHE_WIPE = Command(
+    "wipe",
+    [click.Argument(["models"], nargs=-1, callback=utf8)],
+    """Delete the states that `serve` stores, of MODELS as `cache list` names them, or of all.
+
+    What a server that runs keeps is refused.
+    """,
+    module="stores",
+    function="wipe_stores",
+)
 CACHE = Command(
     "cache",
     [
@@ -306,11 +333,15 @@ CACHE = Command(
     ],
     """Read a long prompt once, for many questions, and store what the model knows then in OUT.
 
+    `cache list` and `cache wipe` are about what `serve` stores by itself; ./list is an OUT.
+
     The prompt is TEXT and -f FILE, as of `generate`. `generate --prompt-cache OUT QUESTION` asks
     after it, without reading it again. OUT is a folder like those of saved conversations: `chat
     --resume ./OUT` goes on with it, and --prompt-cache takes a saved conversation, too.
     """,
 )
+
+STORED = Either(CACHE, {str(each.name): each for each in (CACHE_LIST, CACHE_WIPE)})
 
 CONVERT = Command(
     "convert",
@@ -531,7 +562,7 @@ COMMANDS: dict[str, click.Command] = {
         SERVE,
         LAUNCH,
         KEPT,
-        CACHE,
+        STORED,
         PULL,
         MODELS,
         REMOVE_MODELS,

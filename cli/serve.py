@@ -11,15 +11,18 @@ from typing import Any, NoReturn
 
 import click
 
+from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.cli.given import budget_of, check_options, folder_of, with_defaults
-from mlx_kimi.cli.progress import loading
+from mlx_kimi.cli.progress import BYTES, loading, work
 from mlx_kimi.defaults import PREFILL_STEP, SNAPSHOT_MEMORY
 from mlx_kimi.loading.load import load
+from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.server.app import make_app
 from mlx_kimi.server.engine import Engine
 from mlx_kimi.server.http import JsonLines, Server, address_of, listening
 from mlx_kimi.server.security import Access
 from mlx_kimi.server.service import Service
+from mlx_kimi.server.state_store import StateStore, folder_for
 
 TERMINATED = 143  # 128 + SIGTERM, as shells report a program that it ended
 
@@ -34,6 +37,7 @@ def run(
     log_prompts: bool,
     rows: int,
     cache_memory: int | None,
+    cache_disk: int,
     prefill_slice: int | None,
     latent_bits: int | None,
     memory_budget: int | None,
@@ -52,14 +56,15 @@ def run(
         options = with_defaults(options, folder)
         with loading():
             network, tokenizer = load(folder, budget)
+        name, longest = Path(model or folder).name, network.config.model_max_length
         engine = Engine(
             network,
             rows=rows,
             tree_memory=cache_memory,
             prefill_slice=prefill_slice,
             latent_bits=latent_bits,
+            store=_store(network, folder, name, cache_disk, latent_bits),
         )
-        name, longest = Path(model or folder).name, network.config.model_max_length
         service = Service(engine, tokenizer, name, longest, options, log_prompts=log_prompts)
         logging.basicConfig(handlers=[JsonLines()], level=logging.WARNING)
         engine.start()
@@ -68,6 +73,18 @@ def run(
             Server(make_app(service, access), service).run([opened])
         finally:
             engine.stop(patience=0)
+
+
+def _store(
+    model: KimiLinear, folder: Path, name: str, memory: int, latent_bits: int | None
+) -> StateStore | None:
+    """Where states of prompts outlive the server."""
+    if not memory:
+        return None
+    with work("reading the weights, once, to know them again", BYTES) as progress:
+        identity = fingerprint(folder, latent_bits, progress=progress)
+    about = {"name": name, "identity": identity}
+    return StateStore(folder_for(identity), about, memory, model, latent_bits)
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:

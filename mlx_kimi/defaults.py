@@ -8,6 +8,7 @@ SNAPSHOT_MEMORY = 1 << 30  # bytes: 24 KDA states of the 48B
 SNAPSHOTS = 256  # at most: each turn goes over all of them
 # Set in the environment, no kernel is tried at a first load: what is known counts, or defaults.
 NO_TUNE = "MLX_KIMI_NO_TUNE"
+CACHE_DISK = 4 * 10**9  # bytes of what a server stores: 90 states of the 48B, with 60,000 tokens
 AUTOSAVE_LIMIT = 5 * 10**9  # bytes: sixteen chats of the 48B, or two thousand of the pocket model
 CONTEXT = 32_768  # tokens that a memory budget leaves room for
 WINDOW = 512  # tokens that `evaluate` reads together, each window from nothing

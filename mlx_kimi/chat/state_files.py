@@ -24,6 +24,7 @@ from mlx_kimi.errors import KimiError, in_words
 from mlx_kimi.generation.token_state import Snapshot, TokenState
 from mlx_kimi.metal_kernels.latents import is_packed, pack
 from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
+from mlx_kimi.model.kimi_linear import KimiLinear
 
 SUFFIX = ".safetensors"
 NAME = re.compile(rf"\d+-\d+-[0-9a-f]{{8}}{re.escape(SUFFIX)}")  # of a file: START-END-X
@@ -49,19 +50,32 @@ def is_state_file(name: str) -> bool:
 
 def write_state(folder: Path, state: TokenState, start: int) -> StateFile:
     """Store what `state` has read from token `start` on, and its present state."""
-    arrays = {"ids": mx.array(state.ids[start:], mx.int32)}
-    for layer, entry in enumerate(state.entries):
+    arrays = token_arrays(state.ids[start:], state.entries, start) | kda_arrays(state.entries)
+    return _write(folder, arrays, start, len(state.ids), has_kda=True)
+
+
+def token_arrays(ids: Sequence[int], entries: Sequence[CacheEntry], start: int) -> Arrays:
+    """What is kept of tokens themselves: `ids`, those from token `start` on, and their latents."""
+    arrays = {"ids": mx.array(list(ids), mx.int32)}
+    for layer, entry in enumerate(entries):
+        if isinstance(entry, LatentCache):
+            arrays |= {f"{name}.{layer}": a for name, a in _latents_since(entry, start).items()}
+    return arrays
+
+
+def kda_arrays(entries: Sequence[CacheEntry]) -> Arrays:
+    """What is kept of the place after the last token, to go on from there."""
+    arrays: Arrays = {}
+    for layer, entry in enumerate(entries):
         if isinstance(entry, KDACache):
             assert entry.conv_tail is not None and entry.state is not None
             arrays |= {f"conv.{layer}": entry.conv_tail, f"state.{layer}": entry.state}
-        else:
-            arrays |= {f"{name}.{layer}": a for name, a in _latents_since(entry, start).items()}
-    return _write(folder, arrays, start, len(state.ids), has_kda=True)
+    return arrays
 
 
 def without_kda(folder: Path, files: Sequence[StateFile]) -> StateFile:
     """The tokens of neighbouring files in one new file, whose end cannot be gone back to."""
-    loaded = [_load(folder / stored.file) for stored in files]
+    loaded = [load_arrays(folder / stored.file) for stored in files]
     start, end = files[0].start, files[-1].end
     arrays = {"ids": mx.concatenate([part["ids"] for part in loaded])}
     layers = {name.split(".")[1] for part in loaded for name in part if name.startswith(PARTS)}
@@ -170,7 +184,12 @@ def _latents_since(entry: LatentCache, start: int) -> Arrays:
     return {name: mx.concatenate(found, axis=1) for name, found in parts.items() if found}
 
 
-def _load(path: Path) -> Arrays:
+def load_arrays(path: Path) -> Arrays:
+    """The arrays of a file, each read when it is evaluated.
+
+    Raises:
+        KimiError: it is no such file.
+    """
     header = read_header(path)  # MLX checks less of it
     return lazy_arrays(path, header.version, "states were read")
 
@@ -179,21 +198,42 @@ def _read(
     state: TokenState, folder: Path, files: Sequence[StateFile]
 ) -> tuple[list[int], list[CacheEntry]]:
     """The ids of `files` and the state after them, not yet read from disk."""
-    loaded = [_load(folder / stored.file) for stored in files]
+    loaded = [load_arrays(folder / stored.file) for stored in files]
     where = f"{folder / files[-1].file}"
-    ids = [token for part in loaded for token in _ids(part, state.model.config.vocab_size, where)]
-    if len(ids) != files[-1].end:
-        raise KimiError(f"{where}: ends at token {files[-1].end}, but {len(ids)} are stored")
+    return read_entries(loaded, state.model, state.latent_bits, files[-1].end, where)
+
+
+def read_entries(
+    loaded: Sequence[Arrays], model: KimiLinear, latent_bits: int | None, end: int, where: str
+) -> tuple[list[int], list[CacheEntry]]:
+    """The first `end` tokens of a text and the state after them, not yet read from disk.
+
+    Args:
+        loaded: the `token_arrays` of its parts in their order, with the `kda_arrays` of the last.
+        latent_bits: of `KimiLinear.make_cache`.
+        where: for errors.
+
+    Raises:
+        KimiError: an array is missing, or has another shape than the model's.
+    """
+    ids = [token for part in loaded for token in stored_ids(part, model.config.vocab_size, where)]
+    if len(ids) != end:
+        raise KimiError(f"{where}: ends at token {end}, but {len(ids)} are stored")
     entries: list[CacheEntry] = []
-    for layer, empty in enumerate(state.entries):
+    for layer, empty in enumerate(model.make_cache(latent_bits)):
         if isinstance(empty, KDACache):
-            entries.append(_kda(state, loaded[-1], layer, len(ids), where))
+            entries.append(_kda(model.config, loaded[-1], layer, end, where))
         else:
-            entries.append(_latents(state, loaded, layer, len(ids), where))
+            entries.append(_latents(model.config, latent_bits, loaded, layer, end, where))
     return ids, entries
 
 
-def _ids(arrays: Arrays, vocab: int, where: str) -> list[int]:
+def stored_ids(arrays: Arrays, vocab: int, where: str) -> list[int]:
+    """The tokens of a part.
+
+    Raises:
+        KimiError: there are none, or they are not of this vocabulary.
+    """
     ids = arrays.get("ids")
     if ids is None or ids.ndim != 1 or ids.dtype != mx.int32:
         raise KimiError(f"{where}: ids must be a vector of int32")
@@ -203,8 +243,7 @@ def _ids(arrays: Arrays, vocab: int, where: str) -> list[int]:
     return found
 
 
-def _kda(state: TokenState, arrays: Arrays, layer: int, length: int, where: str) -> KDACache:
-    c = state.model.config
+def _kda(c: ModelConfig, arrays: Arrays, layer: int, length: int, where: str) -> KDACache:
     H, D, K = c.kda_num_heads, c.kda_head_dim, c.short_conv_kernel_size
     conv_tail = _array(arrays, f"conv.{layer}", (1, K - 1, 3 * H * D), where)
     kda_state = _array(arrays, f"state.{layer}", (1, H, D, D), where)
@@ -212,26 +251,31 @@ def _kda(state: TokenState, arrays: Arrays, layer: int, length: int, where: str)
 
 
 def _latents(
-    state: TokenState, loaded: Sequence[Arrays], layer: int, length: int, where: str
+    config: ModelConfig,
+    latent_bits: int | None,
+    loaded: Sequence[Arrays],
+    layer: int,
+    length: int,
+    where: str,
 ) -> LatentCache:
     """The cache as it was: whole multiples of TAIL are frozen, the rest is the tail."""
     for arrays in loaded:
         for name in PARTS:
             if f"{name}.{layer}" in arrays:
                 part = arrays[f"{name}.{layer}"]
-                _check_latents(state.model.config, f"{name}.{layer}", part, where)
+                _check_latents(config, f"{name}.{layer}", part, where)
     frozen, tail = _split(loaded, str(layer), 0, length)
     held = sum(segment.size for segment in (*frozen, *tail))
     if held != length:
         raise KimiError(f"{where}: layer {layer} has latents of {held} tokens, not of {length}")
-    if state.latent_bits:
+    if latent_bits:
         frozen = [segment.packed() for segment in frozen]
     return LatentCache(
         (length,),
         ((Segment.concatenate(frozen),) if frozen else (),),
         Segment.concatenate(tail).rows if tail else None,
         (length % TAIL,),
-        state.latent_bits,
+        latent_bits,
     )
 
 

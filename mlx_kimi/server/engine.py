@@ -23,6 +23,7 @@ from mlx_kimi.server.guard import Guard, OutOfMemory
 from mlx_kimi.server.job import Job, Tally
 from mlx_kimi.server.prefill import APART, Prefill, measured_slice
 from mlx_kimi.server.prefix_tree import PrefixTree
+from mlx_kimi.server.state_store import StateStore
 from mlx_kimi.server.ticket import (
     Event,
     Failed,
@@ -104,6 +105,7 @@ class Status:
     tree_bytes: int
     tree_memory: int  # bytes that it may hold now
     counters: Counters = field(default_factory=Counters)
+    disk_bytes: int = 0  # of the states that are stored
 
 
 class Engine:
@@ -119,6 +121,7 @@ class Engine:
         prefill_slice: int | None = None,
         latent_bits: int | None = None,
         memory: int | None = None,
+        store: StateStore | None = None,
     ) -> None:
         """Nothing runs before `start`.
 
@@ -129,6 +132,7 @@ class Engine:
             prefill_slice: prompt tokens read between decode steps; None: measured at the start.
             latent_bits: of `KimiLinear.make_cache`.
             memory: bytes that requests and the tree may take; None: what is free now.
+            store: keeps states on the disk; the engine closes it when it stops.
 
         Raises:
             OptionError: `prefill_slice` or `latent_bits` is out of range.
@@ -144,7 +148,8 @@ class Engine:
         self._tree_memory, self._slice = tree_memory, prefill_slice or 0
         self._guard = Guard(model, self._slice or PREFILL_STEP, latent_bits, memory)
         self._tally = Tally()
-        self._tree = PrefixTree(self._guard.for_tree(0, tree_memory))
+        self._store = store
+        self._tree = PrefixTree(self._guard.for_tree(0, tree_memory), store)
         self._prefill = Prefill(model, self._tree, self._tally, self._slice, latent_bits)
         self._batch = Batch(model, self._tree)
         self._turns = Turns()
@@ -177,6 +182,8 @@ class Engine:
                 ticket.cancel()
             self._thread.join(GRACE)
         self._end("stopped", None)
+        if self._store is not None:
+            self._store.close()
 
     def submit(self, request: Request) -> Ticket:
         """Queue a request.
@@ -237,6 +244,7 @@ class Engine:
             tree.bytes,
             tree.memory,
             Counters(**self._tally.sums(), evicted=tree.evicted),
+            0 if self._store is None else self._store.bytes,
         )
 
     def _wake(self) -> None:

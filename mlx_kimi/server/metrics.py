@@ -61,6 +61,7 @@ class _OfEngine(Collector):
             "tree_states": ("States in the prefix tree.", status.tree_states),
             "tree_bytes": ("Bytes of the prefix tree.", status.tree_bytes),
             "tree_memory_bytes": ("Bytes that it may take.", status.tree_memory),
+            "disk_bytes": ("Bytes of the states that are stored.", status.disk_bytes),
         }
         for name, (help, value) in gauges.items():
             yield GaugeMetricFamily(PREFIX + name, help, value=value)

@@ -12,11 +12,12 @@ import numpy as np
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import Join, tensors
 from mlx_kimi.defaults import CONTEXT, PREFILL_STEP, SNAPSHOT_EVERY
+from mlx_kimi.errors import KimiError
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import CacheEntry
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.server.job import Job, Tally
-from mlx_kimi.server.prefix_tree import PrefixTree, State, common_prefix
+from mlx_kimi.server.prefix_tree import Found, PrefixTree, State, common_prefix
 
 APART = 64  # tokens between two states of a text at least: boundaries nearer share one
 SLICE_SECONDS = 0.4  # of a slice late in a long prompt, at most
@@ -40,16 +41,29 @@ class Prefill:
     def begin(self, job: Job) -> None:
         """Give the job a cache, and say where its reading pauses."""
         ids = job.ids
-        found = self.tree.find(ids)
+        found, state = self._found(ids)
         self.tree.use(found)
         entries, hidden = self.model.make_cache(self._latent_bits), None
-        if found.node is not None and found.node.state is not None:
-            entries = caches.snapshot(found.node.state.entries)
-            hidden = found.node.state.hidden if found.length == len(ids) else None
+        if state is not None:
+            entries = caches.snapshot(state.entries)
+            hidden = state.hidden if found.length == len(ids) else None
         job.begin(entries, found.length, hidden)
         job.cached, job.why = found.length, found.why
         job.stops = stops(job.ticket.request.boundaries, job.read, len(ids))
         job.tell_progress()
+
+    def _found(self, ids: np.ndarray) -> tuple[Found, State | None]:
+        """What a text goes on from; what is stored but damaged is told, and read again."""
+        damage = ""
+        while True:
+            found = self.tree.find(ids)
+            try:
+                is_whole = found.length == len(ids)
+                state = None if found.node is None else self.tree.load(found.node, is_whole)
+            except KimiError as error:
+                damage = str(error)
+            else:
+                return found._replace(why=damage or found.why), state
 
     def read_slice(self, job: Job) -> mx.array | None:
         """Read more of a job's text: the final hidden state of its last token, [1, 1, hidden].
@@ -75,7 +89,9 @@ class Prefill:
     def keep(self, job: Job, hidden: mx.array | None = None) -> None:
         """Give the tree the state that a job's reading has come to."""
         assert job.entries is not None
-        self.tree.insert(job.ids[: job.read], State(caches.snapshot(job.entries), hidden))
+        is_shared = job.read == min(job.ticket.request.boundaries, default=0)
+        state = State(caches.snapshot(job.entries), hidden, is_shared)
+        self.tree.insert(job.ids[: job.read], state)
         job.kept = job.read
 
     def _read(

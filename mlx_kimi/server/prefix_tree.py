@@ -16,6 +16,7 @@ import numpy as np
 from mlx_kimi.defaults import SNAPSHOT_EVERY
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import CacheEntry
+from mlx_kimi.server.state_store import StateStore, StoredText
 
 # What an eviction looks at, so that none takes long: these nodes, and a fork a state at most.
 MOST_STATES = 2048
@@ -30,6 +31,7 @@ class State:
 
     entries: list[CacheEntry]
     hidden: mx.array | None = None  # [1, 1, hidden] of that token, where a prompt ended
+    is_shared: bool = False  # other prompts go on from here: the end of system message and tools
     is_answer: bool = False  # the token is the last of an answer, which no prompt may ever repeat
 
     def arrays(self) -> list[mx.array]:
@@ -45,6 +47,7 @@ class Node:
     parent: Node | None
     children: dict[int, Node] = field(default_factory=dict)  # by the first token
     state: State | None = None
+    stored: StoredText | None = None  # on the disk
     was_evicted: bool = False
     used: int = 0  # the number of the latest request that went on from here
     returns: int = 0  # requests that went on from here though a later state was known
@@ -53,7 +56,7 @@ class Node:
 class Found(NamedTuple):
     """What a prompt can go on from."""
 
-    node: Node | None  # with a state; None: nothing
+    node: Node | None  # with a state, in memory or stored; None: nothing
     shared: int  # tokens that some text begins with, too
     why: str  # why there is no later state, in words
 
@@ -71,14 +74,16 @@ class PrefixTree:
     ones are for those who go back, which the more do the nearer it is.
     """
 
-    def __init__(self, memory: int) -> None:
-        """`memory`: bytes of all states."""
-        self.memory = memory
+    def __init__(self, memory: int, store: StateStore | None = None) -> None:
+        """`memory`: bytes of all states. `store`: keeps some on the disk; it may hold some now."""
+        self.memory, self._store = memory, store
         self.bytes = self.states = self.evicted = 0
         self._nodes = self._tokens = 0  # of the whole tree, without the root
         self._root = Node(np.zeros(0, np.int32), 0, None)
         self._requests = 0
         self._held: dict[int, list[int]] = {}  # by array's identity: states, bytes
+        for known in store.known() if store else ():
+            self._node(known.ids).stored = known.text
 
     # ------------------------------------------------------------------------------- looking up
     def find(self, ids: np.ndarray) -> Found:
@@ -94,7 +99,7 @@ class PrefixTree:
             if count < len(child.ids):
                 break
             node = child
-            if node.state and (node.length < len(ids) or node.state.hidden is not None):
+            if _can_be_gone_on_from(node, is_whole=node.length == len(ids)):
                 best = node
             elif node.was_evicted:
                 lost = node.length
@@ -107,6 +112,24 @@ class PrefixTree:
             found.node.returns += any(map(_is_of_a_prompt, _below(found.node)))
             found.node.used = self._requests
 
+    def load(self, node: Node, is_whole: bool) -> State:
+        """The state of a node that `find` gave; `is_whole`: for a prompt that ends there.
+
+        Raises:
+            KimiError: it is on the disk, and cannot be read; `find` does not give it again.
+        """
+        stored = node.stored if node.stored and node.stored.has_state else None
+        if node.state is None or (is_whole and node.state.hidden is None):
+            assert self._store is not None and stored is not None
+            state = State(*self._store.load(stored))
+            if node.state is None:
+                self._hold(node, state)
+                self.fit()
+            return state
+        if self._store is not None and stored is not None:
+            self._store.touch(stored)
+        return node.state
+
     # ------------------------------------------------------------------------------- adding
     def insert(self, ids: np.ndarray, state: State) -> None:
         """Keep the state after the text ids [T] int32, if there is none yet, as memory allows."""
@@ -114,13 +137,29 @@ class PrefixTree:
         node.used = max(node.used, self._requests)
         if node.state is not None:
             return
+        self._put(node, state)
+        self._hold(node, state)
+        self.fit()
+
+    def _put(self, node: Node, state: State) -> None:
+        """Store a state where prompts go on: at the end of one, or of what several begin with."""
+        if self._store is None or (state.hidden is None and not state.is_shared):
+            return
+        before, parts = node.parent, [node.ids]
+        while before is not None and not (before.stored and before.stored.is_kept):
+            parts.append(before.ids)
+            before = before.parent
+        ids = np.concatenate(parts[::-1])
+        text = before.stored if before is not None else None
+        node.stored = self._store.put(text, ids, state.entries, state.hidden) or node.stored
+
+    def _hold(self, node: Node, state: State) -> None:
         node.state, node.was_evicted = state, False
         self.states += 1
         for array in state.arrays():
             held = self._held.setdefault(id(array), [0, array.nbytes])
             self.bytes += 0 if held[0] else held[1]
             held[0] += 1
-        self.fit()
 
     def _node(self, ids: np.ndarray) -> Node:
         """The node of a text, made where there is none."""
@@ -210,12 +249,19 @@ class PrefixTree:
 
     def _remembers_more_than(self, share: float) -> bool:
         """Of what may be remembered beside the states."""
-        nodes = self._nodes - 2 * self.states  # (forks and states are no more than those)
+        stored = 0 if self._store is None else self._store.texts
+        nodes = self._nodes - 2 * (self.states + stored)  # (forks are no more than those)
         return self._tokens > share * TOKENS_REMEMBERED or nodes > share * NODES_REMEMBERED
 
     def _forgettable(self) -> list[Node]:
         """Nodes that hold no state, where no texts part; those used longest ago first."""
-        nodes = [node for node in _below(self._root) if not node.state and len(node.children) < 2]
+        nodes = [
+            node
+            for node in _below(self._root)
+            if len(node.children) < 2
+            and not node.state
+            and not (node.stored and node.stored.is_kept)
+        ]
         return sorted(nodes, key=lambda node: node.used)
 
     def _forget(self, node: Node) -> None:
@@ -250,6 +296,14 @@ def _below(node: Node) -> Iterator[Node]:
         node = waiting.pop()
         yield node
         waiting += node.children.values()
+
+
+def _can_be_gone_on_from(node: Node, is_whole: bool) -> bool:
+    """`is_whole`: nothing follows, and the hidden state of its last token is needed."""
+    if node.state is not None and (node.state.hidden is not None or not is_whole):
+        return True
+    stored = node.stored
+    return stored is not None and stored.has_state and (stored.is_answered or not is_whole)
 
 
 def _is_of_a_prompt(node: Node) -> bool:
