@@ -21,7 +21,7 @@ from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.server import state_store
 from mlx_kimi.server.engine import Engine, Request, Started, Token
-from mlx_kimi.server.prefix_tree import as_array
+from mlx_kimi.server.prefix_tree import PrefixTree, State, as_array
 from mlx_kimi.server.state_store import LEAST_TOKENS, StateStore, StoredText
 from tests.processes import ENVIRONMENT, PROGRAM, run
 from tests.server import until
@@ -199,6 +199,27 @@ def test_a_state_is_what_it_was(model: KimiLinear, folder: Path, bits: int | Non
             assert one.tobytes() == other.tobytes()
         assert (last is None) == (each.text.length != 700)
     assert text is not None and next_text is not None and next_text.before is text
+    store.close()
+
+
+def test_a_long_text_is_written_in_pieces(model: KimiLinear, folder: Path) -> None:
+    store = opened(folder, model)
+    tree = PrefixTree(PLENTY, store)
+    ids, entries = ids_of(9000), entries_of(model, 4096)
+    tree.insert(ids[:4096], State(caches.snapshot(entries)))
+    entries = grown(model, entries, 9000 - 4096)
+    tree.insert(ids, State(entries, mx.zeros((1, 1, model.config.hidden_size))))
+    store.close()
+    store = opened(folder, model)
+    tree = PrefixTree(PLENTY, store)
+    sizes = [len(files(folder)), *(each.text.length for each in store.known())]
+    assert sizes == [3, 4096, 9000]  # tokens, and tokens with their state
+    found = tree.find(ids)
+    assert found.length == 9000 and found.node is not None
+    state = tree.load(found.node, is_whole=True)
+    for one, other in zip(numbers(state.entries), numbers(entries), strict=True):
+        assert one.tobytes() == other.tobytes()
+    assert tree.find(ids[:5000]).length == 0  # of the first piece there is no state
     store.close()
 
 

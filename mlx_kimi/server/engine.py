@@ -370,7 +370,9 @@ class Engine:
         try:
             if job.entries is None:
                 reserved = self._reserved + job.memory
-                self._tree.memory = self._guard.for_tree(reserved, self._tree_memory)
+                writing = 0 if self._store is None else self._store.waiting
+                room = self._guard.for_tree(reserved, self._tree_memory) - writing
+                self._tree.memory = max(0, room)
                 self._tree.fit()
                 self._prefill.begin(job)
             job.hidden = self._prefill.read_slice(job)

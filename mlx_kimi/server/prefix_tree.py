@@ -142,16 +142,20 @@ class PrefixTree:
         self.fit()
 
     def _put(self, node: Node, state: State) -> None:
-        """Store a state where prompts go on: at the end of one, or of what several begin with."""
-        if self._store is None or (state.hidden is None and not state.is_shared):
+        """Store a state where prompts go on: at the end of one, or of what several begin with. Of a
+        long text between, its tokens: no piece takes the engine long."""
+        if self._store is None or state.is_answer:
             return
         before, parts = node.parent, [node.ids]
         while before is not None and not (before.stored and before.stored.is_kept):
             parts.append(before.ids)
             before = before.parent
         ids = np.concatenate(parts[::-1])
-        text = before.stored if before is not None else None
-        node.stored = self._store.put(text, ids, state.entries, state.hidden) or node.stored
+        goes_on = state.hidden is not None or state.is_shared
+        if goes_on or len(ids) >= SNAPSHOT_EVERY:
+            text = before.stored if before is not None else None
+            put = self._store.put(text, ids, state.entries, state.hidden, with_state=goes_on)
+            node.stored = put or node.stored
 
     def _hold(self, node: Node, state: State) -> None:
         node.state, node.was_evicted = state, False

@@ -52,7 +52,7 @@ ABOUT, LOCK = "about.json", "lock"
 NO_TEXT = ""  # the address of the text without tokens
 BLOCK = 4096  # bytes, of which a file takes whole ones
 LEAST_TOKENS = 256  # of which to read again would take longer than to read a state
-MOST_WAITING = 1 << 30  # bytes that are to be written; beyond it nothing is stored
+MOST_WAITING = 1 << 28  # bytes that are to be written; beyond it nothing is stored
 _log = logging.getLogger(__name__)
 
 
@@ -107,7 +107,13 @@ class Known(NamedTuple):
 
 
 class StateStore:
-    """The stored states of one model. Used by the engine's thread; another one writes."""
+    """The stored states of one model. Used by the engine's thread; another one writes.
+
+    Attributes:
+        bytes: of all files, those to be written included.
+        waiting: bytes in memory that are to be written.
+        written: bytes, since the start.
+    """
 
     def __init__(
         self,
@@ -127,13 +133,12 @@ class StateStore:
             KimiError: another server has it, or it cannot be written.
         """
         self.folder, self.memory = folder, memory
-        self.bytes = 2 * BLOCK  # of all files, those to be written included
-        self.written = 0  # bytes, since the start
+        self.bytes, self.written = 2 * BLOCK, 0
         self._model, self._latent_bits = model, latent_bits
         self._texts: dict[str, StoredText] = {}
         self._lock = _taken(folder, about)
         self._jobs: SimpleQueue[_Write | None] = SimpleQueue()
-        self._waiting, self._turn = 0, Lock()  # bytes, and who counts them
+        self.waiting, self._turn = 0, Lock()
         self._has_failed = Event()  # the disk; nothing more is written
         self._thread = Thread(target=self._write_all, name="state store", daemon=True)
         self._thread.start()
@@ -208,8 +213,12 @@ class StateStore:
         ids: np.ndarray,
         entries: Sequence[CacheEntry],
         hidden: mx.array | None,
+        with_state: bool = True,
     ) -> StoredText | None:
         """Store the state after a text, which goes on from another by the tokens ids [n].
+
+        Args:
+            with_state: False: store its tokens alone, for texts that go on from it.
 
         Returns:
             None: there is no room for it, or it is not worth it.
@@ -219,24 +228,27 @@ class StateStore:
         start = 0 if before is None else before.length
         address = _address(before, ids)
         known = self._texts.get(address)
-        if known is not None and (known.state_size or not known.is_written):
+        if known is not None and (known.state_size or not known.is_written or not with_state):
             return known
         about = {"before": before.address if before else NO_TEXT}
-        state = kda_arrays(entries) | ({} if hidden is None else {"hidden": hidden})
-        data: dict[Kind, bytes] = {"state": _bytes(state, {"answered": str(hidden is not None)})}
+        data: dict[Kind, bytes] = {}
+        if with_state:
+            state = kda_arrays(entries) | ({} if hidden is None else {"hidden": hidden})
+            data["state"] = _bytes(state, {"answered": str(hidden is not None)})
         if known is None:
             data["tokens"] = _bytes(token_arrays(ids.tolist(), entries, start), about)
         size = sum(map(_on_disk, data.values()))
-        if self._waiting + size > MOST_WAITING or not self._make_room(size, before or known):
+        if self.waiting + size > MOST_WAITING or not self._make_room(size, before or known):
             return None
         text = known or self._linked(address, before, start + len(ids))
         text.is_written, text.is_answered, text.used = False, hidden is not None, time.time()
-        text.state_size = _on_disk(data["state"])
+        if with_state:
+            text.state_size = _on_disk(data["state"])
         if known is None:
             text.tokens_size = _on_disk(data["tokens"])
         self.bytes += size
         with self._turn:
-            self._waiting += size
+            self.waiting += size
         self._jobs.put(_Write(text, data, size))
         return text
 
@@ -350,12 +362,12 @@ class StateStore:
                 _log.warning("%s: states are stored no more: %s", self.folder, in_words(error))
             finally:
                 with self._turn:
-                    self._waiting -= job.size
+                    self.waiting -= job.size
 
     def _write(self, job: _Write) -> None:
         for kind in ("tokens", "state"):  # without its tokens a state is of no use
             data = job.data.get(kind)
-            if data is None:
+            if data is None or self._texts.get(job.text.address) is not job.text:  # lost meanwhile
                 continue
             name = f"{job.text.address}-{zlib.crc32(data):08x}.{kind}.safetensors"
             write_bytes_durably(self.folder / name, data)
