@@ -304,7 +304,7 @@ def test_the_next_turn_is_cached_although_the_billing_line_changed() -> None:
                     {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}
                 ]
             },
-            "must be the id of a call before it but is 'x'",
+            "messages[0].content[0].tool_use_id must be the id of a call before it but is 'x'",
         ),
         ({"system": [IMAGE]}, "system[0].type must be 'text' but is 'image'"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type must"),

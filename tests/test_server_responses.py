@@ -205,6 +205,16 @@ def test_functions_of_a_namespace_are_called_by_both_names() -> None:
         ({"input": [{"type": "item_reference", "id": "a"}]}, "input[0].type", "must be 'message'"),
         ({"input": [{"role": "user"}]}, "input[0]", "must have content"),
         (
+            {
+                "input": [
+                    {"role": "user", "content": "Hi"},
+                    {"type": "function_call_output", "call_id": "a", "output": "x"},
+                ]
+            },
+            "input[1].call_id",
+            "must be the id of a call before it but is 'a'",
+        ),
+        (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
             "input[0].content[0].type",
             "must be 'input_text'",

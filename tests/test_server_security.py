@@ -53,7 +53,7 @@ def cors(answer: httpx.Response) -> list[str]:
 
 
 def test_the_table_has_all_routes() -> None:
-    assert len(ROUTES) >= 7 and {method for method, _ in ROUTES} == {"GET", "HEAD", "POST"}
+    assert len(ROUTES) >= 10 and {method for method, _ in ROUTES} == {"GET", "HEAD", "POST"}
 
 
 def test_every_route_wants_the_key(locked: Running) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from mlx_kimi.server.tool_ids import check_results
 from mlx_kimi.server.validation import (
     MOST_STOPS,
     NAME,
@@ -103,7 +104,7 @@ class Message(Lenient):
     @model_validator(mode="after")
     def _check(self) -> Message:
         allowed = {"user": "tool_result", "assistant": "tool_use"}.get(self.role)
-        kinds = {block.type for block in self._blocks} - {"text", allowed}
+        kinds = {block.type for block in self.blocks} - {"text", allowed}
         if self.role == "assistant":
             kinds -= {"thinking", "redacted_thinking"}
         for kind in kinds:
@@ -112,7 +113,8 @@ class Message(Lenient):
         return self
 
     @property
-    def _blocks(self) -> list[Block]:
+    def blocks(self) -> list[Block]:
+        """Its content, unless that is a text."""
         return [] if isinstance(self.content, str) else self.content
 
     @property
@@ -266,12 +268,24 @@ class MessagesBody(Lenient):
     thread: Annotated[Any, only()] = None
 
     @property
+    def _ids(self) -> Iterator[tuple[str, str | None, bool]]:
+        """Of calls and results, for `check_results`."""
+        for m, message in enumerate(self.messages):
+            for b, block in enumerate(message.blocks):
+                where = f"messages[{m}].content[{b}]"
+                if block.type == "tool_use":
+                    yield f"{where}.id", block.id, True
+                elif block.type == "tool_result":
+                    yield f"{where}.tool_use_id", block.tool_use_id, False
+
+    @property
     def chat(self) -> ChatBody:
         """The same in the words of OpenAI's chats.
 
         Raises:
-            ApiError: it asks for what those cannot, either.
+            ApiError: a result answers no call, or it asks for what those cannot, either.
         """
+        check_results(self._ids)
         said = [*_system(self.system), *(each for m in self.messages for each in m.plain)]
         chat: Json = {
             "messages": said,

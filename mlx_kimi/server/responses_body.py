@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from mlx_kimi.server.tool_ids import check_results
 from mlx_kimi.server.validation import (
     ChatBody,
     Drawn,
@@ -252,8 +253,13 @@ class ResponsesBody(Drawn):
         """The same in the words of a chat.
 
         Raises:
-            ApiError: it asks for what that cannot, either.
+            ApiError: a result answers no call, or it asks for what that cannot, either.
         """
+        check_results(
+            (f"input[{number}].call_id", item.call_id, item.type == "function_call")
+            for number, item in enumerate(self.input)
+            if item.call_id is not None
+        )
         said = [{"role": "system", "content": self.instructions}] if self.instructions else []
         said += messages(self.input)
         drawn = {name: getattr(self, name) for name in Drawn.model_fields}

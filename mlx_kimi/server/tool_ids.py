@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections import OrderedDict
+from collections.abc import Iterable
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -28,6 +29,29 @@ class _Written(NamedTuple):
     @property
     def size(self) -> int:
         return len(self.id) + len(self.arguments) + len(self.sent) + 200  # of the entry itself
+
+
+def no_call(where: str, id: str) -> ApiError:
+    """A result answers no call."""
+    said = f"{where} must be the id of a call before it but is {shown(id)}"
+    return ApiError(400, said, param=where, code="invalid_value")
+
+
+def check_results(ids: Iterable[tuple[str, str | None, bool]]) -> None:
+    """Refuse a result that answers no call before it.
+
+    Args:
+        ids: where each stands in the request, the id itself, and whether it is a call's.
+
+    Raises:
+        ApiError: 400.
+    """
+    calls = set[str | None]()
+    for where, id, is_call in ids:
+        if is_call:
+            calls.add(id)
+        elif id not in calls:
+            raise no_call(where, id or "")
 
 
 class ToolIds:
@@ -72,12 +96,9 @@ class ToolIds:
                     count += 1
                 message = {**message, "tool_calls": [call.message for call in inward]}
             elif message["role"] == "tool":
-                where = f"messages[{number}].tool_call_id"
                 asked = calls.get(message["tool_call_id"])
                 if asked is None:
-                    which = shown(message["tool_call_id"])
-                    said = f"{where} must be the id of a call before it but is {which}"
-                    raise ApiError(400, said, param=where, code="invalid_value")
+                    raise no_call(f"messages[{number}].tool_call_id", message["tool_call_id"])
                 message = {**message, "tool_call_id": asked.id, "name": asked.name}
             found.append(message)
         return found
