@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import socket
-from typing import TextIO
 
 import h11
 import uvicorn
@@ -127,7 +126,7 @@ class Server(uvicorn.Server):
             self._service.close()
 
 
-class JsonLines(logging.StreamHandler[TextIO]):
+class JsonLines(logging.StreamHandler):  # (not generic before Python 3.11)
     """What libraries say, as lines of JSON between those of requests."""
 
     def format(self, record: logging.LogRecord) -> str:
