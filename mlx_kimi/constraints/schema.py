@@ -21,7 +21,7 @@ WHITE_SPACE = r"[ \n\t]{1,40}"
 LARGEST_MULTIPLE = 10_000
 LARGEST = 10_000  # keys and items of a schema; OpenAI takes 5,000 properties
 MOST_PATTERNS = 100  # of keys: each is compared with each other
-KEPT = 256  # schemas, of which it is remembered what can be enforced
+KEPT = 1024  # schemas, of which it is remembered what can be enforced
 DATA = ("const", "enum", "default", "examples")  # keywords whose values are no schemas
 
 

@@ -179,11 +179,12 @@ def masked(logits: mx.array, masks: Sequence[np.ndarray | None]) -> mx.array:
     if not rows:
         return logits
     vocab = logits.shape[-1]
-    words = mx.array(np.stack([mask for mask in masks if mask is not None]))
-    bits = (words[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
-    allowed = bits.reshape(len(rows), -1)[:, :vocab].astype(mx.bool_)
-    allowed = mx.pad(allowed, [(0, 0), (0, vocab - allowed.shape[-1])])
-    return _with_rows(logits, rows, lambda logits: mx.where(allowed, logits, -mx.inf))
+    allowed = np.zeros((len(rows), vocab), np.bool_)
+    for place, mask in enumerate(mask for mask in masks if mask is not None):
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[:vocab]
+        allowed[place, : len(bits)] = bits
+    may_follow = mx.array(allowed)
+    return _with_rows(logits, rows, lambda logits: mx.where(may_follow, logits, -mx.inf))
 
 
 def _with_rows(

@@ -53,6 +53,12 @@ class Drawn:
         index = mx.array(list(rows))
         return Drawn(*(array[index] for array in self.arrays()))
 
+    def teach(self, jobs: Sequence[Job]) -> None:
+        """Wait for the tokens, and let each row that must obey find out what may follow."""
+        tokens: Any = self.token.tolist()
+        for job, token in zip(jobs, tokens, strict=True):
+            job.learn(token)
+
     def tell(self, model: KimiLinear, jobs: Sequence[Job]) -> set[Job]:
         """Wait for the tokens, and tell each row's; the jobs that are over by that."""
         values: Any = [array.tolist() for array in self.arrays()]
@@ -79,7 +85,6 @@ class Batch:
         self._entries: list[CacheEntry] = []
         self._sampler = BatchSampler([])
         self._inputs = mx.array([], mx.uint32)  # [B], the tokens that the next step reads
-        self._logits: mx.array | None = None  # [B, vocab] after them, of which none is drawn yet
         self._drawn: Drawn | None = None  # what of `_inputs` is not told: of the first rows
 
     def join(self, job: Job, hidden: mx.array) -> None:
@@ -92,6 +97,7 @@ class Batch:
         logits = self.model.logits(hidden[:, -1])
         drawn = Drawn.of(logits, sampler(masked(logits, [job.mask])), [job])
         mx.eval(drawn.arrays())  # what fails here fails before anything is told
+        drawn.teach([job])
         job.tell_started()
         ended = drawn.tell(self.model, [job])
         entries, job.entries = job.entries, None
@@ -115,35 +121,29 @@ class Batch:
         drawn = self._drawn
         if self.model.offload is not None:
             self._drawn = None
+            self._teach(drawn)
             self._tell(drawn)
             if self.jobs:
-                self._read()
-                self._draw()
+                self._queue(None)
             return
-        self._read()
-        if any(job.must_obey for job in self.jobs):
-            mx.async_eval(self._logits, caches.arrays(self._entries))
-            self._drawn = None
-            self._tell(drawn)
-            self._draw()
-        else:
-            self._draw()
-            self._tell(drawn)
+        self._queue(drawn)
+        self._tell(drawn)
 
-    def _read(self) -> None:
-        """Queue the step that reads the rows' tokens."""
+    def _queue(self, unknown: Drawn | None) -> None:
+        """Queue the next step. `unknown`: what must be known for a mask, if there is one."""
         hidden = self.model.hidden(self._inputs[:, None], self._entries)
-        self._logits = self.model.logits(hidden[:, -1])
-
-    def _draw(self) -> None:
-        """Queue the drawing of the tokens that follow."""
-        if self._logits is None:  # no row is left
-            return
-        logits, self._logits = self._logits, None
+        logits = self.model.logits(hidden[:, -1])
+        if any(job.must_obey for job in self.jobs):
+            mx.async_eval(logits, caches.arrays(self._entries))
+            self._teach(unknown)
         allowed = masked(logits, [job.mask for job in self.jobs])
         self._drawn = Drawn.of(logits, self._sampler(allowed), self.jobs)
         self._inputs = self._drawn.token
         mx.async_eval(self._drawn.arrays(), caches.arrays(self._entries))
+
+    def _teach(self, drawn: Drawn | None) -> None:
+        if drawn is not None:
+            drawn.teach(self.jobs[: drawn.token.shape[0]])
 
     def _tell(self, drawn: Drawn | None) -> None:
         """Tell what the first rows drew, keep the states of those that end, and go on without."""
@@ -179,7 +179,6 @@ class Batch:
         self._entries = caches.take(self._entries, rows)
         self._sampler.take(rows)
         self._inputs = self._inputs[mx.array(rows)]
-        self._logits = None if self._logits is None else self._logits[mx.array(rows)]
         drawn = [row for row in rows if row < known]
         self._drawn = self._drawn.take(drawn) if self._drawn and drawn else None
 
@@ -187,5 +186,5 @@ class Batch:
         """Forget all rows; the jobs they were of."""
         jobs, self.jobs = self.jobs, []
         self._entries, self._sampler = [], BatchSampler([])
-        self._inputs, self._logits, self._drawn = mx.array([], mx.uint32), None, None
+        self._inputs, self._drawn = mx.array([], mx.uint32), None
         return jobs

@@ -71,6 +71,7 @@ class Job:
         self._sampling = replace(sampling, seed=seed)
         constraint = ticket.request.constraint
         self._matcher = constraint.begin() if constraint else None
+        self._cannot_go_on: KimiError | None = None
 
     @property
     def ids(self) -> np.ndarray:
@@ -85,7 +86,20 @@ class Job:
     @property
     def mask(self) -> np.ndarray | None:
         """Of the tokens that may follow: `Matcher.mask`."""
-        return None if self._matcher is None else self._matcher.mask
+        if self._matcher is None or self._cannot_go_on is not None:
+            return None
+        return self._matcher.mask
+
+    def learn(self, token: int) -> None:
+        """Find out what may follow a token that was drawn, before it is told."""
+        is_last = token in self.ticket.request.stop_ids or len(self.drawn) + 1 >= self.limit
+        if self._matcher is None or is_last:
+            return
+        try:
+            self._matcher.take(token)
+            _ = self._matcher.mask
+        except KimiError as error:
+            self._cannot_go_on = error
 
     def sampler(self, vocab_size: int) -> Sampler:
         """What draws the next token."""
@@ -99,8 +113,10 @@ class Job:
         self.began = self.began or time.monotonic()
 
     def begin_again(self) -> None:
-        """Its state is lost."""
+        """Its state is lost, and so is a token that was not told."""
         self.entries = self.hidden = None
+        if self._matcher is not None:
+            self._matcher.go_back(len(self.drawn))
 
     # ------------------------------------------------------------------------------- telling
     def tell_progress(self) -> None:
@@ -129,18 +145,9 @@ class Job:
             self.finish("stop")
         elif len(self.drawn) >= self.limit:
             self.finish("length")
-        else:
-            self._go_on(token)
+        elif self._cannot_go_on is not None:
+            self.fail(self._cannot_go_on)
         return self.ticket.is_closed
-
-    def _go_on(self, token: int) -> None:
-        """Find out what may follow."""
-        try:
-            if self._matcher is not None:
-                self._matcher.take(token)
-                _ = self._matcher.mask
-        except KimiError as error:
-            self.fail(error)
 
     def finish(self, reason: Reason) -> None:
         """The answer is over."""

@@ -54,6 +54,23 @@ BODIES: list[dict[str, Any]] = [
     },
     {
         "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [{"type": "function", "function": {"name": "f", "strict": True}}, WEATHER],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "it",
+                "schema": {
+                    "type": "object",
+                    "properties": {"a": {"anyOf": [{"minimum": 3}, {"$ref": "#/$defs/b"}]}},
+                    "required": ["a"],
+                    "$defs": {"b": {"type": "string", "pattern": "^a{1,3}$", "enum": ["a"]}},
+                },
+            },
+        },
+    },
+    {
+        "messages": [{"role": "user", "content": "Hi"}],
         "stream": True,
         "stream_options": {"include_usage": True},
         "logprobs": True,
