@@ -118,7 +118,7 @@ def test_prompts_of_the_pocket_model_have_the_same_answers_on_and_off(
         found = []
         for how in ("off", "auto"):
             chunks = stream_generate(
-                model, tokenizer, prompt, max_tokens=40, speculate=how, **options
+                model, tokenizer, prompt, max_tokens=24, speculate=how, **options
             )
             *_, last = found_chunks = list(chunks)
             found.append([chunk.token for chunk in found_chunks])
