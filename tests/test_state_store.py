@@ -245,6 +245,26 @@ def test_a_text_is_written_once_and_turns_write_what_is_new(
     assert store.written == sum(path.stat().st_size for path in files(folder))
 
 
+def test_a_long_conversation_is_stored_to_its_end(model: KimiLinear, folder: Path) -> None:
+    """Its earlier states go for the latest, its tokens stay."""
+    memory = 10 << 20  # 20 states would be 17 MB, the tokens of all turns are 8
+    store = opened(folder, model, memory)
+    entries, text, ids = entries_of(model, 300), None, ids_of(300)
+    for turn in range(20):
+        text = store.put(text, ids, entries, None)
+        assert text is not None and store.bytes <= memory
+        until(lambda text=text: text.is_written)
+        ids = ids_of(256, seed=turn + 1)
+        before, entries = entries, grown(model, entries, 256)
+    store.close()
+    store = opened(folder, model, memory)
+    latest = store.known()[-1]
+    assert latest.text.length == 300 + 19 * 256 == len(latest.ids)
+    for one, other in zip(numbers(store.load(latest.text)[0]), numbers(before), strict=True):
+        assert one.tobytes() == other.tobytes()
+    store.close()
+
+
 def test_the_folder_never_holds_more_than_its_bound(model: KimiLinear, folder: Path) -> None:
     """Conversations of random lengths, that go on in turns; the latest can always go on."""
     memory, chance = 12 << 20, random.Random(0)

@@ -157,7 +157,11 @@ class StateStore:
                 continue
             if match := FILE.fullmatch(path.name):
                 kind: Kind = "tokens" if match[3] == "tokens" else "state"
-                found.setdefault(match[1], {})[kind] = path
+                files = found.setdefault(match[1], {})
+                if kind in files:  # an interrupted server had computed it again
+                    path.unlink()
+                else:
+                    files[kind] = path
             elif FILE.fullmatch(finished_name(path.name)):  # an interrupted server left it
                 path.unlink()
         parts = {address: part for address, files in found.items() if (part := _part(files))}
@@ -171,7 +175,7 @@ class StateStore:
         for text in list(self._texts.values()):
             if not text.state_size and not text.followers:
                 self._delete(text)
-        self._fit(set())
+        self._fit()
         return sorted(
             (each for each in texts.values() if each.text.address in self._texts),
             key=lambda each: each.text.length,
@@ -238,7 +242,7 @@ class StateStore:
         if known is None:
             data["tokens"] = _bytes(token_arrays(ids.tolist(), entries, start), about)
         size = sum(map(_on_disk, data.values()))
-        if self.waiting + size > MOST_WAITING or not self._make_room(size, before or known):
+        if self.waiting + size > MOST_WAITING or not self._make_room(size, known or before):
             return None
         text = known or self._linked(address, before, start + len(ids))
         text.is_written, text.is_answered, text.used = False, hidden is not None, time.time()
@@ -253,16 +257,25 @@ class StateStore:
         return text
 
     def _make_room(self, size: int, needed: StoredText | None) -> bool:
-        kept = set(needed.chain()) if needed else set()
-        return self._fit(kept, size)
+        """For a text that goes on from `needed`, whose tokens stay, and those before them."""
+        if needed is None:
+            return self._fit(size)
+        needed.followers += 1
+        try:
+            return self._fit(size)
+        finally:
+            needed.followers -= 1
 
-    def _fit(self, kept: set[StoredText], more: int = 0) -> bool:
-        """Delete what was used longest ago until `more` bytes fit; nothing of `kept`."""
+    def _fit(self, more: int = 0) -> bool:
+        """Delete the states used longest ago, and tokens that lead to none, until so many bytes
+        more fit."""
+        if more > self.memory:
+            return False
         while self.bytes + more > self.memory:
             going = [
                 text
                 for text in self._texts.values()
-                if text.is_written and text not in kept and (text.state_size or not text.followers)
+                if text.is_written and (text.state_size or not text.followers)
             ]
             if not going:
                 return False
