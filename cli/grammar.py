@@ -46,6 +46,7 @@ from mlx_kimi.defaults import (
 from mlx_kimi.units import human_size
 
 FILE = click.Path(path_type=Path)
+AS_JSON = click.Option(["--json", "as_json"], is_flag=True, help="List them as JSON.")
 LATEST = ""  # what --resume is without a name
 _AFFINE_GROUPS, _AFFINE_BITS = QUANTIZATION_MODES["affine"]
 _RECIPES = "\n\n".join(f"  {name}: {recipe.reason}." for name, recipe in RECIPES.items())
@@ -276,7 +277,7 @@ LIST = Command(
     [
         SESSIONS,
         AUTOSAVE,
-        click.Option(["--json", "as_json"], is_flag=True, help="List them as JSON."),
+        AS_JSON,
     ],
     """List saved conversations, the latest first; rename, remove or export one.
 
@@ -304,7 +305,7 @@ KEPT = click.Group(
 
 CACHE_LIST = Command(
     "list",
-    [click.Option(["--json", "as_json"], is_flag=True, help="List them as JSON.")],
+    [AS_JSON],
     """List the models whose states `serve` stores, with their sizes.""",
     module="stores",
     function="list_stores",
@@ -534,7 +535,7 @@ PULL = Command(
 )
 MODELS = Command(
     "list",
-    [click.Option(["--json", "as_json"], is_flag=True, help="List them as JSON.")],
+    [AS_JSON],
     """List the models on this machine: those of the hub that were downloaded, and those that
     `convert` made.""",
     module="models",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import click
@@ -12,13 +12,13 @@ import click
 from mlx_kimi.checkpoint.files import Checkpoint
 from mlx_kimi.checkpoint.hub import is_folder
 from mlx_kimi.cli import show
+from mlx_kimi.cli.listed import LINE, print_list
 from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.fetch import fetched
 from mlx_kimi.loading.kept_models import KeptModel, kept_model, kept_models
 from mlx_kimi.loading.load import check_headers
 from mlx_kimi.units import counted, human_size
 
-LINE = 400  # characters
 NONE = "none yet: `mlx_kimi pull NAME` downloads one, `mlx_kimi convert` makes one"
 
 
@@ -36,18 +36,18 @@ def pull(name: str) -> None:
 
 def list_models(as_json: bool) -> None:
     models = kept_models()
-    if as_json:
-        click.echo(json.dumps([_json(model) for model in models]))
-        return
+    size = human_size(sum(model.size for model in models))
+    summary = f"{counted(len(models), 'model')}, {size}" if models else NONE
+    print_list(_lines(models), summary, map(_json, models), as_json)
+
+
+def _lines(models: Sequence[KeptModel]) -> Iterator[str]:
     width = max((len(model.name) for model in models), default=0)
     for model in models:
         changed = time.strftime("%Y-%m-%d", time.localtime(model.changed))
         problem = f"; does not load: {model.problem}" if model.problem else ""
         size = f"{human_size(model.size):>9}"
-        line = f"{model.name:<{width}}  {size}  {changed}  {model.weights}{problem}"
-        click.echo(show.one_line(line, LINE))
-    size = human_size(sum(model.size for model in models))
-    click.echo(f"{counted(len(models), 'model')}, {size}" if models else NONE, err=True)
+        yield f"{model.name:<{width}}  {size}  {changed}  {model.weights}{problem}"
 
 
 def _json(model: KeptModel) -> dict[str, object]:

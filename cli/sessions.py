@@ -15,23 +15,18 @@ from mlx_kimi.chat.conversation import Conversation
 from mlx_kimi.chat.session import read_text
 from mlx_kimi.chat.sessions import Listed, Sessions
 from mlx_kimi.cli import show
-from mlx_kimi.cli.listed import lines_of
+from mlx_kimi.cli.listed import LINE, lines_of, print_list
 from mlx_kimi.errors import KimiError
 from mlx_kimi.units import counted, human_size
 
-LINE = 400  # characters
 SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 
 
 def run(sessions: Path | None, autosave_limit: int, as_json: bool) -> None:
     kept = Sessions(sessions)
     listed = kept.list()
-    if as_json:
-        click.echo(json.dumps([_json(one) for one in listed]))
-        return
-    for line in lines_of(listed):
-        click.echo(show.one_line(line, LINE))
-    click.echo(_summary(kept, listed, autosave_limit), err=True)
+    summary = _summary(kept, listed, autosave_limit)
+    print_list(lines_of(listed), summary, map(_json, listed), as_json)
 
 
 def rename(name: str, new: str) -> None:

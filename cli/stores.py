@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Iterator, Sequence
 
 import click
 
 from mlx_kimi.cli import show
+from mlx_kimi.cli.listed import LINE, print_list
 from mlx_kimi.errors import KimiError
 from mlx_kimi.server.state_store import Store, stores, wipe
 from mlx_kimi.units import counted, human_size
 
-LINE = 400  # characters
-
 
 def list_stores(as_json: bool) -> None:
     found = stores()
-    if as_json:
-        click.echo(json.dumps([_json(store) for store in found]))
-        return
+    total = human_size(sum(store.size for store in found))
+    summary = f"{total} of states, stored by `serve` (--cache-disk)"
+    print_list(_lines(found), summary, map(_json, found), as_json)
+
+
+def _lines(found: Sequence[Store]) -> Iterator[str]:
     width = max((len(store.model) for store in found), default=0)
     for store in found:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(store.used))
         states = counted(store.states, "state")
-        line = f"{store.model:<{width}}  {used}  {states:>10}  {human_size(store.size):>9}"
-        click.echo(show.one_line(line, LINE))
-    total = human_size(sum(store.size for store in found))
-    click.echo(f"{total} of states, stored by `serve` (--cache-disk)", err=True)
+        yield f"{store.model:<{width}}  {used}  {states:>10}  {human_size(store.size):>9}"
 
 
 def wipe_stores(models: tuple[str, ...]) -> None:

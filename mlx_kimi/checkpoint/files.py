@@ -47,6 +47,7 @@ class Header:
     tensors: dict[str, Stored]
     end: int  # the byte after it, from which the tensors' offsets count
     version: FileVersion
+    about: dict[str, str]  # its `__metadata__`
 
 
 class Listing(Protocol):
@@ -277,4 +278,4 @@ def read_header(path: Path) -> Header:
         )
         for name in names
     }
-    return Header(tensors, 8 + size, version)
+    return Header(tensors, 8 + size, version, fields.get("__metadata__") or {})

@@ -9,7 +9,6 @@ from typing import Any, TypedDict
 import mlx.core as mx
 from typing_extensions import Unpack
 
-from mlx_kimi.constraints.constraint import constraint_for
 from mlx_kimi.defaults import MAX_TOKENS, PREFILL_STEP
 from mlx_kimi.errors import ContextFull, KimiError, OptionError, beyond_budget
 from mlx_kimi.generation.answer import Answer, Chunk
@@ -101,8 +100,12 @@ def stream_generate(
     ids = prompt if isinstance(prompt, PromptIds) else prompt_ids(model, tokenizer, prompt, tools)
     limit = min(max_tokens, model.config.model_max_length - len(ids))
     state = state or TokenState(model, latent_bits, snapshot_every=None)
-    constraint = constraint_for(tokenizer, json_schema=json_schema, tools=tools)
-    matcher = constraint.begin() if constraint else None
+    matcher = None
+    if json_schema is not None or tools:
+        from mlx_kimi.constraints.constraint import constraint_for  # here: it takes 50 ms
+
+        constraint = constraint_for(tokenizer, json_schema=json_schema, tools=tools)
+        matcher = constraint.begin() if constraint else None
     sampler = Sampler(sampling, ids, model.config.vocab_size, matcher)
     stop = (stop,) if isinstance(stop, str) else stop
     speculation = speculation_for(state, speculate, ids)

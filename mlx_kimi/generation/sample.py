@@ -6,13 +6,15 @@ import math
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_kimi.constraints.constraint import Matcher
 from mlx_kimi.errors import OptionError
+
+if TYPE_CHECKING:
+    from mlx_kimi.constraints.constraint import Matcher
 
 
 @dataclass(frozen=True)

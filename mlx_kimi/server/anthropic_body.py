@@ -20,6 +20,7 @@ from mlx_kimi.server.validation import (
     NAME,
     ChatBody,
     StopText,
+    check_has,
     checked,
     only,
 )
@@ -75,10 +76,7 @@ class Block(Lenient):
 
     @model_validator(mode="after")
     def _check(self) -> Block:
-        for name in NEEDED[self.type]:
-            if getattr(self, name) is None:
-                rule = f"must have {name}, as a {self.type}"
-                raise PydanticCustomError("invalid_value", "{rule}", {"rule": rule})
+        check_has(self, self.type, NEEDED[self.type])
         return self
 
     @property

@@ -17,7 +17,6 @@ from pydantic import (
     Tag,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from mlx_kimi.server.tool_ids import check_results
 from mlx_kimi.server.validation import (
@@ -26,6 +25,7 @@ from mlx_kimi.server.validation import (
     Ignored,
     StreamOptions,
     Strict,
+    check_has,
     checked,
     only,
 )
@@ -84,10 +84,7 @@ class Item(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Item:
-        for name in NEEDED[self.type]:
-            if getattr(self, name) is None:
-                rule = f"must have {name}, as a {self.type}"
-                raise PydanticCustomError("invalid_value", "{rule}", {"rule": rule})
+        check_has(self, self.type, NEEDED[self.type])
         return self
 
     @property

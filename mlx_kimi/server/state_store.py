@@ -39,6 +39,7 @@ from mlx_kimi.chat.state_files import (
     stored_ids,
     token_arrays,
 )
+from mlx_kimi.checkpoint.files import lazy_arrays, read_header
 from mlx_kimi.durable import checksum, finished_name, not_through_a_link, write_bytes_durably
 from mlx_kimi.errors import KimiError, in_words
 from mlx_kimi.model.cache import CacheEntry
@@ -409,14 +410,16 @@ class _Part(NamedTuple):
 def _part(files: dict[Kind, Path]) -> _Part | None:
     """None: they are of no use."""
     try:
-        about, ids = _about(files["tokens"])
-        state = files.get("state")
+        tokens, state = files["tokens"], files.get("state")
+        header = read_header(tokens)
+        arrays = lazy_arrays(tokens, header.version, "states were read")
+        ids = np.array(stored_ids(arrays, 2**31 - 1, str(tokens)), np.int32)
         size = 0 if state is None else _blocks(state.stat().st_size)
-        used = (state or files["tokens"]).stat().st_mtime
-        is_answered = state is not None and _metadata(state).get("answered") == "True"
-        sizes = _blocks(files["tokens"].stat().st_size), size
-        return _Part(about["before"], ids, files, sizes, is_answered, used)
-    except (KimiError, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
+        used = (state or tokens).stat().st_mtime
+        is_answered = state is not None and read_header(state).about.get("answered") == "True"
+        sizes = _blocks(tokens.stat().st_size), size
+        return _Part(header.about["before"], ids, files, sizes, is_answered, used)
+    except (KimiError, OSError, RuntimeError, KeyError):
         return None
 
 
@@ -426,18 +429,6 @@ def _blocks(size: int) -> int:
 
 def _on_disk(data: bytes) -> int:
     return _blocks(len(data))
-
-
-def _about(path: Path) -> tuple[dict[str, str], np.ndarray]:
-    arrays = load_arrays(path)
-    ids = np.array(stored_ids(arrays, 2**31 - 1, str(path)), np.int32)
-    return _metadata(path), ids
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with open(path, "rb", opener=not_through_a_link) as file:
-        size = int.from_bytes(file.read(8), "little")
-        return dict(json.loads(file.read(min(size, 1 << 20))).get("__metadata__", {}))
 
 
 def _bytes(arrays: Arrays, about: dict[str, str]) -> bytes:

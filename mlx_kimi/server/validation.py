@@ -43,6 +43,14 @@ def only(*values: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
+def check_has(value: BaseModel, kind: str, names: Sequence[str]) -> None:
+    """Refuse what lacks one of the fields that its kind needs."""
+    for name in names:
+        if getattr(value, name) is None:
+            rule = f"must have {name}, as a {kind}"
+            raise PydanticCustomError("invalid_value", "{rule}", {"rule": rule})
+
+
 class Strict(BaseModel):
     """No field but the listed ones, and no value of another type."""
 
