@@ -68,7 +68,9 @@ def run(
         service = Service(engine, tokenizer, name, longest, options, log_prompts=log_prompts)
         logging.basicConfig(handlers=[JsonLines()], level=logging.WARNING)
         engine.start()
-        click.echo(f"{name} · {longest:,} tokens of context · {address_of(opened)}/v1", err=True)
+        url = address_of(opened)
+        about = f"{name} · {longest:,} tokens of context"
+        click.echo(f"{about} · {url}/v1 for programs · {url}/ to chat", err=True)
         try:
             Server(make_app(service, access), service).run([opened])
         finally:

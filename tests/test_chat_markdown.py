@@ -232,37 +232,38 @@ def test_code_is_shown_as_it_is(lines: list[str], language: str) -> None:
     assert shown(text, 80).split("\n") == expected
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A std::vector<int> and a List<String>.",
-        "<think>\nfirst this\n</think>\nthen that",
-        'a line\n<svg width="3">\nanother line',
-        "<!-- a comment --> and <br/> and <a href='x'>y</a>",
-        "- of a list: Map<K, V>\n- <script>alert(1)</script>",
-        *("a*b*c", r"\(a_b\)", "2 * 3 * 4", "int *a; char* b", "int **a; char** b", "2 *pi* r"),
-        *("int *a, char* b", "int **a, char** b", "x**2 + y**2", "α*β*γ", "f(*args, **kw)"),
-        *(
-            "snake_case and _leading",
-            "__init__ and a_b_c",
-            "~~gone~~",
-            "&lt;b&gt; &#8238;",
-            r"\*not bold\*",
-            r"$a *bc* d$",
-        ),
-        *("[name](http://evil)", "[a]: http://x", "![alt](src)", "<http://x>", "***", "___", "==="),
-        *(
-            "# a heading # with C #",
-            "#include <x>",
-            "> a quote\n> on",
-            ">>> 1 + 1",
-            ">>>>>>> branch",
-        ),
-        *("7. seven\n9. nine", "x = a\n- b\n+ c\n* d", "a\n---b", "src/**/*.py and *.c", "a | b"),
-        *("   /\\\n  /  \\\n /____\\", "two  spaces   stay", "a \\\\\nb \\\\", "1986. A year."),
-        "\\begin{align}\n  a &= b \\\\\n  c &= d\n\\end{align}",
-    ],
-)
+# Text that looks like marks or HTML.
+AS_WRITTEN = [
+    "A std::vector<int> and a List<String>.",
+    "<think>\nfirst this\n</think>\nthen that",
+    'a line\n<svg width="3">\nanother line',
+    "<!-- a comment --> and <br/> and <a href='x'>y</a>",
+    "- of a list: Map<K, V>\n- <script>alert(1)</script>",
+    *("a*b*c", r"\(a_b\)", "2 * 3 * 4", "int *a; char* b", "int **a; char** b", "2 *pi* r"),
+    *("int *a, char* b", "int **a, char** b", "x**2 + y**2", "α*β*γ", "f(*args, **kw)"),
+    *(
+        "snake_case and _leading",
+        "__init__ and a_b_c",
+        "~~gone~~",
+        "&lt;b&gt; &#8238;",
+        r"\*not bold\*",
+        r"$a *bc* d$",
+    ),
+    *("[name](http://evil)", "[a]: http://x", "![alt](src)", "<http://x>", "***", "___", "==="),
+    *(
+        "# a heading # with C #",
+        "#include <x>",
+        "> a quote\n> on",
+        ">>> 1 + 1",
+        ">>>>>>> branch",
+    ),
+    *("7. seven\n9. nine", "x = a\n- b\n+ c\n* d", "a\n---b", "src/**/*.py and *.c", "a | b"),
+    *("   /\\\n  /  \\\n /____\\", "two  spaces   stay", "a \\\\\nb \\\\", "1986. A year."),
+    "\\begin{align}\n  a &= b \\\\\n  c &= d\n\\end{align}",
+]
+
+
+@pytest.mark.parametrize("text", AS_WRITTEN)
 def test_it_is_shown_as_it_is_written(text: str) -> None:
     """`std::vector<int>` was shown as `std::vector`, `a*b*c` as `abc`, `\\(a_b\\)` as `(a_b)`."""
     assert shown(text) == text

@@ -28,7 +28,18 @@ ROUTES = [
     for route in table()
     for method in sorted(route.methods or ())
 ]
-EVERYWHERE = [*ROUTES, ("GET", "/"), ("POST", "/v1/x")]
+# Files of the page, which a browser asks for before it can show a key. They hold nothing secret.
+WITHOUT_KEY = [
+    (method, path)
+    for path in (
+        "/",
+        *(f"/page/{name}" for name in ("page.css", "icon.svg", "page.js", "api.js", "dom.js")),
+        *(f"/page/{name}" for name in ("markdown.js", "messages.js", "store.js")),
+        "/page/vendor/markdown-it-15.0.3.js",
+    )
+    for method in ("GET", "HEAD")
+]
+EVERYWHERE = [*ROUTES, ("GET", "/x"), ("POST", "/"), ("POST", "/v1/x")]
 POSTS = [path for method, path in ROUTES if method == "POST"]
 
 
@@ -56,10 +67,13 @@ def test_the_table_has_all_routes() -> None:
     assert len(ROUTES) >= 10 and {method for method, _ in ROUTES} == {"GET", "HEAD", "POST"}
 
 
-def test_every_route_wants_the_key(locked: Running) -> None:
+def test_every_route_but_the_pages_files_wants_the_key(locked: Running) -> None:
     wrong = ({}, {"authorization": "Bearer wrong"}, {"x-api-key": KEY + "x"})
     right = ({"authorization": f"Bearer {KEY}"}, {"x-api-key": KEY})
-    for method, path in EVERYWHERE:
+    assert {*WITHOUT_KEY} < {*EVERYWHERE}
+    for method, path in WITHOUT_KEY:
+        assert ask(locked, method, path).status_code == 200
+    for method, path in (each for each in EVERYWHERE if each not in WITHOUT_KEY):
         for headers in wrong:
             answer = ask(locked, method, path, **headers)
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
@@ -161,7 +175,7 @@ def test_only_json_is_read(free: Running) -> None:
 def test_other_methods_are_refused(free: Running) -> None:
     for _, path in EVERYWHERE:
         answer = ask(free, "DELETE", path)
-        assert answer.status_code == (404 if path in ("/", "/v1/x") else 405)
+        assert answer.status_code == (404 if path in ("/x", "/v1/x") else 405)
         assert answer.json()["error"]["type"] in ("not_found_error", "invalid_request_error")
 
 

@@ -23,6 +23,7 @@ from mlx_kimi.server import (
     openai_chat,
     openai_completions,
     openai_responses,
+    web_page,
 )
 from mlx_kimi.server.api_errors import ApiError, told
 from mlx_kimi.server.json_text import Json
@@ -88,6 +89,7 @@ def routes(service: Service) -> list[Route]:
         _route("POST", "/v1/responses", completions(openai_responses.understood)),
         _route("POST", "/v1/messages", completions(anthropic_messages.understood)),
         _route("POST", "/v1/messages/count_tokens", count_tokens),
+        *(_route("GET", path, web_page.file) for path in web_page.FILES),
     ]
 
 

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_kimi.errors import OptionError
 from mlx_kimi.server.api_errors import ApiError, told
+from mlx_kimi.server.web_page import needs_no_key
 from mlx_kimi.user_files import shown
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -121,7 +122,8 @@ class Gate:
             self._check(headers, origin)
             if origin is not None and scope["method"] == "OPTIONS":
                 return await _allowed(origin)(scope, receive, send)
-            if not self._access.knows_key(headers):
+            is_open = needs_no_key(scope["method"], scope["path"])
+            if not is_open and not self._access.knows_key(headers):
                 said = "the key must be in Authorization: Bearer KEY, or in x-api-key"
                 wants = {"www-authenticate": "Bearer"}
                 raise ApiError(401, said, code="invalid_api_key", headers=wants)
