@@ -32,7 +32,7 @@ from tests.test_server_security import ROUTES
 
 pytestmark = pytest.mark.slow
 KEY = "secret-key-1"
-LONG = " ".join(map(str, range(1, 401)))  # takes seconds
+LONG = " ".join(map(str, range(1, 1001)))  # takes long
 PROBES = (Path(__file__).parent / "page_probes.js").read_text(encoding="utf-8").strip()
 PHONE = ViewportSize(width=360, height=740)
 
@@ -202,30 +202,30 @@ def test_a_reload_in_the_middle_keeps_what_came(chat: Chat, server: Running) -> 
     assert chat.asked == ["count"]
 
 
-def test_tabs_do_not_overwrite_each_other(
-    context: BrowserContext, chat: Chat, server: Running
-) -> None:
-    other = opened(context, server.url)
-    chat.send("count")
-    assert other.say("say mine") == "mine"
-    titles = other.page.locator("#conversations .open")
-    expect(titles).to_have_text(["say mine", "count"])
-    chat.wait_for_text(20)
-    # The other tab opens what is being written, and sees it grow; then it goes on by itself.
-    titles.last.click()
-    seen = len(other.answer.inner_text())
-    other.page.wait_for_function(
-        "n => document.querySelector('.assistant .text').textContent.length > n", arg=seen
-    )
-    assert other.say("say more") == "more"
-    expect(chat.page.locator("#notice")).to_contain_text("this one goes on as a copy")
-    chat.button("Stop").click()
-    chat.wait()
-    for tab, asked in ((chat, ["count"]), (other, ["count", "say more"])):
-        assert tab.asked == asked
-        expect(tab.page.locator("#conversations .open")).to_have_count(3)
-        tab.page.reload()
-        assert tab.asked == asked
+def test_tabs_do_not_overwrite_each_other(context: BrowserContext) -> None:
+    with serving(Scripted([LONG, "mine", "more"], between=0.03)) as running:
+        chat, other = opened(context, running.url), opened(context, running.url)
+        chat.send("count")
+        chat.wait_for_text(20)
+        assert other.say("say mine") == "mine"
+        titles = other.page.locator("#conversations .open")
+        expect(titles).to_have_text(["say mine", "count"])
+        # The other tab opens what is being written, and sees it grow; then it goes on by itself.
+        titles.last.click()
+        seen = len(other.answer.inner_text())
+        other.page.wait_for_function(
+            "n => document.querySelector('.assistant .text').textContent.length > n", arg=seen
+        )
+        assert other.say("say more") == "more"
+        expect(chat.page.locator("#notice")).to_contain_text("this one goes on as a copy")
+        chat.button("Stop").click()
+        chat.wait()
+        for tab, asked in ((chat, ["count"]), (other, ["count", "say more"])):
+            assert tab.asked == asked
+            expect(tab.page.locator("#conversations .open")).to_have_count(3)
+            tab.page.reload()
+            assert tab.asked == asked
+        assert LONG.startswith(chat.answer.inner_text())
 
 
 def test_conversations_are_kept_listed_and_deleted(chat: Chat) -> None:
@@ -256,6 +256,7 @@ def test_a_store_that_is_damaged_or_full_stops_nobody(chat: Chat) -> None:
     chat.page.evaluate("sessionStorage.setItem('mlx_kimi.open', '3')")
     chat.page.reload()
     assert chat.say("say one") == "one"
+    chat.page.evaluate("for (let n = 0; n < 7; n++) localStorage.removeItem('mlx_kimi.chat.' + n)")
     chat.page.evaluate(
         "for (let n = 5e6; n >= 1; n /= 2)"
         " try { localStorage.setItem('x' + n, 'x'.repeat(n)) } catch {}"

@@ -57,6 +57,7 @@ async function ask() {
   const controller = new AbortController();
   const messages = requestMessages(asked.messages);
   asked.messages.push(message);
+  asked.updated = Date.now();
   running = { controller, message, conversation: asked };
   draw();
   scrollToEnd();
@@ -180,7 +181,6 @@ function open(found) {
 function keep(kept) {
   clearTimeout(keep.timer);
   keep.timer = null;
-  kept.updated = Date.now();
   const how = store.keep(kept);
   if (how === "full") tell("This browser keeps no more: the conversation is gone when the page is closed.");
   if (how === "copied") tell("Another tab has changed this conversation: this one goes on as a copy.");
