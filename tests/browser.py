@@ -21,6 +21,7 @@ NAMES = (
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
     "/Applications/Chromium.app/Contents/MacOS/Chromium",
 )
+FOREIGN = "evil.example"  # a name that leads to this machine, as its owner could let it
 NEEDED = "MLX_KIMI_NEEDS_BROWSER"  # set in the environment: a browser that is missing is a failure
 PATIENCE = 30_000  # milliseconds
 expect.set_options(timeout=PATIENCE)
@@ -41,7 +42,8 @@ def chromium() -> Iterator[Browser]:
             pytest.fail(f"{said} ({NEEDED} is set)")
         pytest.skip(said)
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path)
+        names = f"--host-resolver-rules=MAP {FOREIGN} 127.0.0.1"
+        browser = driver.chromium.launch(executable_path=path, args=[names, "--no-proxy-server"])
         yield browser
         browser.close()
 

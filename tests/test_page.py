@@ -23,7 +23,7 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.server import web_page
 from mlx_kimi.server.engine import Engine, QueueFull
 from mlx_kimi.server.security import Access
-from tests.browser import Chat, chromium, opened
+from tests.browser import FOREIGN, Chat, chromium, opened
 from tests.processes import ENVIRONMENT, PROGRAM
 from tests.scripted import call, scripted
 from tests.server import WEATHER, Running, Scripted, failed, serving, until
@@ -148,7 +148,7 @@ def test_an_answer_that_is_cut_says_so_and_settings_are_sent(chat: Chat, server:
     chat.button("Settings").click()
     chat.page.get_by_label("System prompt").fill("Be <b>brief</b>.")
     chat.page.get_by_label("Temperature").fill("0")
-    chat.page.get_by_label("Tokens of an answer").fill("3")
+    chat.page.get_by_label("Most tokens").fill("3")
     chat.button("Done").click()
     chat.say("say one two three four five six")
     assert chat.state.inner_text().startswith("Cut after 3 tokens")
@@ -354,7 +354,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(context: BrowserContext) -
     [
         (
             Scripted(refuse=QueueFull(256, 7)),
-            "256 requests wait already; ask again in 7 s. Retry in 7 seconds.",
+            "Busy: retry in 7 s. 256 requests wait already; ask again in 7 s",
             "",
         ),
         (Scripted([failed(KimiError("<b>no</b> GPU"))]), "<b>no</b> GPU", "a"),
@@ -375,13 +375,32 @@ def test_an_error_is_one_line_and_can_be_retried(
         expect(chat.state).to_be_hidden()
 
 
-def test_a_long_prompt_tells_how_much_is_read(context: BrowserContext) -> None:
+def test_a_long_prompt_tells_how_much_is_read(browser: Browser) -> None:
     with serving(Scripted(["Hello."], between=0.5)) as running:
-        chat = opened(context, running.url)
-        chat.send("Hi")
-        expect(chat.state).to_have_text(re.compile(r"Reading the prompt: 2 of \d+ tokens"))
-        chat.button("Stop").click()
-        chat.wait()
+        for motion in ("reduce", "no-preference"):
+            context = browser.new_context(reduced_motion=motion)  # type: ignore[arg-type]
+            chat = opened(context, running.url)
+            chat.send("Hi")
+            expect(chat.state).to_have_text(re.compile(r"Reading the prompt: 2 of \d+ tokens"))
+            moves = chat.state.evaluate("element => getComputedStyle(element).animationName")
+            assert moves == ("none" if motion == "reduce" else "breathe")
+            chat.button("Stop").click()
+            chat.wait()
+            context.close()
+
+
+def test_it_works_where_a_browser_trusts_less(context: BrowserContext) -> None:
+    """From another machine, over http, a page has no clipboard of the newer kind."""
+    with serving(access=Access(hosts=(FOREIGN,))) as running:
+        chat = opened(context, running.url.replace("127.0.0.1", FOREIGN))
+        assert chat.page.evaluate("isSecureContext") is False
+        assert chat.say("Hi") == "Hello."
+        copy = chat.page.get_by_label("Copy the answer")
+        copy.click()
+        expect(copy).to_have_text("Copied")
+        chat.field.press("ControlOrMeta+v")
+        expect(chat.field).to_have_value("Hello.")
+        assert not chat.console
 
 
 # ---------------------------------------------------------------------------------------- markdown
@@ -413,6 +432,9 @@ def test_what_is_no_mark_is_shown_as_it_is_written(chat: Chat) -> None:
 
 
 def test_nothing_of_an_answer_is_lost_however_it_comes(chat: Chat) -> None:
+    for text in (">" * 5000, "- " * 5000, "*a " * 5000, r"\( " * 5000, "` " * 5000, "**a " * 5000):
+        found = rendered(chat, text, [4000, len(text)])["all"]
+        assert MARKS.sub("", found) == MARKS.sub("", text)
     rng = Random(3)
     for _ in range(150):
         lines = ["".join(rng.choices(FRAGMENTS, k=rng.randint(0, 4))) for _ in range(8)]
@@ -538,7 +560,7 @@ def _phone(chat: Chat) -> None:
     expect(chat.button("New chat")).to_be_focused()
     chat.button("New chat").click()
     expect(chat.page.locator("article")).to_have_count(0)
-    expect(chat.field).to_be_focused()
+    expect(chat.field).not_to_be_focused()  # which would raise the phone's keyboard
     chat.button("Settings").click()
     assert chat.page.evaluate(PROBES + ".tooWide") == []
 
@@ -574,6 +596,7 @@ def test_the_keyboard_does_it_all(chat: Chat) -> None:
     assert {"New chat", "count", "Settings", "Edit your message", "Retry"} <= set(focused)
     keys.press("Enter")
     chat.wait_for_text(10)
+    expect(chat.field).to_be_focused()
     keys.press("Escape")
     chat.wait()
 
@@ -614,7 +637,7 @@ def other_page() -> Iterator[str]:
     other = ThreadingHTTPServer(("127.0.0.1", 0), Empty)
     Thread(target=other.serve_forever, daemon=True).start()
     try:
-        yield f"http://localhost:{other.server_port}"
+        yield f"http://{FOREIGN}:{other.server_port}"
     finally:
         other.shutdown()
         other.server_close()
@@ -637,3 +660,11 @@ def test_a_page_of_elsewhere_can_read_nothing(context: BrowserContext, key: str 
             # The same script reads all of them from a page that is allowed to.
             for at in (named, running.url):
                 assert {tuple(route) for route in read[at]} == set(routes)
+
+
+def test_a_page_whose_name_leads_here_is_refused(context: BrowserContext) -> None:
+    with serving() as running:
+        page = context.new_page()
+        answer = page.goto(running.url.replace("127.0.0.1", FOREIGN))
+        assert answer is not None and answer.status == 403
+        assert "--allow-host" in page.content()

@@ -55,8 +55,8 @@ async function refusal(response) {
   const said = await response.json().then((body) => body.error.message, () => `status ${response.status}`);
   if (response.status === 401) return new Problem("key", "The server wants its API key: enter it below.");
   if (response.status === 503) {
-    const seconds = Number(response.headers.get("retry-after")) || 10;
-    return new Problem("refused", `${said}. Retry in ${seconds} second${seconds === 1 ? "" : "s"}.`);
+    const seconds = response.headers.get("retry-after");
+    return new Problem("refused", seconds ? `Busy: retry in ${seconds} s. ${said}` : said);
   }
   return new Problem("refused", said);
 }

@@ -49,3 +49,8 @@ export function fit(textarea) {
   textarea.style.height = "auto";
   textarea.style.height = `${textarea.scrollHeight + textarea.offsetHeight - textarea.clientHeight}px`;
 }
+
+// Whether a finger is what points.
+export function isTouched() {
+  return matchMedia("(pointer: coarse)").matches;
+}

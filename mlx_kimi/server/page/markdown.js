@@ -78,7 +78,7 @@ function blocks(tokens) {
   const root = make("div");
   const path = [root];
   for (const token of tokens) {
-    if (token.nesting < 0) path.pop();
+    if (token.nesting < 0) path.pop().dir = "auto"; // once it is whole: each change would be weighed anew
     else if (token.type === "inline") path.at(-1).append(...inline(token.children));
     else {
       const element = blockOf(token);
@@ -94,12 +94,12 @@ function blockOf(token) {
     case "fence": return code(token.content, token.info.trim());
     case "code_block": return code(token.content, "");
     case "table": return table(token.content.split("\n"));
-    case "list_item_open": return make("li", { value: token.info || undefined, dir: "auto" });
+    case "list_item_open": return make("li", { value: token.info || undefined });
     case "bullet_list_open": return make("ul");
     case "ordered_list_open": return make("ol");
-    case "heading_open": return make(`h${Math.min(Number(token.tag[1]) + 1, 6)}`, { dir: "auto" });
+    case "heading_open": return make(`h${Math.min(Number(token.tag[1]) + 1, 6)}`);
     case "hr": return make("hr");
-    default: return make("p", { class: token.hidden ? "tight" : undefined, dir: "auto" });
+    default: return make("p", { class: token.hidden ? "tight" : undefined });
   }
 }
 

@@ -1,7 +1,9 @@
 // A message as it is shown. `update` may be called after each piece of an answer.
 
-import { button, copyButton, fit, make } from "./dom.js";
+import { button, copyButton, fit, isTouched, make } from "./dom.js";
 import { render } from "./markdown.js";
+
+const SHORTEST = 0.02; // seconds of an answer that say how fast it was
 
 // What a reader can do: { edit(message, text), retry(), goOn(), sendResults(results) }.
 export function viewOf(message, deeds) {
@@ -124,7 +126,7 @@ class AnswerView {
 
 // Whether a key sends what a field holds. On a screen that is touched, Enter begins a line.
 export function isEnter(event) {
-  return event.key === "Enter" && !event.shiftKey && !event.isComposing && !matchMedia("(pointer: coarse)").matches;
+  return event.key === "Enter" && !event.shiftKey && !event.isComposing && !isTouched();
 }
 
 function pretty(text) {
@@ -157,7 +159,7 @@ function usageOf({ usage, seconds }) {
   const drawn = usage.completion_tokens;
   const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
   const parts = [`${count(drawn)} tokens`];
-  if (seconds > 0 && drawn > 1) parts.push(`${((drawn - 1) / seconds).toFixed(1)} tok/s`);
+  if (seconds > SHORTEST) parts.push(`${((drawn - 1) / seconds).toFixed(1)} tok/s`);
   parts.push(`prompt ${count(usage.prompt_tokens)}`, `${count(cached)} cached`);
   return parts.join(" · ");
 }

@@ -2,7 +2,7 @@
 // so no link can send anything.
 
 import { answerTo, Problem, servedModel } from "./api.js";
-import { button, fit, make } from "./dom.js";
+import { button, fit, isTouched, make } from "./dom.js";
 import { isEnter, viewOf } from "./messages.js";
 import * as store from "./store.js";
 
@@ -28,7 +28,6 @@ function send(text) {
 function edit(message, text) {
   if (running) return;
   conversation.messages.length = conversation.messages.indexOf(message);
-  parts.text.focus();
   return send(text);
 }
 
@@ -59,10 +58,12 @@ async function ask() {
   asked.messages.push(message);
   asked.updated = Date.now();
   running = { controller, message, conversation: asked };
+  parts.messages.ariaLive = "polite";
   draw();
   scrollToEnd();
   keep(asked);
   drawConversations();
+  focusField();
   let finish = "stop";
   let first = null; // seconds, when the first piece of the answer came
   try {
@@ -172,6 +173,7 @@ function open(found) {
   conversation = found;
   store.keepOpenId(found.id);
   views = new Map();
+  parts.messages.ariaLive = "off"; // what was said before is not read out
   parts.messages.replaceChildren();
   draw();
   drawConversations();
@@ -212,9 +214,12 @@ function remove({ id, title }) {
 function changedElsewhere(id) {
   drawConversations();
   if (running || (id !== null && id !== conversation.id)) return;
+  if (document.querySelector(".editing")) return; // what is written there stays; sending it makes a copy
   const found = store.conversationOf(conversation.id);
+  const [top, isAtEnd] = [parts.scroll.scrollTop, atEnd()];
   if (found) open(found);
   else if (conversation.revision) open(store.newConversation());
+  if (!isAtEnd) parts.scroll.scrollTop = top;
 }
 
 // ------------------------------------------------------------------------------------------ drawing
@@ -275,7 +280,12 @@ function choose(id) {
   showSide(false);
   const found = store.conversationOf(id);
   if (found && id !== conversation.id) open(found);
-  parts.text.focus();
+  focusField();
+}
+
+// Where a screen is touched, the focus would raise its keyboard.
+function focusField() {
+  if (!isTouched()) parts.text.focus();
 }
 
 // A line below the messages, and perhaps a button.
@@ -329,14 +339,14 @@ addEventListener("keydown", (event) => {
 
 parts.stop.addEventListener("click", () => {
   stop();
-  parts.text.focus();
+  focusField();
 });
 
 parts.new.addEventListener("click", () => {
   showSide(false);
   tell("");
   open(store.newConversation());
-  parts.text.focus();
+  focusField();
 });
 
 parts.menu.addEventListener("click", () => showSide(!document.body.classList.contains("side")));
@@ -351,7 +361,7 @@ parts["key-form"].addEventListener("submit", async (event) => {
   parts["key-form"].hidden = true;
   await findModel();
   if (!parts["key-form"].hidden) return;
-  parts.text.focus();
+  focusField();
   if (conversation.messages.at(-1)?.state === "failed") retry();
 });
 
@@ -376,7 +386,7 @@ parts["settings-form"].addEventListener("submit", (event) => {
   }
   store.keepSettings(Object.fromEntries(Object.entries(FIELDS).map(([name, id]) => [name, parts[id].value])));
   parts.settings.close();
-  parts.text.focus();
+  focusField();
 });
 
 function tellInSettings(line) {
@@ -407,5 +417,5 @@ store.keepOpenId(conversation.id);
 draw();
 drawConversations();
 scrollToEnd();
-parts.text.focus();
+focusField();
 findModel();
