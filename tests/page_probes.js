@@ -23,6 +23,24 @@
     return told;
   },
 
+  // The words of each line with their style, of lines that are paragraphs.
+  styled: async (lines) => {
+    const { render } = await import("/page/markdown.js");
+    const box = document.createElement("div");
+    return lines.map((line) => {
+      box.replaceChildren();
+      render(box, line);
+      const texts = document.createTreeWalker(box, NodeFilter.SHOW_TEXT);
+      const told = [];
+      for (let node; (node = texts.nextNode()); ) {
+        const has = (tag) => Boolean(node.parentElement.closest(tag));
+        const style = [has("strong") && "bold", has("em") && "italic", has("code") && "code"];
+        told.push([style.filter(Boolean).join(" "), node.textContent]);
+      }
+      return told;
+    });
+  },
+
   // The contrast of each visible text, placeholder and icon, as WCAG 2 defines it; with the text.
   contrast: () => {
     const channel = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;

@@ -6,10 +6,12 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 from threading import Thread
@@ -19,6 +21,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, ViewportSize, expect
 
 from mlx_kimi import load
+from mlx_kimi.cli.chat.dialect import parse_inline
 from mlx_kimi.errors import KimiError
 from mlx_kimi.server import web_page
 from mlx_kimi.server.engine import Engine, QueueFull
@@ -444,6 +447,38 @@ def test_nothing_of_an_answer_is_lost_however_it_comes(chat: Chat) -> None:
         found = rendered(chat, text, cuts)["all"].replace("Copy", "")
         expected = text.replace("\x00", "\ufffd")
         assert MARKS.sub("", found) == MARKS.sub("", expected), text
+
+
+def test_the_page_reads_marks_as_the_terminal_does(chat: Chat) -> None:
+    rng = Random(4)
+    within = [each for each in FRAGMENTS if "http" not in each and "\n" not in each.strip()]
+    words = [each for each in within if each.isprintable()]
+    lines = [f"a {''.join(rng.choices(words, k=rng.randint(1, 6)))} z" for _ in range(600)]
+    found = chat.page.evaluate(PROBES + ".styled", lines)
+    for line, texts in zip(lines, found, strict=True):
+        assert joined(texts) == joined(_terminal(line)), line
+
+
+def _terminal(line: str) -> Iterator[tuple[str, str]]:
+    styles: list[str] = []
+    for token in parse_inline(line):
+        if token.nesting > 0:
+            styles += [token.tag]
+        elif token.nesting < 0:
+            styles.pop()
+        else:
+            style = {each for tag in styles for each in tag.split()}
+            style |= {"code"} if token.type == "code_inline" else set()
+            yield (
+                " ".join(each for each in ("bold", "italic", "code") if each in style),
+                token.content,
+            )
+
+
+def joined(texts: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """Neighbours of one style as one."""
+    groups = groupby((text for text in texts if text[1]), key=itemgetter(0))
+    return [(style, "".join(text for _, text in group)) for style, group in groups]
 
 
 HOSTILE = """<script>hacked = 1</script><img src=x onerror="hacked=1">

@@ -64,23 +64,29 @@ export function keep(conversation) {
   return isCopy ? "copied" : "kept";
 }
 
-// Makes room for it where that is needed; the conversations that were used longest ago go.
+// Makes room for it where that is needed.
 function isWritten(conversation) {
   const key = PREFIX + conversation.id;
-  const oldest = conversations().map(({ id }) => PREFIX + id).filter((other) => other !== key).reverse();
-  const unread = keys().filter((other) => other !== key && !oldest.includes(other));
-  const others = [...unread, ...oldest];
-  while (others.length >= MOST) localStorage.removeItem(others.shift());
   const text = JSON.stringify(conversation);
+  let others = null;
   for (;;) {
     try {
-      localStorage.setItem(key, text);
-      return true;
+      const isRoom = localStorage.getItem(key) !== null || keys().length < MOST;
+      if (isRoom) localStorage.setItem(key, text);
+      if (isRoom) return true;
     } catch {
-      if (!others.length) return false;
-      localStorage.removeItem(others.shift());
+      // It is full, or there is none.
     }
+    others ??= byUse().filter((other) => other !== key);
+    if (!others.length) return false;
+    localStorage.removeItem(others.shift());
   }
+}
+
+// Keys in the order in which they go: what cannot be read, then what was used longest ago.
+function byUse() {
+  const oldest = conversations().map(({ id }) => PREFIX + id).reverse();
+  return [...keys().filter((key) => !oldest.includes(key)), ...oldest];
 }
 
 export function forget(id) {
