@@ -318,10 +318,12 @@ def test_a_server_that_is_killed_and_started_again(context: BrowserContext) -> N
     chat.send("What is 1 + 2?")
     chat.wait()
     expect(chat.state).to_contain_text("The server cannot be reached.")
+    chat.page.locator("#model").evaluate("element => { element.textContent = 'earlier' }")
     with program("--port", url.rstrip("/").rpartition(":")[2]) as (_, again):
         assert again == url
         chat.button("Retry").click()
         chat.wait()
+        expect(chat.page.locator("#model")).to_have_text("pocket")  # looked for again
         assert chat.answer.inner_text() == "1 + 2 = 3."
         assert chat.say("What is 2 + 2?") == "2 + 2 = 4."
     assert chat.page.locator(".assistant .text").all_inner_texts()[1] == kept

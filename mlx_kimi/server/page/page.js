@@ -84,6 +84,7 @@ async function ask() {
     if (!(error instanceof Problem)) console.error(error);
     message.state = error.kind === "stopped" ? "stopped" : "failed";
     message.line = error.message;
+    if (message.state === "failed") served = null; // it may be another one that answers next
     if (error.kind === "key") wantKey();
   } finally {
     delete message.progress;
