@@ -17,7 +17,6 @@ from mlx_kimi.metal_kernels.kda_sequential import kda_step
 from mlx_kimi.metal_kernels.kernel import Kernel
 from mlx_kimi.metal_kernels.matrix import Matrix
 
-FEW = 8  # tokens of a text, one after another: their gates are read for each
 LANES = 4  # that share a row
 SIZES = (32, 64, 128)
 

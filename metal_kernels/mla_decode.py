@@ -27,7 +27,6 @@ from mlx_kimi.metal_kernels.split_kv import (
 from mlx_kimi.metal_kernels.tuning import AttendShape, tuning
 
 OUTPUT_THREADS = 512
-FEW = 8  # tokens of a text: each reads the latents for itself
 
 
 class LatentWeights(NamedTuple):

@@ -113,6 +113,18 @@ def test_kernels_take_random_steps(pocket: KimiLinear, bits: int | None) -> None
         random_steps(pocket, 1, bits, rounds=2)
 
 
+@pytest.mark.parametrize(("B", "T"), [(1, 5), (2, 8)])
+def test_a_few_tokens_of_a_prompt_are_read_as_those_of_a_step(
+    pocket: KimiLinear, B: int, T: int
+) -> None:
+    tokens = ids(T, B)
+    with use_backend(reference_backend, traced=True):
+        caches_before = [prompted(pocket, 9, B=B) for _ in range(2)]
+        read = pocket.hidden(tokens, caches_before[0])
+        assert any(shapes[0] == (B, T) for shapes in pocket.compiled._graphs), "a graph took them"
+        assert_same_bits("hidden", read, pocket.hidden(tokens, caches_before[1], steps=[]))
+
+
 def random_steps(pocket: KimiLinear, B: int, bits: int | None, rounds: int) -> None:
     rng = np.random.default_rng(B)
     cache, plain = (prompted(pocket, TAIL - 20, bits, B) for _ in range(2))

@@ -71,12 +71,13 @@ def tried(folder: Path, *fault: str, **how: Any) -> Stored:
 
 
 # ------------------------------------------------------------------------------ faults in a child
+HANGS = 6.0  # seconds; what does not hang has the usual 20, for a machine that others use
 FAULTS = {
     "refused": "error: no such 'x'",
     "throws": "LU factorization failed",
     "wrong": "results are 1.0e-02 off, more than 1.0e-04",
     "crashes": "its process ended with signal 11",
-    "hangs": "it did not return within 3 s",
+    "hangs": f"it did not return within {HANGS:.0f} s",
 }
 
 
@@ -86,7 +87,8 @@ FAULTS = {
 def test_a_kernel_with_a_fault_is_off_and_all_others_run(
     folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, fault: str, kernel: str
 ) -> None:
-    monkeypatch.setattr(tune, "HANGS", 3.0)
+    if fault == "hangs":
+        monkeypatch.setattr(tune, "HANGS", HANGS)
     found = tried(folder("tiny"), fault, kernel)
     assert found.complete and list(found.off) == [kernel] and FAULTS[fault] in found.off[kernel]
     start = time.perf_counter()

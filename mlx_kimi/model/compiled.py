@@ -17,10 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.metal_kernels.kernel import backend, is_traced, takes_addresses
-from mlx_kimi.metal_kernels.mla_decode import FEW
 from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan
 from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache, Segment
-from mlx_kimi.model.forward_batch import ForwardBatch
+from mlx_kimi.model.forward_batch import ForwardBatch, is_few
 from mlx_kimi.model.kda import KimiDeltaAttention
 from mlx_kimi.model.mla import MultiHeadLatentAttention
 from mlx_kimi.model.steps import KDAStep, LatentStep, Step
@@ -58,7 +57,7 @@ class CompiledStep:
         and room, and the experts are likely in memory."""
         return (
             is_traced()
-            and T <= FEW
+            and is_few(len(cache[0].lengths), T)
             and all(
                 entry.lengths and (isinstance(entry, KDACache) or entry.room >= T)
                 for entry in cache

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from mlx_kimi.model.steps import Step
 
 
+# Tokens of a text in one step, for each of which gates and latents are read again, and tokens in
+# all, that take the kernels of one token, in a graph that is built once.
+FEW, FEW_IN_ALL = 8, 16
+
+
+def is_few(B: int, T: int) -> bool:
+    """Whether T tokens in each of B rows take the kernels of one token."""
+    return T == 1 or (T <= FEW and B * T <= FEW_IN_ALL)
+
+
 @dataclass(frozen=True)
 class ForwardBatch:
     """What all layers are told of the tokens [B, T] of one forward pass."""

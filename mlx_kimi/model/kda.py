@@ -15,10 +15,11 @@ from mlx_kimi.metal_kernels.kda import (
     decode_unsupported_reason,
     kda,
 )
-from mlx_kimi.metal_kernels.kda_decode import FEW, DecodeWeights, kda_decode
+from mlx_kimi.metal_kernels.kda_decode import DecodeWeights, kda_decode
 from mlx_kimi.metal_kernels.kda_prepare import Projected, kda_finish, kda_prepare, prepared_by
 from mlx_kimi.metal_kernels.tuning import tuning
 from mlx_kimi.model.cache import KDACache
+from mlx_kimi.model.forward_batch import FEW, is_few
 from mlx_kimi.model.layers import RMSNorm
 from mlx_kimi.model.linear import FusedLinear
 from mlx_kimi.model.steps import KDAStep, Step
@@ -62,8 +63,7 @@ class KimiDeltaAttention(nn.Module):
             steps: takes what going back to fewer of these tokens needs.
         """
         B, T, _ = x.shape
-        few = T == 1 or (steps is not None and T <= FEW)
-        if few and lengths is None and self.decode_unsupported_reason() is None:
+        if is_few(B, T) and lengths is None and self.decode_unsupported_reason() is None:
             return self._decode(x, cache, zeros, steps)
         y = self.in_proj.joined(x)
         f_a, g_a = mx.split(y, self.in_proj.ends, axis=-1)[1:3]  # (kda_prepare takes the rest)
@@ -84,8 +84,8 @@ class KimiDeltaAttention(nn.Module):
         return [
             ("1 token", "ops form", reason)
             if reason
-            else ("1 token", "kda_decode", f"and of up to {FEW} with drafts"),
-            (f"2 to {chunked_from - 1} tokens", few.name, few.why),
+            else (f"1 to {FEW} tokens", "kda_decode", "one launch"),
+            (f"{2 if reason else FEW + 1} to {chunked_from - 1} tokens", few.name, few.why),
             (f"{chunked_from} tokens or more", many.name, many.why),
             ("2 tokens or more, around these", *prepared_by(self.in_proj.width, self.head_dim)),
         ]

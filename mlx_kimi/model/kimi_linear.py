@@ -176,7 +176,7 @@ class KimiLinear(nn.Module):
         with self._turn, self.choices.use():
             if min(counts) < T:
                 x = self.run(ids, cache, ForwardBatch.padded(counts))
-            elif (T == 1 or steps is not None) and self.compiled.takes(cache, T):
+            elif self.compiled.takes(cache, T):
                 x = self.compiled(ids, cache, steps)
             else:
                 x = self.run(ids, cache, ForwardBatch(steps=steps))

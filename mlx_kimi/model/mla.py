@@ -23,6 +23,7 @@ from mlx_kimi.metal_kernels.mla_decode import LatentWeights
 from mlx_kimi.metal_kernels.split_kv import SplitKVPlan
 from mlx_kimi.metal_kernels.tuning import tuning
 from mlx_kimi.model.cache import LatentCache, Segment, Segments
+from mlx_kimi.model.forward_batch import FEW, is_few
 from mlx_kimi.model.layers import RMSNorm
 from mlx_kimi.model.linear import FusedLinear
 from mlx_kimi.model.steps import LatentStep, Step
@@ -88,7 +89,7 @@ class MultiHeadLatentAttention(nn.Module):
             steps: takes what going back to fewer of these tokens needs.
         """
         B, T, _ = x.shape
-        few = T == 1 or (steps is not None and T <= min(mla_decode.FEW, cache.room))
+        few = is_few(B, T) and T <= cache.room
         if few and counts is None and self.decode_unsupported_reason() is None:
             return self._decode(x, cache, plan or cache.plan(B, T), steps)
         x = self.in_proj.joined(x)  # (mla_prefill reads the queries at the front of each row)
@@ -135,11 +136,15 @@ class MultiHeadLatentAttention(nn.Module):
             ("1 token", "ops form", reason)
             if reason
             else (
-                "1 token",
+                f"1 to {FEW} tokens",
                 "mla_query, mla_attend, mla_output",
-                f"and of up to {mla_decode.FEW} with drafts",
+                "as many as have room in the tail",
             ),
-            (f"2 to {many - 1} tokens", "ops form", "no kernel takes so few after a longer text"),
+            (
+                f"{2 if reason else FEW + 1} to {many - 1} tokens",
+                "ops form",
+                "no kernel takes so few after a longer text",
+            ),
             (
                 f"{many} tokens or more; fewer in a new text",
                 "ops form" if many_reason else "mla_prefill",
