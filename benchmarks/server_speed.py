@@ -30,7 +30,6 @@ import numpy as np
 from benchmarks.full_size import peer_kernels
 from mlx_kimi.bundled import pocket_folder
 
-AT_ONCE = (1, 2, 4, 8, 16)
 START = 300.0  # seconds that a server may take to load and to compile
 WORDS = ("river", "stone", "seven", "light", "garden", "number", "table", "seed", "cloud", "road")
 SERVERS = ("mlx_kimi", "mlx_lm")
@@ -48,6 +47,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=pocket_folder())
     parser.add_argument("--words", type=int, default=60, help="of each prompt")
     parser.add_argument("--tokens", type=int, default=48, help="of each answer, at most")
+    parser.add_argument("--at-once", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--context", type=int, default=2000, help="tokens, about")
     parser.add_argument("--servers", nargs="*", choices=SERVERS, default=SERVERS)
@@ -55,19 +55,15 @@ def main() -> None:
     given = parser.parse_args()
     if given.serve_peer:
         return serve_peer(given.folder, given.serve_peer)
-    measured = {}
+    rates = {}
     for name in given.servers:
         with served(name, given.folder) as url:
-            measured[name] = asyncio.run(measure(url, given))
-    print(f"{'at once':<10}" + "".join(f"{n:>12} tok/s   first token p50, p99" for n in measured))
-    for place, count in enumerate(AT_ONCE):
-        rows = [found[place] for found in measured.values()]
-        shown = [f"{rate:12.1f}   {p50 * 1e3:10.0f} {p99 * 1e3:8.0f} ms" for rate, p50, p99 in rows]
-        ratio = f"{rows[0][0] / rows[-1][0]:8.2f} x" if len(rows) > 1 else ""
-        print(f"{count:<10}" + "   ".join(shown) + ratio)
-    for name, found in measured.items():
-        for text in found[len(AT_ONCE) :]:
-            print(f"{name}: {text}")
+            print(name, flush=True)
+            rates[name] = asyncio.run(measure(url, given))
+    if len(rates) > 1:
+        ours, theirs = rates.values()
+        for count in given.at_once:
+            print(f"{count} at once: {ours[count] / theirs[count]:.2f} x as many tokens a second")
 
 
 # ------------------------------------------------------------------------------------ servers
@@ -144,16 +140,16 @@ def serve_peer(folder: Path, port: int) -> None:
 
 
 # ------------------------------------------------------------------------------------ requests
-async def measure(url: str, given: argparse.Namespace) -> list[Any]:
-    """Tokens a second and time to first token p50, p99 for each of AT_ONCE; then lines of text."""
-    found: list[Any] = []
+async def measure(url: str, given: argparse.Namespace) -> dict[int, float]:
+    """Tokens a second of so many requests at once."""
+    rates: dict[int, float] = {}
     alone = httpx.Limits(max_keepalive_connections=0)  # mlx-lm's server closes what it has answered
     async with httpx.AsyncClient(
         base_url=url, timeout=600, trust_env=False, limits=alone
     ) as client:
-        for count in AT_ONCE:  # so that what is compiled for a number of rows is not measured
+        for count in given.at_once:
+            # So that what is compiled for a number of rows is not measured.
             await _together(client, count, 8, given.words, seed=-count)
-        for count in AT_ONCE:
             tokens, seconds, firsts = 0, 0.0, list[float]()
             for round_ in range(given.rounds):
                 began = time.perf_counter()
@@ -161,15 +157,24 @@ async def measure(url: str, given: argparse.Namespace) -> list[Any]:
                 seconds += time.perf_counter() - began
                 tokens += sum(answer.tokens for answer in answers)
                 firsts += [answer.first for answer in answers]
-            found.append((tokens / seconds, *np.quantile(firsts, (0.5, 0.99))))
+            rates[count] = tokens / seconds
+            p50, p99 = np.quantile(firsts, (0.5, 0.99)) * 1e3
+            print(
+                f"  {count:>2} at once, {answers[0].prompt} tokens: {rates[count]:7.1f} tok/s, "
+                f"first token p50 {p50:.0f}, p99 {p99:.0f} ms",
+                flush=True,
+            )
         asked = [{"role": "user", "content": _text(given.context, "long")}]
         for turn in ("read", "asked again", "with another turn"):
             if turn == "with another turn":
                 asked.append({"role": "assistant", "content": "seven"})
                 asked.append({"role": "user", "content": "And now?"})
             answer = await _ask(client, asked, 8)
-            found.append(f"{answer.prompt} tokens {turn}: first token after {answer.first:.3f} s")
-    return found
+            print(
+                f"  {answer.prompt} tokens {turn}: first token after {answer.first:.3f} s",
+                flush=True,
+            )
+    return rates
 
 
 async def _together(
