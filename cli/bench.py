@@ -22,11 +22,11 @@ from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import tensors
 from mlx_kimi.cli import show
 from mlx_kimi.cli.given import budget_of, folder_of
-from mlx_kimi.cli.progress import Work, loading, work
+from mlx_kimi.cli.progress import Work, work
+from mlx_kimi.cli.ranked import load_here, refuse_what_ranks_cannot
 from mlx_kimi.errors import KimiError, OptionError
 from mlx_kimi.evaluation.bench import Bench, BenchRow, check_fits, check_settings
 from mlx_kimi.generation.speculate import Speculate
-from mlx_kimi.loading.load import load
 from mlx_kimi.metal_kernels.kernel import backend
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.units import human_size
@@ -62,6 +62,7 @@ def run(
     repeats: int,
     prefill_step: int,
     speculate: Speculate,
+    split: str | None,
     memory_budget: int | None,
     context: int | None,
     json_file: Path | None,
@@ -69,6 +70,7 @@ def run(
 ) -> None:
     check_settings(tokens, repeats, prefill_step)
     budget = budget_of(memory_budget, context, prefill_step)
+    refuse_what_ranks_cannot(split, budget, speculate)
     lengths = _lengths(contexts)
     _check_files(json_file, plot_file)
     folder = folder_of(model, budget)
@@ -79,8 +81,7 @@ def run(
             check_fits(length, tokens, budget.context, "--context")
     if budget:  # room for what is measured, unless told
         budget = replace(budget, context=budget.context or max(lengths) + tokens + 1)
-    with loading():
-        network, tokenizer = load(folder, budget)
+    network, tokenizer = load_here(folder, budget, split)
     how = {"tokens": tokens, "repeats": repeats, "prefill_step": prefill_step}
     bench = Bench(network, tokenizer, **how, speculate=speculate)
     facts = _facts(model or "pocket", network, bench)

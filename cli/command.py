@@ -14,6 +14,7 @@ from mlx_kimi.cli.interrupts import raise_again
 from mlx_kimi.cli.options import FILES, MODEL
 from mlx_kimi.cli.settings import as_given
 from mlx_kimi.errors import OptionError
+from mlx_kimi.ranks.launched import Launched
 
 USAGE = 2  # the exit code of a command line that is wrong
 
@@ -75,9 +76,24 @@ class Command(click.Command):
             context.fail(f"unexpected argument {left[0]!r}{takes}")
         return left
 
+    def _follow_if_told(self, given: dict[str, Any]) -> None:
+        """Of several ranks, those but the first end here: they read nothing and print nothing."""
+        launched = Launched.here()
+        if launched is None:
+            return
+        if "split" not in given:
+            raise click.UsageError(
+                f"{self.name} runs in one process, but mlx.launch has started {launched.size}"
+            )
+        if launched.rank:
+            from mlx_kimi.cli.ranked import follow_with  # here: it imports all that computes
+
+            follow_with(launched, given["model"])
+
     def _run(self, **given: Any) -> None:
         if problem := backend.missing():
             raise click.ClickException(problem)
+        self._follow_if_told(given)
         module = import_module(self.module)
         raise_again()
         try:

@@ -13,11 +13,11 @@ from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.session import read_session
 from mlx_kimi.cli import show
 from mlx_kimi.cli.given import budget_of, check_options, folder_of, prompt_of, with_defaults
-from mlx_kimi.cli.progress import BYTES, loading, work
+from mlx_kimi.cli.progress import BYTES, work
+from mlx_kimi.cli.ranked import load_here, refuse_what_ranks_cannot
 from mlx_kimi.generation.answer import Chunk, Stats
 from mlx_kimi.generation.generate import Prompt, stream_generate
 from mlx_kimi.generation.token_state import TokenState
-from mlx_kimi.loading.load import load
 from mlx_kimi.user_files import JSON_BYTES, parsed_json, read_bytes
 
 NO_TOKEN = Stats(  # of an answer that was interrupted before its first
@@ -42,6 +42,7 @@ def run(
     stop: tuple[str, ...],
     json_schema: Path | None,
     as_json: bool,
+    split: str | None,
     memory_budget: int | None,
     context: int | None,
     **options: Any,
@@ -50,6 +51,7 @@ def run(
     check_options(options)
     schema = _schema(json_schema)
     budget = budget_of(memory_budget, context, options["prefill_step"], options["latent_bits"])
+    refuse_what_ranks_cannot(split, budget, options["speculate"])
     if raw and (system or prompt_cache):
         which = "--system" if system else "--prompt-cache"
         raise click.UsageError(f"{which} is part of a chat and --raw has none")
@@ -58,8 +60,7 @@ def run(
     chunks: list[Chunk] = []
     state: TokenState | None = None
     try:
-        with loading():
-            network, tokenizer = load(folder, budget)
+        network, tokenizer = load_here(folder, budget, split)
         state = TokenState(network, options["latent_bits"], snapshot_every=None)
         conversation = Conversation(system)
         if prompt_cache:

@@ -25,6 +25,7 @@ from mlx_kimi.loading.budget import Budget
 from mlx_kimi.loading.fetch import fetched
 from mlx_kimi.loading.load import check_headers
 from mlx_kimi.model.cache import check_latent_bits
+from mlx_kimi.ranks.launched import Launched
 from mlx_kimi.user_files import FILE_BYTES, decoded, read_bytes
 
 STDIN = Path("-")
@@ -43,7 +44,7 @@ def folder_of(model: str | None, budget: Budget | None = None) -> Path:
     Raises:
         KimiError: there is no such model, or it does not load here.
     """
-    check = partial(check_headers, budget=budget)
+    check = partial(check_headers, budget=budget, may_be_too_large=Launched.here() is not None)
     return fetched(model_or_pocket(model), check, say=lambda line: click.echo(line, err=True))
 
 

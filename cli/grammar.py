@@ -27,6 +27,7 @@ from mlx_kimi.cli.options import (
     SAMPLING,
     SESSIONS,
     SPECULATE,
+    SPLIT,
     SYSTEM,
     TEXT,
     Bytes,
@@ -91,6 +92,7 @@ GENERATE = Command(
             ["--json", "as_json"], is_flag=True, help="Print one JSON object at the end instead."
         ),
         *LENGTHS,
+        SPLIT,
         *BUDGET,
         NO_TUNE_FIRST,
         *SAMPLING,
@@ -134,6 +136,7 @@ CHAT = Command(
         SESSIONS,
         AUTOSAVE,
         *LENGTHS,
+        SPLIT,
         *BUDGET,
         NO_TUNE_FIRST,
         *SAMPLING,
@@ -505,6 +508,7 @@ BENCH = Command(
         click.Option(["--repeats"], type=int, default=3, help="Answers at each context."),
         PREFILL,
         SPECULATE,
+        SPLIT,
         *BUDGET,
         NO_TUNE_FIRST,
         click.Option(

@@ -177,6 +177,11 @@ LENGTHS = [
     LATENT_BITS,
     SPECULATE,
 ]
+SPLIT = Setting(
+    ["--split"],
+    metavar="layers[=N,N,...]",
+    help="With mlx.launch: the layers of each rank, rank 0 first; by their memory without numbers.",
+)
 BUDGET = [
     Setting(
         ["--memory-budget"],

@@ -88,15 +88,24 @@ def parsed_json(text: bytes, file: Path) -> dict[str, Json]:
     Raises:
         KimiError: it is no JSON object, names a key twice or nests too deeply.
     """
+    value = parsed_value(text, file)
+    if not isinstance(value, dict):
+        raise KimiError(f"{file}: must be a JSON object, but is {shown(value)}")
+    return value
+
+
+def parsed_value(text: bytes, file: Path) -> Json:
+    """What `text`, of `file`, spells: an object or anything else.
+
+    Raises:
+        KimiError: it is no JSON, names a key twice or nests too deeply.
+    """
     try:
-        value = json.loads(decoded(text, file), object_pairs_hook=_object_without_doubles)
+        return json.loads(decoded(text, file), object_pairs_hook=_object_without_doubles)
     except RecursionError:
         raise KimiError(f"{file}: nests too deeply") from None
     except ValueError as error:
         raise KimiError(f"{file}: must be JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise KimiError(f"{file}: must be a JSON object, but is {shown(value)}")
-    return value
 
 
 def _object_without_doubles(pairs: list[tuple[str, Json]]) -> dict[str, Json]:

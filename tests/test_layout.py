@@ -20,7 +20,7 @@ LAYERS = ("cli", "convert", "mlx_kimi", "metal_kernels")
 # Rooms of mlx_kimi, from the top; those of one line do not know each other. A file at the root is
 # known to all rooms, and knows none but through the package's public names.
 ROOMS = (
-    ("server",),
+    ("server", "ranks"),
     ("evaluation", "chat"),
     ("generation", "loading"),
     ("tuning",),

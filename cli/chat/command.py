@@ -21,8 +21,8 @@ from mlx_kimi.cli.chat.input import LineEditor, PipedLines
 from mlx_kimi.cli.chat.loop import Loop, status, toolbar
 from mlx_kimi.cli.chat.screen import PlainScreen, TerminalScreen
 from mlx_kimi.cli.given import budget_of, check_options, folder_of, with_defaults
-from mlx_kimi.cli.progress import BYTES, loading, work
-from mlx_kimi.loading.load import load
+from mlx_kimi.cli.progress import BYTES, work
+from mlx_kimi.cli.ranked import load_here, refuse_what_ranks_cannot
 
 
 def run(
@@ -34,12 +34,14 @@ def run(
     snapshot_memory: float,
     sessions: Path | None,
     autosave_limit: int,
+    split: str | None,
     memory_budget: int | None,
     context: int | None,
     **options: Any,
 ) -> None:
     check_options(options)
     budget = budget_of(memory_budget, context, options["prefill_step"], options["latent_bits"])
+    refuse_what_ranks_cannot(split, budget, options["speculate"])
     if resume is not None:
         if system is not None:
             raise click.UsageError("--system opens a new conversation and --resume goes on")
@@ -59,8 +61,7 @@ def run(
         longest = budget.tokens(ModelConfig.read(folder))
         refuse_longer(Sessions(sessions).existing(resume), same, longest)
     name = Path(model or folder).name
-    with loading():
-        network, tokenizer = load(folder, budget)
+    network, tokenizer = load_here(folder, budget, split)
     chat = Chat(
         network,
         tokenizer,

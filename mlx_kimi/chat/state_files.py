@@ -23,7 +23,15 @@ from mlx_kimi.durable import checksum, write_durably
 from mlx_kimi.errors import KimiError, in_words
 from mlx_kimi.generation.token_state import Snapshot, TokenState
 from mlx_kimi.metal_kernels.latents import is_packed, pack
-from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache, Segment
+from mlx_kimi.model.cache import (
+    TAIL,
+    CacheEntry,
+    KDACache,
+    LatentCache,
+    RemoteCache,
+    Segment,
+    numbered,
+)
 from mlx_kimi.model.kimi_linear import KimiLinear
 
 SUFFIX = ".safetensors"
@@ -51,13 +59,16 @@ def is_state_file(name: str) -> bool:
 def write_state(folder: Path, state: TokenState, start: int) -> StateFile:
     """Store what `state` has read from token `start` on, and its present state."""
     arrays = token_arrays(state.ids[start:], state.entries, start) | kda_arrays(state.entries)
+    for entry in state.entries:
+        if isinstance(entry, RemoteCache) and entry.state is not None:
+            arrays |= entry.state.stored(start)
     return _write(folder, arrays, start, len(state.ids), has_kda=True)
 
 
 def token_arrays(ids: Sequence[int], entries: Sequence[CacheEntry], start: int) -> Arrays:
     """What is kept of tokens themselves: `ids`, those from token `start` on, and their latents."""
     arrays = {"ids": mx.array(list(ids), mx.int32)}
-    for layer, entry in enumerate(entries):
+    for layer, entry in numbered(entries):
         if isinstance(entry, LatentCache):
             arrays |= {f"{name}.{layer}": a for name, a in _latents_since(entry, start).items()}
     return arrays
@@ -66,7 +77,7 @@ def token_arrays(ids: Sequence[int], entries: Sequence[CacheEntry], start: int) 
 def kda_arrays(entries: Sequence[CacheEntry]) -> Arrays:
     """What is kept of the place after the last token, to go on from there."""
     arrays: Arrays = {}
-    for layer, entry in enumerate(entries):
+    for layer, entry in numbered(entries):
         if isinstance(entry, KDACache):
             assert entry.conv_tail is not None and entry.state is not None
             arrays |= {f"conv.{layer}": entry.conv_tail, f"state.{layer}": entry.state}
@@ -219,13 +230,30 @@ def read_entries(
     ids = [token for part in loaded for token in stored_ids(part, model.config.vocab_size, where)]
     if len(ids) != end:
         raise KimiError(f"{where}: ends at token {end}, but {len(ids)} are stored")
-    entries: list[CacheEntry] = []
-    for layer, empty in enumerate(model.make_cache(latent_bits)):
-        if isinstance(empty, KDACache):
-            entries.append(_kda(model.config, loaded[-1], layer, end, where))
-        else:
-            entries.append(_latents(model.config, latent_bits, loaded, layer, end, where))
-    return ids, entries
+    layers = range(len(model.config.layers))
+    entries = layer_entries(loaded, model.config, layers, latent_bits, end, where)
+    return ids, model.cache_of(entries, latent_bits)
+
+
+def layer_entries(
+    loaded: Sequence[Arrays],
+    config: ModelConfig,
+    layers: Sequence[int],
+    latent_bits: int | None,
+    end: int,
+    where: str,
+) -> list[CacheEntry]:
+    """The cache of some layers after `end` tokens, as of `read_entries`.
+
+    Raises:
+        KimiError: an array is missing, or has another shape than the model's.
+    """
+    return [
+        _kda(config, loaded[-1], layer, end, where)
+        if config.layers[layer].attention == "kda"
+        else _latents(config, latent_bits, loaded, layer, end, where)
+        for layer in layers
+    ]
 
 
 def stored_ids(arrays: Arrays, vocab: int, where: str) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,6 +114,11 @@ class ModelConfig:
     def shared_width(self) -> int:
         """Inner channels of the shared experts, which are one wider MLP."""
         return self.num_shared_experts * self.moe_intermediate_size
+
+    def part(self, layers: range) -> ModelConfig:
+        """Of a model with only these layers."""
+        kept = self.layers[layers.start : layers.stop]
+        return replace(self, layers=kept, num_hidden_layers=len(kept))
 
     def quantization_of(self, path: str) -> Quantization | None:
         """The quantization that config.json gives to the module at `path`."""

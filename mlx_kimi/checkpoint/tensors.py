@@ -235,6 +235,21 @@ def sizes(config: ModelConfig) -> dict[str, int]:
     }
 
 
+def is_in_part(name: str, config: ModelConfig, part: range) -> bool:
+    """Whether a model of these layers alone has the array `name` of the MLX layout.
+
+    The first part embeds and the last one has lm_head. All have the last norm, whose dtype is the
+    model's.
+    """
+    first, last = part.start == 0, part.stop == len(config.layers)
+    _, _, below = name.partition("model.layers.")
+    if below:
+        return int(below.partition(".")[0]) in part
+    if name.startswith("model.embed_tokens"):
+        return first or (last and config.tie_word_embeddings)
+    return last or not name.startswith("lm_head")
+
+
 def layer_rows(layer: Layer, config: ModelConfig) -> tuple[TensorRow, ...]:
     """The rows that one decoder layer consists of."""
     attention = KDA if layer.attention == "kda" else MLA

@@ -40,11 +40,12 @@ def prefill(
         hidden = state.rewind_to_prefix_of(ids)
         cached = len(state.ids)
         state.take_snapshot(hidden)  # where the turn begins
-        while hidden is None:
-            done = len(state.ids)
-            if progress:
-                progress(done, len(ids))
-            hidden = state.read(ids[done : done + step], output_wanted=done + step >= len(ids))
+        with state.model.reading(ids[cached:], step):
+            while hidden is None:
+                done = len(state.ids)
+                if progress:
+                    progress(done, len(ids))
+                hidden = state.read(ids[done : done + step], output_wanted=done + step >= len(ids))
         state.answering = hidden = hidden[...]  # a new array: the same prompt may be asked again
     return hidden, cached
 

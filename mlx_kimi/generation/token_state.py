@@ -25,7 +25,7 @@ from mlx_kimi.generation.faults import leave_out_what_failed
 from mlx_kimi.generation.not_finite import not_finite
 from mlx_kimi.generation.sample import Draw, Sampler
 from mlx_kimi.model import cache as caches
-from mlx_kimi.model.cache import TAIL, CacheEntry, KDACache, LatentCache
+from mlx_kimi.model.cache import TAIL, CacheEntry, LatentCache
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.steps import Step, keep_first
 
@@ -398,9 +398,7 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _frozen_arrays(entry: CacheEntry) -> list[mx.array]:
-    if isinstance(entry, KDACache):
-        return []
-    return entry.frozen_arrays
+    return entry.frozen_arrays if isinstance(entry, LatentCache) else []
 
 
 def _serves(snapshot: Snapshot, shared: int, wanted: int) -> bool:

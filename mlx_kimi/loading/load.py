@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.files import Checkpoint
-from mlx_kimi.checkpoint.tensors import ALWAYS_FLOAT32, Join, tensors
+from mlx_kimi.checkpoint.tensors import ALWAYS_FLOAT32, Join, is_in_part, tensors
 from mlx_kimi.errors import KimiError, in_words
 from mlx_kimi.loading.budget import Budget, slots_for, work_for
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
@@ -59,6 +59,8 @@ def load_model(
     lazy: bool = False,
     budget: Budget | None = None,
     checkpoint: Checkpoint | None = None,
+    part: range | None = None,
+    make: Callable[..., KimiLinear] = KimiLinear,
 ) -> KimiLinear:
     """Load a model from a folder that may have no tokenizer.
 
@@ -75,6 +77,9 @@ def load_model(
         budget: of memory. As many routed experts as fit stay in it, the others are read from the
             folder's files when a token needs them; the model's context is the budget's.
         checkpoint: what `headers_of` gave with the folder; with `lazy`.
+        part: the layers to load, as of `KimiLinear`; None: all. Kernels are not tried then, as
+            parts must choose alike, and nobody asks whether it fits.
+        make: makes the model, as `KimiLinear` does.
 
     Raises:
         KimiError: a tensor is missing, unknown, of the wrong shape or dtype, or the model does not
@@ -91,13 +96,16 @@ def load_model(
         arrays = matcher.arrays()
     dtype = compute_dtype(arrays)
     arrays = {name: _in_dtype(name, array, dtype) for name, array in arrays.items()}
+    if part is not None:
+        arrays = {name: a for name, a in arrays.items() if is_in_part(name, config, part)}
     offload = None
-    choices = _choices(folder, config, dtype, lazy, ranks=shard[1])
+    is_whole = shard[1] == 1 and part is None
+    choices = _choices(folder, config, dtype, lazy, is_whole)
     if budget is not None:
         offload = _offload(budget, matcher, arrays, dtype)
         config = replace(config, model_max_length=budget.tokens(config))
         arrays |= offload.arrays
-    elif not lazy:
+    elif not lazy and part is None:
         refuse_what_does_not_fit(folder, config, sum(array.nbytes for array in arrays.values()))
     if not lazy:
         wire()
@@ -105,7 +113,7 @@ def load_model(
     first_expert = rank * (config.num_experts // ranks)
     caches = offload.expert_caches if offload else {}
     weights = Weights(arrays, config, first_expert=first_expert, expert_caches=caches)
-    model = KimiLinear(config, weights, reduce, offload, choices)
+    model = make(config, weights, reduce, offload, choices, part)
     # Fused matrices are copies: their parts must not outlive each layer.
     del arrays, weights, matcher
     if lazy:
@@ -141,13 +149,12 @@ def check_headers(
     enlarge_command_buffers()
     config = ModelConfig.read(folder)
     matcher = TensorMatcher(config, checkpoint, (0, 1))
-    arrays = matcher.arrays()
-    dtype = compute_dtype(arrays)
-    sizes = {name: _in_dtype(name, array, dtype).nbytes for name, array in arrays.items()}
+    sizes = _array_bytes(matcher)
     if budget is None:
         if not may_be_too_large:
             refuse_what_does_not_fit(folder, config, sum(sizes.values()))
         return
+    dtype = compute_dtype(matcher.arrays())
     stacks = [
         ExpertStack.described(checkpoint, name, stored, dtype)
         for _, name, stored in _stored_experts(matcher)
@@ -161,9 +168,12 @@ def _read_weights(model: KimiLinear, checkpoint: Checkpoint) -> None:
     Raises:
         KimiError: MLX cannot read a part, or finds no memory for it.
     """
-    layers = {f"model.layers.{number}": layer for number, layer in enumerate(model.layers)}
+    numbers = zip(model.part, model.layers, strict=True)
+    layers = {f"model.layers.{number}": layer for number, layer in numbers}
     ends = {"model.norm": model.norm, "lm_head": model.lm_head}
     for path, part in {"model.embed_tokens": model.embed_tokens, **layers, **ends}.items():
+        if part is None:  # another rank has it
+            continue
         try:
             mx.eval(part.parameters())
         except RuntimeError as error:
@@ -189,9 +199,11 @@ def _unchanged(checkpoint: Checkpoint) -> Iterator[None]:
     checkpoint.refuse_changed("the model was loaded")
 
 
-def _choices(folder: Path, config: ModelConfig, dtype: mx.Dtype, lazy: bool, ranks: int) -> Choices:
+def _choices(
+    folder: Path, config: ModelConfig, dtype: mx.Dtype, lazy: bool, is_whole: bool
+) -> Choices:
     """Which kernels run here. At a GPU's first load of such a model they are tried, before it."""
-    if not is_traced() or ranks > 1:  # (an emulator tries nothing; ranks must choose alike)
+    if not is_traced() or not is_whole:  # (an emulator tries nothing; ranks must choose alike)
         return Choices.default()
     from mlx_kimi.tuning.tune import choices_for, known_choices  # here: pydantic takes a while
 
@@ -247,6 +259,18 @@ def _loading_bytes(sizes: Mapping[str, int]) -> int:
         part = ".".join(name.split(".")[:3]) if ".layers." in name else name
         parts[part] = parts.get(part, 0) + size
     return 3 * max(parts.values(), default=0) // 2
+
+
+def array_bytes(folder: Path) -> dict[str, int]:
+    """The arrays of a model by their names in the MLX layout, and the bytes of each in memory."""
+    matcher = TensorMatcher(ModelConfig.read(folder), Checkpoint(folder), (0, 1))
+    return _array_bytes(matcher)
+
+
+def _array_bytes(matcher: TensorMatcher) -> dict[str, int]:
+    arrays = matcher.arrays()
+    dtype = compute_dtype(arrays)
+    return {name: _in_dtype(name, array, dtype).nbytes for name, array in arrays.items()}
 
 
 def dtype_of(folder: Path, checkpoint: Checkpoint) -> mx.Dtype:

@@ -6,13 +6,14 @@ references: it costs no time, and no later step can change it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
+from mlx_kimi.checkpoint.config import Layer
 from mlx_kimi.errors import OptionError
 from mlx_kimi.metal_kernels.latents import BITS, is_packed, pack, unpack
 from mlx_kimi.metal_kernels.split_kv import SEGMENTS, Part, SplitKVPlan
@@ -263,8 +264,42 @@ class LatentCache:
         )
 
 
-CacheEntry = KDACache | LatentCache
+class RemoteState(Protocol):
+    """What other processes remember after some tokens. It never changes."""
+
+    def stored(self, start: int) -> dict[str, mx.array]:
+        """Its arrays by their names in state files: latents from token `start` on, KDA states."""
+
+
+@dataclass
+class RemoteCache:
+    """The cache of the first layers, which other processes hold: which of their states it is."""
+
+    layers: int  # whose cache this is
+    bits: int | None = None  # as of a LatentCache
+    lengths: tuple[int, ...] = ()
+    state: RemoteState | None = None  # None: before the first token
+
+    def arrays(self) -> list[mx.array]:
+        return []  # none is here
+
+    def snapshot(self) -> RemoteCache:
+        return replace(self)
+
+    def restore(self, snapshot: RemoteCache) -> None:
+        self.__dict__.update(snapshot.__dict__)
+
+
+CacheEntry = KDACache | LatentCache | RemoteCache
 Joined = TypeVar("Joined")
+
+
+def empty_cache(layers: Sequence[Layer], latent_bits: int | None = None) -> list[CacheEntry]:
+    """The cache of these layers before the first token."""
+    return [
+        KDACache() if layer.attention == "kda" else LatentCache(bits=latent_bits)
+        for layer in layers
+    ]
 
 
 def check_latent_bits(bits: int | None) -> None:
@@ -290,9 +325,18 @@ def arrays(cache: Sequence[CacheEntry]) -> list[mx.array]:
     return [array for entry in cache for array in entry.arrays()]
 
 
+def numbered(cache: Sequence[CacheEntry]) -> Iterator[tuple[int, CacheEntry]]:
+    """Each entry with the number of its layer, or of the first of its layers."""
+    number = 0
+    for entry in cache:
+        yield number, entry
+        number += entry.layers if isinstance(entry, RemoteCache) else 1
+
+
 def take(cache: Sequence[CacheEntry], rows: Sequence[int]) -> list[CacheEntry]:
     """The cache of the batch that consists of these rows of another, in this order."""
-    return [entry.take(rows) for entry in cache]
+    entries: Sequence[Any] = cache
+    return [entry.take(rows) for entry in entries]
 
 
 def join(batches: Sequence[Sequence[CacheEntry]]) -> list[CacheEntry]:

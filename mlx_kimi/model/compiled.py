@@ -18,8 +18,8 @@ import numpy as np
 
 from mlx_kimi.metal_kernels.kernel import backend, is_traced, takes_addresses
 from mlx_kimi.metal_kernels.split_kv import SEGMENTS, SplitKVPlan
-from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache, Segment
-from mlx_kimi.model.forward_batch import ForwardBatch, is_few
+from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache, Segment, empty_cache
+from mlx_kimi.model.forward_batch import ForwardBatch, is_few, rows_of
 from mlx_kimi.model.kda import KimiDeltaAttention
 from mlx_kimi.model.mla import MultiHeadLatentAttention
 from mlx_kimi.model.steps import KDAStep, LatentStep, Step
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 NOTHING_OFFLOADED = OptimisticResidency((), Counts(), np.zeros((0, 0), np.int64), np.zeros((0, 0)))
 MOST_GRAPHS = 32  # kept: one for each number of texts and of tokens, and class of splits
 Arrays = list[list[mx.array]]  # of each entry
-# ids, the plan's texts and launches, the cache's arrays, slot tables -> hidden, the cache's arrays
-# (of several tokens also what going back needs), experts
+# ids (or x and residual), the plan's texts and launches, the cache's arrays, slot tables ->
+# hidden, the cache's arrays (of several tokens also what going back needs), experts
 Graph = Callable[
     [mx.array, mx.array, tuple[mx.array, ...], Arrays, list[mx.array]],
     tuple[mx.array, Arrays, list[mx.array]],
@@ -59,7 +59,7 @@ class CompiledStep:
             is_traced()
             and is_few(len(cache[0].lengths), T)
             and all(
-                entry.lengths and (isinstance(entry, KDACache) or entry.room >= T)
+                entry.lengths and (not isinstance(entry, LatentCache) or entry.room >= T)
                 for entry in cache
             )
             and MultiHeadLatentAttention not in self._without_kernels
@@ -81,8 +81,11 @@ class CompiledStep:
     def __call__(
         self, ids: mx.array, cache: Sequence[CacheEntry], steps: list[Step] | None = None
     ) -> mx.array:
-        """ids [B, T] -> [B, T, hidden]; updates the cache's arrays, not its lengths."""
-        B, T = ids.shape
+        """ids [B, T] -> what `KimiLinear.hidden` gives; updates arrays, not lengths.
+
+        A part that does not begin at layer 0 takes x and residual [2, B, T, hidden] for `ids`.
+        """
+        B, T = rows_of(ids)
         latents = next((entry for entry in cache if isinstance(entry, LatentCache)), LatentCache())
         plan = latents.plan(B, T)
         given = self._arrays(B, cache)
@@ -109,7 +112,7 @@ class CompiledStep:
                 if steps is not None:
                     steps.append(layer.self_attn.decode_step(entry.lengths, new[2], *before))
                 entry.conv_tail, entry.state = new[:2]
-            else:
+            elif isinstance(entry, LatentCache):
                 if steps is not None:
                     steps.append(LatentStep(entry.snapshot(), new[0], in_tail=True))
                 entry.grow_tail(new[0], T)
@@ -131,16 +134,16 @@ class CompiledStep:
         model = self._owner
         width, dtype = model.config.latent_width, model.norm.weight.dtype
         return [
-            entry.arrays()
-            if isinstance(entry, KDACache)
-            else [entry.roomy_tail(B, width, dtype), *_frozen(entry)]
+            [entry.roomy_tail(B, width, dtype), *_frozen(entry)]
+            if isinstance(entry, LatentCache)
+            else entry.arrays()
             for entry in cache
         ]
 
     def _warm_up(self, ids: mx.array, cache: Sequence[CacheEntry]) -> None:
         """Run a step without a graph, which computes the arrays that layers cache at first use:
         within a graph they would be computed at every token."""
-        several = ids.shape[1] > 1
+        several = rows_of(ids)[1] > 1
         if several not in self._warm:
             mx.eval(self._layer_by_layer(ids, [entry.snapshot() for entry in cache]))
             self._warm.add(several)
@@ -182,11 +185,12 @@ def _compiled(
     ) -> tuple[mx.array, Arrays, list[mx.array]]:
         owner = model()
         assert owner is not None
-        cache = [entry(*pair) for pair in zip(owner.make_cache(), arrays, strict=True)]
+        B, T = rows_of(ids)
+        cache = [entry(*pair) for pair in zip(empty_cache(owner.kinds), arrays, strict=True)]
         optimistic = owner.offload.optimistic if owner.offload else NOTHING_OFFLOADED
         residency = optimistic.begin(slot_tables)
-        steps: list[Step] | None = [] if ids.shape[1] > 1 else None
-        plan = SplitKVPlan(texts, launches, capacities, len(ids))
+        steps: list[Step] | None = [] if T > 1 else None
+        plan = SplitKVPlan(texts, launches, capacities, B)
         batch = ForwardBatch(plan=plan, residency=residency, steps=steps)
         hidden = owner.run(ids, cache, batch)
         arrays = [e.arrays() if isinstance(e, KDACache) else e.arrays()[-1:] for e in cache]

@@ -26,6 +26,12 @@ def is_few(B: int, T: int) -> bool:
     return T == 1 or (T <= FEW and B * T <= FEW_IN_ALL)
 
 
+def rows_of(given: mx.array) -> tuple[int, int]:
+    """B and T of ids [B, T], or of x and residual [2, B, T, hidden]."""
+    B, T = given.shape if given.ndim == 2 else given.shape[1:3]
+    return B, T
+
+
 @dataclass(frozen=True)
 class ForwardBatch:
     """What all layers are told of the tokens [B, T] of one forward pass."""

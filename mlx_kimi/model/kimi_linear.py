@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -13,9 +14,9 @@ import mlx.nn as nn
 from mlx_kimi.checkpoint.config import Layer, ModelConfig
 from mlx_kimi.metal_kernels.attention import SubmitLimit
 from mlx_kimi.metal_kernels.tuning import Choices
-from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache
+from mlx_kimi.model.cache import CacheEntry, KDACache, LatentCache, empty_cache
 from mlx_kimi.model.compiled import CompiledStep
-from mlx_kimi.model.forward_batch import ForwardBatch
+from mlx_kimi.model.forward_batch import ForwardBatch, rows_of
 from mlx_kimi.model.kda import KimiDeltaAttention
 from mlx_kimi.model.layers import MLP, RMSNorm
 from mlx_kimi.model.mla import MultiHeadLatentAttention
@@ -108,6 +109,10 @@ class DecoderLayer(nn.Module):
 class KimiLinear(nn.Module):
     """The model of one folder. Heads and experts are counted from the weights it is given.
 
+    It may be a part: some of the layers, one after another. The part that begins at layer 0 embeds
+    ids; any other is given what the part before it gives, x and residual [2, B, T, hidden], where
+    a whole model is given ids [B, T]. Only the part with the last layer has an lm_head.
+
     Several threads may use it, each with a cache of its own: `hidden`, `advance`, a call and
     `first_not_finite` take turns, a forward pass each.
     """
@@ -119,27 +124,39 @@ class KimiLinear(nn.Module):
         reduce: Callable[[mx.array], mx.array] = lambda x: x,
         offload: ExpertOffload | None = None,
         choices: Choices | None = None,
+        part: range | None = None,
     ) -> None:
         """`reduce` adds up a layer's output over the ranks of a sharded model.
 
         `offload` fills the expert caches that `weights` names; None: there are none.
         `choices`: which kernels run, and in which shapes; None: the GPU's defaults.
+        `part`: the layers that are here; None: all.
         """
         super().__init__()
         self.config = config
         self.choices = choices or Choices.default()
         self.offload = offload
-        self.embed_tokens = weights.linear("model.embed_tokens")
+        self.part = part or range(len(config.layers))
+        self.is_last_part = self.part.stop == len(config.layers)
+        self.embed_tokens = None if self.part.start else weights.linear("model.embed_tokens")
         self.layers = [
-            DecoderLayer(config, layer, weights.at(f"model.layers.{number}"), reduce)
-            for number, layer in enumerate(config.layers)
+            DecoderLayer(config, config.layers[n], weights.at(f"model.layers.{n}"), reduce)
+            for n in self.part
         ]
         self.norm = RMSNorm(weights.array("model.norm.weight"), config.rms_norm_eps)
-        self.lm_head = (
-            self.embed_tokens if config.tie_word_embeddings else weights.linear("lm_head")
-        )
+        self.lm_head = None
+        if self.is_last_part:
+            tied = config.tie_word_embeddings
+            both = tied and self.embed_tokens is not None
+            head = "model.embed_tokens" if tied else "lm_head"
+            self.lm_head = self.embed_tokens if both else weights.linear(head)
         self.compiled = CompiledStep(self)
         self._turn = Lock()
+
+    @property
+    def kinds(self) -> Sequence[Layer]:
+        """What the layers are that are here."""
+        return self.config.layers[self.part.start : self.part.stop]
 
     def __call__(
         self,
@@ -165,10 +182,12 @@ class KimiLinear(nn.Module):
     ) -> mx.array:
         """ids [B, T] -> final hidden states [B, T, hidden]: after the last norm, before lm_head.
 
+        A part without the last layer gives x and residual [2, B, T, hidden] instead.
+
         With a list of `steps`, which becomes one a layer, `keep_first` can go back within these
         tokens, of which there are two at least and none is padding.
         """
-        B, T = ids.shape
+        B, T = rows_of(ids)
         if steps is not None and (T < 2 or lengths is not None):
             raise ValueError(f"[hidden] steps must be of 2 tokens or more, unpadded, but T is {T}.")
         counts = [T] * B if lengths is None else [int(length) for length in lengths]
@@ -188,7 +207,16 @@ class KimiLinear(nn.Module):
         """Update `cache` by ids [B, T], whose output is not needed."""
         with self._turn, self.choices.use():
             self._finish(*self._forward_layers(ids, cache, ForwardBatch(), output_wanted=False))
-            _advance_lengths(cache, [ids.shape[1]] * ids.shape[0])
+            B, T = rows_of(ids)
+            _advance_lengths(cache, [T] * B)
+
+    @contextmanager
+    def reading(self, ids: Sequence[int], step: int) -> Iterator[None]:
+        """Within, the tokens `ids` of one text are read, `step` at once.
+
+        A model over several ranks begins later steps meanwhile; this one does nothing more.
+        """
+        yield
 
     def _finish(self, *results: mx.array) -> None:
         """Wait for a step that reads slots which the next one, of any thread, may write.
@@ -200,12 +228,12 @@ class KimiLinear(nn.Module):
             self.offload.optimistic.end_step()
 
     def run(self, ids: mx.array, cache: Sequence[CacheEntry], batch: ForwardBatch) -> mx.array:
-        """ids [B, T] -> final hidden states [B, T, hidden]; updates arrays, not lengths.
+        """ids [B, T] -> what `hidden` gives; updates the cache's arrays, not its lengths.
 
         `hidden` and `advance` count the tokens, and take turns.
         """
         x, residual = self._forward_layers(ids, cache, batch)
-        return self.norm.add_norm(x, residual)[0]
+        return self.norm.add_norm(x, residual)[0] if self.is_last_part else mx.stack([x, residual])
 
     def _forward_layers(
         self,
@@ -218,9 +246,10 @@ class KimiLinear(nn.Module):
 
         Where no output is wanted, after that layer's attention: its experts would be for nothing.
         """
-        if ids.shape[1] > 1 and batch.plan is None:  # (with a plan it may be in a graph)
-            batch = replace(batch, submit_limit=_submit_limit(cache, *ids.shape))
-        x, residual = self._embed(ids), None
+        B, T = rows_of(ids)
+        if T > 1 and batch.plan is None:  # (with a plan it may be in a graph)
+            batch = replace(batch, submit_limit=_submit_limit(cache, B, T))
+        x, residual = self._begin(ids)
         for layer, entry in zip(self.layers, cache, strict=True):
             if layer is self.layers[-1] and not output_wanted:
                 return layer.attention(x, residual, entry, batch)
@@ -228,9 +257,12 @@ class KimiLinear(nn.Module):
         assert residual is not None, "a model has layers"
         return x, residual
 
-    def _embed(self, ids: mx.array) -> mx.array:
-        """ids [B, T] -> [B, T, hidden] in the model's dtype: small floats are bfloat16 at first."""
-        return self.embed_tokens.rows(ids).astype(self.norm.weight.dtype)
+    def _begin(self, ids: mx.array) -> tuple[mx.array, mx.array | None]:
+        """ids [B, T] -> x [B, T, hidden] in the model's dtype, and no residual; small floats are
+        bfloat16 at first. Of a later part: x and residual as they are given."""
+        if self.embed_tokens is None:
+            return ids[0], ids[1]
+        return self.embed_tokens.rows(ids).astype(self.norm.weight.dtype), None
 
     def first_not_finite(self, ids: mx.array) -> str | None:
         """Where NaN or infinity first comes up when ids [B, T] are read from nothing.
@@ -238,28 +270,39 @@ class KimiLinear(nn.Module):
         `layers.3.mlp`, or another module's path, whose output or residual sum is not finite; None:
         nowhere.
         """
-        with self._turn, self.choices.use():
-            return self._first_not_finite(ids)
+        return self.find_not_finite(ids)[0]
 
-    def _first_not_finite(self, ids: mx.array) -> str | None:
-        cache, batch = self.make_cache(), ForwardBatch()
-        x, residual = self._embed(ids), None
-        if not _is_finite(x):
-            return "embed_tokens"
-        for number, (layer, entry) in enumerate(zip(self.layers, cache, strict=True)):
+    def find_not_finite(self, ids: mx.array) -> tuple[str | None, mx.array]:
+        """As `first_not_finite`, of the layers that are here; and what `hidden` gives of `ids`."""
+        with self._turn, self.choices.use():
+            return self._find_not_finite(ids)
+
+    def _find_not_finite(self, ids: mx.array) -> tuple[str | None, mx.array]:
+        cache, batch = empty_cache(self.kinds), ForwardBatch()
+        places: list[str] = []
+
+        def look(place: str, x: mx.array) -> None:
+            if not _is_finite(x):
+                places.append(place)
+
+        x, residual = self._begin(ids)
+        look("embed_tokens", x)
+        for number, layer, entry in zip(self.part, self.layers, cache, strict=True):
             x, residual = layer.attention(x, residual, entry, batch)
-            if not _is_finite(x + residual):
-                return f"layers.{number}.self_attn"
+            look(f"layers.{number}.self_attn", x + residual)
             x, residual = layer.feed_forward(x, residual, batch)
-            if not _is_finite(x + residual):
-                return f"layers.{number}.mlp"
+            look(f"layers.{number}.mlp", x + residual)
+        assert residual is not None, "a model has layers"
+        if not self.is_last_part:
+            return next(iter(places), None), mx.stack([x, residual])
         hidden, _ = self.norm.add_norm(x, residual)
-        if not _is_finite(hidden):
-            return "norm"
-        return None if _is_finite(self.logits(hidden)) else "lm_head"
+        look("norm", hidden)
+        look("lm_head", self.logits(hidden))
+        return next(iter(places), None), hidden
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[..., hidden] after the last norm -> [..., vocab]."""
+        assert self.lm_head is not None, "the part with the last layer gives logits"
         return self.lm_head(hidden)
 
     def make_cache(self, latent_bits: int | None = None) -> list[CacheEntry]:
@@ -267,10 +310,11 @@ class KimiLinear(nn.Module):
 
         `latent_bits` 8 stores the latents of MLA layers, but for the latest, in 8 bits.
         """
-        return [
-            KDACache() if layer.attention == "kda" else LatentCache(bits=latent_bits)
-            for layer in self.config.layers
-        ]
+        return empty_cache(self.kinds, latent_bits)
+
+    def cache_of(self, entries: list[CacheEntry], latent_bits: int | None) -> list[CacheEntry]:
+        """A cache of this model: `entries` of all layers, as files hold them, of `latent_bits`."""
+        return entries
 
 
 def _is_finite(x: mx.array) -> bool:

@@ -1,0 +1,1 @@
+"""One model over several machines or GPUs, on MLX's distributed engine: each holds some layers."""

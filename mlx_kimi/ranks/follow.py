@@ -1,0 +1,89 @@
+"""What the other ranks do: their layers of each step that rank 0 asks for."""
+
+from __future__ import annotations
+
+import os
+from typing import NoReturn
+
+import mlx.core as mx
+
+from mlx_kimi.chat.state_files import kda_arrays, layer_entries, token_arrays
+from mlx_kimi.model import cache as caches
+from mlx_kimi.model.cache import CacheEntry, RemoteCache
+from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.ranks.control import Arrays, Control, Message
+from mlx_kimi.ranks.hops import Hops
+
+
+class Follower:
+    """A rank with some layers, the states that rank 0 has not freed, and no text."""
+
+    def __init__(self, model: KimiLinear, control: Control, hops: Hops) -> None:
+        self.model, self.control, self.hops = model, control, hops
+        self.states: dict[int, list[CacheEntry]] = {}
+
+    def run(self) -> NoReturn:
+        """Do what rank 0 says, until it says that all is over."""
+        while True:
+            message, arrays = self.control.receive()
+            what = message["do"]
+            if what == "end":
+                os._exit(0)
+            try:
+                {
+                    "step": self.step,
+                    "fetch": self.fetch,
+                    "put": self.put,
+                    "find_not_finite": self.find_not_finite,
+                }[what](message, arrays)
+            except RuntimeError:
+                self.control.wait_for_the_end()
+                raise
+
+    def step(self, message: Message, _: Arrays) -> None:
+        """The next tokens of a state: another state, and what the rank before is given."""
+        for number in message["freed"]:
+            self.states.pop(number, None)
+        before = message["before"]
+        cache = (
+            self.model.make_cache(message["bits"])
+            if before is None
+            else caches.snapshot(self.states[before])
+        )
+        x = self.model.hidden(self._given(message["ids"]), cache)
+        self.states[message["after"]] = cache
+        self.hops.send(x)
+        mx.async_eval(caches.arrays(cache))
+
+    def _given(self, ids: list[int] | None) -> mx.array:
+        """ids [1, T] for the first layers, x and residual [2, 1, T, hidden] for others."""
+        if ids is None:
+            return self.hops.share_token(mx.zeros((1, 1), mx.int32))
+        if not self.model.part.start:
+            return mx.array([ids])
+        shape = (2, 1, len(ids), self.model.config.hidden_size)
+        given = self.hops.receive(shape, self.model.norm.weight.dtype)
+        mx.eval(given)
+        return given
+
+    def fetch(self, message: Message, _: Arrays) -> None:
+        """Send a state to rank 0, as files hold it."""
+        entries = [RemoteCache(self.model.part.start), *self.states[message["state"]]]
+        arrays = token_arrays((), entries, message["start"]) | kda_arrays(entries)
+        del arrays["ids"]
+        mx.eval(arrays)
+        self.control.send(0, {}, arrays)
+
+    def put(self, message: Message, arrays: Arrays) -> None:
+        """Take a state that rank 0 has read from files."""
+        end, bits = message["end"], message["bits"]
+        self.states[message["state"]] = layer_entries(
+            [arrays], self.model.config, self.model.part, bits, end, "a state of rank 0"
+        )
+
+    def find_not_finite(self, message: Message, _: Arrays) -> None:
+        """As of `KimiLinear`, for the layers that are here."""
+        (ids,) = message["ids"]
+        place, x = self.model.find_not_finite(self._given(ids))
+        self.hops.send(x)
+        self.control.send(0, {"place": place})

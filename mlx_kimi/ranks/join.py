@@ -1,0 +1,136 @@
+"""Ranks find each other, agree on the model, load their layers and begin."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+import mlx.core as mx
+
+from mlx_kimi import __version__
+from mlx_kimi.chat.fingerprint import model_hash
+from mlx_kimi.checkpoint.config import ModelConfig
+from mlx_kimi.checkpoint.files import Checkpoint
+from mlx_kimi.defaults import PREFILL_STEP
+from mlx_kimi.errors import KimiError, in_words
+from mlx_kimi.loading.load import array_bytes, load_model
+from mlx_kimi.loading.memory import ANY_SIZE, Machine
+from mlx_kimi.metal_kernels.tuning import Choices
+from mlx_kimi.ranks.control import Control, Message
+from mlx_kimi.ranks.failure import end, remember_terminal
+from mlx_kimi.ranks.follow import Follower
+from mlx_kimi.ranks.hops import Hops
+from mlx_kimi.ranks.launched import Launched
+from mlx_kimi.ranks.model import RankedModel
+from mlx_kimi.ranks.shares import by_memory, parts_of, share_of
+from mlx_kimi.units import human_size
+
+# What all ranks must have alike: how it is called, and what makes it so.
+ALIKE = {
+    "mlx_kimi": ("mlx_kimi", "install the same version on both"),
+    "mlx": ("MLX", "install the same version on both"),
+    "model": ("model files of the digest", "copy rank 0's folder there"),
+    "device": ("the device", "all ranks compute on the same kind of device"),
+    "kernels": ("kernels of the digest", "set the same MLX_KIMI_ variables on both"),
+}
+
+
+def lead(launched: Launched, folder: Path, split: str, say: Callable[[str], None]) -> RankedModel:
+    """As rank 0: the model, of whose layers other ranks have the first.
+
+    Args:
+        split: as of `shares.parts_of`.
+        say: takes a line for a person who waits for other ranks.
+
+    Raises:
+        KimiError: a rank does not come, has another model or version, or too little memory.
+        OptionError: `split` does not fit the model and the ranks.
+    """
+    remember_terminal()
+    control = Control(launched)
+    try:
+        others = control.first_messages(say)
+        own = introduction(folder)
+        for rank, message in sorted(others.items()):
+            _refuse_other(launched, rank, message, own)
+        machines = [own, *(others[rank] for rank in sorted(others))]
+        parts = _parts(launched, folder, split, machines)
+    except BaseException:
+        control.close(failed=True)
+        raise
+    for rank in others:
+        part = parts[rank]
+        control.send(rank, {"do": "load", "part": [part.start, part.stop]})
+    model = load_model(folder, part=parts[0], make=RankedModel)
+    assert isinstance(model, RankedModel)
+    for rank in others:
+        control.receive(rank)
+    control.broadcast({"do": "connect"})
+    return model.connect(control, Hops(launched))
+
+
+def follow(launched: Launched, folder_of: Callable[[], Path]) -> NoReturn:
+    """As another rank: load the layers that rank 0 says, and do what it asks for, until the end.
+
+    It reads nothing from stdin, and prints nothing but what ends it.
+    """
+    # Ctrl-C is for rank 0, which may go on; the terminal sends it to all.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        folder = folder_of()
+        control = Control(launched)
+        message = control.introduce(introduction(folder))
+        if message["do"] == "end":
+            os._exit(int(message["failed"]))
+        model = load_model(folder, part=range(*message["part"]))
+        control.send(0, {"weights": mx.get_active_memory()})
+        control.receive()
+        Follower(model, control, Hops(launched)).run()
+    except Exception as error:
+        end(f"{launched.name(launched.rank)}: {in_words(error)}")
+
+
+def introduction(folder: Path) -> Message:
+    """What a rank says of itself."""
+    machine = Machine.here()
+    device = "CPU" if mx.default_device() == mx.Device(mx.cpu) else "GPU"
+    return {
+        "mlx_kimi": __version__,
+        "mlx": version("mlx"),
+        "model": model_hash(folder, Checkpoint(folder)),
+        "device": device,
+        "kernels": Choices.default().digest,
+        "limit": machine.limit,
+        "total": machine.total,
+    }
+
+
+def _refuse_other(launched: Launched, rank: int, message: Message, own: Message) -> None:
+    """Refuse a rank that would compute another model, or otherwise."""
+    for key, (what, do) in ALIKE.items():
+        if message[key] != own[key]:
+            raise KimiError(
+                f"{launched.name(rank)} has {what} {message[key]} and rank 0 has {own[key]}: {do}"
+            )
+
+
+def _parts(
+    launched: Launched, folder: Path, split: str, machines: Sequence[Message]
+) -> list[range]:
+    """The layers of each rank, which fit there."""
+    config, sizes = ModelConfig.read(folder), array_bytes(folder)
+    totals = [machine["total"] for machine in machines]
+    parts = parts_of(split, config, launched.size) or by_memory(config, sizes, totals)
+    for rank, (part, machine) in enumerate(zip(parts, machines, strict=True)):
+        needed = share_of(config, sizes, part).needs.at(PREFILL_STEP)
+        if needed > machine["limit"] and not os.environ.get(ANY_SIZE):
+            raise KimiError(
+                f"{launched.name(rank)} needs {human_size(needed)} for layers {part.start} to "
+                f"{part.stop - 1} and has {human_size(machine['limit'])}: give it fewer with "
+                "--split layers=N,N, or use a model of fewer bits"
+            )
+    return parts
