@@ -573,7 +573,7 @@ def test_a_session_beyond_the_budget_is_refused_before_a_model_is_loaded(
     list(talk.answer())
     talk.save_as("mine")
     talk.session.close()
-    monkeypatch.setattr(chat, "load", None)
+    monkeypatch.setattr(chat, "load_here", None)
     where = ["--model", str(talker), "--sessions", str(folder), "--resume", "mine"]
     small = ["--memory-budget", "8GB", "--context", "9"]
     result = CliRunner().invoke(COMMANDS["chat"], [*where, *small])

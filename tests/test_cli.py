@@ -235,7 +235,7 @@ def test_json_is_printed_when_loading_is_interrupted(
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "load", interrupted)
+    monkeypatch.setattr(generate, "load_here", interrupted)
     done = CliRunner().invoke(cli, ["generate", "-m", str(talker), PROMPT, "--json"])
     answer = json.loads(done.stdout)
     assert done.exit_code == 130 and done.stderr.strip() == ""

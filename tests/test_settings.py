@@ -37,7 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         return found
 
     whole = generate.with_defaults
-    monkeypatch.setattr(generate, "load", load)
+    monkeypatch.setattr(generate, "load_here", load)
     monkeypatch.setattr(generate, "with_defaults", noted)
 
     def options(

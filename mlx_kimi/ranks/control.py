@@ -22,7 +22,7 @@ import zmq.utils.monitor
 from zmq.utils import z85
 
 from mlx_kimi.errors import KimiError
-from mlx_kimi.ranks.failure import end
+from mlx_kimi.ranks.failure import end, terminal_here
 from mlx_kimi.ranks.launched import SECRET, Launched
 
 Message = dict[str, Any]
@@ -46,6 +46,7 @@ class Control:
             KimiError: rank 0 cannot listen.
         """
         self.launched = launched
+        self._terminal = None if launched.rank else terminal_here()
         self._context = zmq.Context()
         others = range(1, launched.size) if launched.rank == 0 else (0,)
         self._sockets = {peer: self._socket(peer) for peer in others}
@@ -175,7 +176,7 @@ class Control:
                 peer = peers[monitor]
                 self._gone[peer].set()
                 if peer in self._joined and not self._ending:
-                    end(self._lost(peer))
+                    end(self._lost(peer), self._terminal)
 
     def _lost(self, peer: int) -> str:
         return (

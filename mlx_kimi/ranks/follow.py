@@ -35,6 +35,7 @@ class Follower:
                     "fetch": self.fetch,
                     "put": self.put,
                     "find_not_finite": self.find_not_finite,
+                    "memory": self.memory,
                 }[what](message, arrays)
             except RuntimeError:
                 self.control.wait_for_the_end()
@@ -87,3 +88,8 @@ class Follower:
         place, x = self.model.find_not_finite(self._given(ids))
         self.hops.send(x)
         self.control.send(0, {"place": place})
+
+    def memory(self, message: Message, _: Arrays) -> None:
+        """Bytes that MLX holds here, and held at most."""
+        held = {"active": mx.get_active_memory(), "peak": mx.get_peak_memory()}
+        self.control.send(0, held)

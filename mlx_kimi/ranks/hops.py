@@ -7,6 +7,7 @@ import os
 
 import mlx.core as mx
 
+from mlx_kimi.errors import KimiError, in_words
 from mlx_kimi.ranks.control import SILENCE
 from mlx_kimi.ranks.launched import Launched
 
@@ -22,15 +23,24 @@ class Hops:
         on_device: whether a hop is in the device's order, so that nobody has to await it.
     """
 
-    def __init__(self, launched: Launched) -> None:
-        """Connect to the others, all at the same time."""
+    def __init__(self, launched: Launched, on_device: bool | None = None) -> None:
+        """Connect to the others, all at the same time. `on_device` None: where NCCL is used.
+
+        Raises:
+            KimiError: MLX's backend says that it cannot.
+        """
         self.rank = launched.rank
-        self.on_device = launched.backend == "nccl"
+        self.on_device = launched.backend == "nccl" if on_device is None else on_device
         # `init` waits for the others and lets no other thread run: this ends it if one is lost.
         with open(os.devnull, "w") as nowhere:
             faulthandler.dump_traceback_later(SILENCE, exit=True, file=nowhere)
-            self._group = mx.distributed.init(strict=True, backend=launched.backend)
-            faulthandler.cancel_dump_traceback_later()
+            try:
+                self._group = mx.distributed.init(strict=True, backend=launched.backend)
+            except RuntimeError as error:
+                said = in_words(error)
+                raise KimiError(f"the ranks cannot connect by {launched.backend}: {said}") from None
+            finally:
+                faulthandler.cancel_dump_traceback_later()
         self._stream = None if self.on_device else mx.new_stream(mx.cpu)
         self._sent: mx.array | None = None  # kept until the next: it may be under way
 

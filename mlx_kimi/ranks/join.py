@@ -21,7 +21,7 @@ from mlx_kimi.loading.load import array_bytes, load_model
 from mlx_kimi.loading.memory import ANY_SIZE, Machine
 from mlx_kimi.metal_kernels.tuning import Choices
 from mlx_kimi.ranks.control import Control, Message
-from mlx_kimi.ranks.failure import end, remember_terminal
+from mlx_kimi.ranks.failure import end
 from mlx_kimi.ranks.follow import Follower
 from mlx_kimi.ranks.hops import Hops
 from mlx_kimi.ranks.launched import Launched
@@ -39,18 +39,24 @@ ALIKE = {
 }
 
 
-def lead(launched: Launched, folder: Path, split: str, say: Callable[[str], None]) -> RankedModel:
+def lead(
+    launched: Launched,
+    folder: Path,
+    split: str,
+    say: Callable[[str], None],
+    connected: Callable[[Launched], Hops] = Hops,
+) -> RankedModel:
     """As rank 0: the model, of whose layers other ranks have the first.
 
     Args:
         split: as of `shares.parts_of`.
         say: takes a line for a person who waits for other ranks.
+        connected: connects the ranks, once all have loaded.
 
     Raises:
         KimiError: a rank does not come, has another model or version, or too little memory.
         OptionError: `split` does not fit the model and the ranks.
     """
-    remember_terminal()
     control = Control(launched)
     try:
         others = control.first_messages(say)
@@ -70,10 +76,14 @@ def lead(launched: Launched, folder: Path, split: str, say: Callable[[str], None
     for rank in others:
         control.receive(rank)
     control.broadcast({"do": "connect"})
-    return model.connect(control, Hops(launched))
+    return model.connect(control, connected(launched))
 
 
-def follow(launched: Launched, folder_of: Callable[[], Path]) -> NoReturn:
+def follow(
+    launched: Launched,
+    folder_of: Callable[[], Path],
+    connected: Callable[[Launched], Hops] = Hops,
+) -> NoReturn:
     """As another rank: load the layers that rank 0 says, and do what it asks for, until the end.
 
     It reads nothing from stdin, and prints nothing but what ends it.
@@ -89,7 +99,7 @@ def follow(launched: Launched, folder_of: Callable[[], Path]) -> NoReturn:
         model = load_model(folder, part=range(*message["part"]))
         control.send(0, {"weights": mx.get_active_memory()})
         control.receive()
-        Follower(model, control, Hops(launched)).run()
+        Follower(model, control, connected(launched)).run()
     except Exception as error:
         end(f"{launched.name(launched.rank)}: {in_words(error)}")
 

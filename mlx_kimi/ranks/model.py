@@ -15,7 +15,7 @@ from weakref import finalize
 import mlx.core as mx
 
 from mlx_kimi.chat.state_files import kda_arrays, token_arrays
-from mlx_kimi.model.cache import CacheEntry, RemoteCache, empty_cache, numbered
+from mlx_kimi.model.cache import CacheEntry, RemoteCache, numbered
 from mlx_kimi.model.forward_batch import rows_of
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.steps import Step
@@ -143,6 +143,14 @@ class RankedModel(KimiLinear):
         own = [entry for number, entry in numbered(entries) if number >= first]
         return [RemoteCache(first, latent_bits, entries[0].lengths, state), *own]
 
+    def memory(self) -> list[dict[str, int]]:
+        """Bytes that MLX holds on each rank, `active`, and held at most, `peak`."""
+        own = {"active": mx.get_active_memory(), "peak": mx.get_peak_memory()}
+        with self._order, uninterrupted():
+            self._take_what_nobody_wants()
+            self._control.broadcast({"do": "memory"})
+            return [own, *(self._control.receive(rank)[0] for rank in self._states.ranks)]
+
     # -------------------------------------------------------------------------------- each step
     @contextmanager
     def _received(self, ids: mx.array, cache: list[CacheEntry]) -> Iterator[mx.array]:
@@ -246,6 +254,3 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if pressed:
             handler(*pressed[0])
-
-
-__all__ = ["AHEAD", "RankedModel", "empty_cache", "uninterrupted"]
