@@ -178,7 +178,7 @@ def test_mlx_launch_starts_them(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------- failures
-LONG = (*PROGRAM, "generate", QUESTION, "--temp", "3", "--seed", "1", "--max-tokens", "3000")
+LONG = (*PROGRAM, "bench", "--contexts", "64", "--tokens", "9000", "--repeats", "1")
 
 
 @pytest.mark.parametrize("how, seconds", [(signal.SIGKILL, 3), (signal.SIGSTOP, 12)])
@@ -190,7 +190,8 @@ def test_who_ends_or_is_stopped_ends_all_with_one_line(
     for lost in (0, 1):
         both = ranks()
         started = [both.start(rank, *LONG) for rank in (0, 1)]
-        assert started[0].stdout is not None and started[0].stdout.read(20)
+        assert started[0].stdout is not None and started[0].stdout.readline()
+        time.sleep(1)  # it has loaded and measures now
         began = time.monotonic()
         started[lost].send_signal(how)
         left.append((lost, started[1 - lost], began))
