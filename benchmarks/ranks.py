@@ -195,10 +195,16 @@ def _hop_times(hops: Hops, model: KimiLinear, step: int) -> dict[str, float]:
     for name, T in (("token", 1), ("step", step)):
         x = mx.zeros((2, 1, T, model.config.hidden_size), model.norm.weight.dtype)
         found[name] = _median_time(lambda x=x: _hop(hops, x))
-    if hops.on_device:
-        token = mx.zeros((1, 1), mx.int32)
-        found["share_token"] = _median_time(lambda: mx.eval(hops.share_token(token)))
+    found["drawn"] = _median_time(lambda: _drawn(hops))
     return found
+
+
+def _drawn(hops: Hops) -> None:
+    if hops.rank == 0:
+        hops.send_token(mx.zeros((1, 1)))
+        mx.synchronize()
+    else:
+        mx.eval(hops.receive_token())
 
 
 def _hop(hops: Hops, x: mx.array) -> None:

@@ -37,14 +37,18 @@ def model_or_pocket(model: str | None) -> str | Path:
     return pocket_folder() if model is None else model
 
 
-def folder_of(model: str | None, budget: Budget | None = None) -> Path:
+def folder_of(model: str | None, budget: Budget | None = None, fits: bool = True) -> Path:
     """The folder of a whole model. Of one on the hub all is checked that small files tell, then its
     size is said, and then its weights are downloaded.
+
+    fits: whether it must fit into this machine's memory; on several ranks it need not.
 
     Raises:
         KimiError: there is no such model, or it does not load here.
     """
-    check = partial(check_headers, budget=budget, may_be_too_large=Launched.here() is not None)
+    check = partial(
+        check_headers, budget=budget, may_be_too_large=not fits or bool(Launched.here())
+    )
     return fetched(model_or_pocket(model), check, say=lambda line: click.echo(line, err=True))
 
 

@@ -467,6 +467,31 @@ INFO = Command(
     """Say what a model is made of, and whether it fits this machine. Reads headers, no weights.""",
 )
 
+RANKS = Command(
+    "ranks",
+    [
+        MODEL,
+        click.Option(
+            ["--memory"],
+            metavar="SIZE,SIZE,...",
+            callback=utf8,
+            help="The memory of each Mac, rank 0 first, such as 24GB,32GB.",
+        ),
+        click.Option(
+            ["--hostfile"],
+            type=FILE,
+            metavar="FILE.json",
+            help="The machines, as mlx.launch has them.",
+        ),
+        SPLIT,
+        LATENT_BITS,
+    ],
+    """Say what each of several machines would hold, whether that fits, and how to start them.
+
+    Reads headers, no weights. Without --memory each is taken to be like this machine.
+    """,
+)
+
 EVALUATE = Command(
     "evaluate",
     [
@@ -575,6 +600,7 @@ COMMANDS: dict[str, click.Command] = {
         CHECK,
         TUNE,
         INFO,
+        RANKS,
         EVALUATE,
         BENCH,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -435,3 +436,55 @@ def test_what_mlx_launch_says_is_understood(tmp_path: Path) -> None:
     assert Launched.here({}) is None
     with pytest.raises(KimiError, match="NCCL takes 2 ranks"):
         Launched.here({**nccl, "MLX_WORLD_SIZE": "3", "MLX_RANK": "0"})
+
+
+# ---------------------------------------------------------------------------- `mlx_kimi ranks`
+@pytest.fixture
+def hostfile(tmp_path: Path) -> Path:
+    """As mlx.distributed_config writes it."""
+    hosts = [{"ssh": f"mac-{n}.local", "ips": [f"192.168.1.{n}"], "rdma": []} for n in (5, 6)]
+    file = tmp_path / "hosts.json"
+    file.write_text(json.dumps({"backend": "ring", "envs": [], "hosts": hosts}))
+    return file
+
+
+def test_ranks_says_what_each_machine_would_hold(hostfile: Path) -> None:
+    found = run("ranks", "--memory", "24GB,32GB", "--hostfile", str(hostfile))
+    title, zero, one, empty, line = found.stdout.splitlines()
+    assert title.split() == ["rank", "layers", "weights", "at", "32,768", "GPU", "may", "take"]
+    assert re.fullmatch(r"0 +5 to 7 .* 16\.00 GB +fits up to 32,768 tokens", zero)
+    assert re.fullmatch(r"1 +0 to 4 .* 21\.33 GB +fits up to 32,768 tokens", one)
+    assert not empty and line == (
+        f"mlx.launch --backend ring --hostfile {hostfile} "
+        "--env MLX_KIMI_RANKS_SECRET=$(openssl rand -hex 16) -- mlx_kimi generate TEXT"
+    )
+    small = run("ranks", "--memory", "8MB,6MB", "--split", "layers=6,2")
+    assert small.stdout.count("does not fit") == 2 and "--split layers=6,2 TEXT" in small.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, hosts, what",
+    [
+        ((), None, "--memory 24GB,32GB says what each machine has"),
+        (("--memory", "24"), None, "--memory must be sizes with commas between them: '24' is no"),
+        (("--memory", "24GB"), None, "--memory must be of two machines or more but is 24GB"),
+        (("--memory", "0GB,1GB"), None, "--memory must be of two machines or more"),
+        (("--memory", ",".join(["1GB"] * 9)), None, "a layer a rank at least, but 9 have 8"),
+        (("--memory", "1GB,1GB", "--split", "heads"), None, "--split must be layers or layers=N"),
+        ((), "[]", "must list two hosts or more"),
+        ((), '[["a"], ["b"]]', 'host 0 must have "ssh" and "ips", a list of IPv4 addresses'),
+        ((), '{"hosts": 3}', "must list two hosts or more"),
+        ((), "[", "must be JSON"),
+        (("--memory", "1GB,1GB,1GB"), "", "--memory gives 3 machines, but"),
+    ],
+)
+def test_ranks_refuses_in_one_line(
+    hostfile: Path, arguments: tuple[str, ...], hosts: str | None, what: str
+) -> None:
+    if hosts:
+        hostfile.write_text(hosts)
+    where = () if hosts is None else ("--hostfile", str(hostfile))
+    found = run("ranks", *arguments, *where)
+    assert found.returncode in (1, 2) and not found.stdout
+    assert found.stderr.startswith("Error: ") and what in found.stderr, found.stderr
+    assert len(found.stderr.splitlines()) == 1

@@ -51,21 +51,24 @@ class Follower:
             if before is None
             else caches.snapshot(self.states[before])
         )
-        x = self.model.hidden(self._given(message["ids"]), cache)
+        ids = message["ids"]
+        given = self._given(ids)
+        if ids is not None:  # (a step of one token is built meanwhile)
+            self.hops.awaited(given)
+        x = self.model.hidden(given, cache)
+        self.hops.awaited(given)
         self.states[message["after"]] = cache
         self.hops.send(x)
         mx.async_eval(caches.arrays(cache))
 
     def _given(self, ids: list[int] | None) -> mx.array:
-        """ids [1, T] for the first layers, x and residual [2, 1, T, hidden] for others."""
-        if ids is None:
-            return self.hops.share_token(mx.zeros((1, 1), mx.int32))
+        """ids [1, T] for the first layers, x and residual [2, 1, T, hidden] for others; it may be
+        under way. None: one token, which rank 0 sends when it has drawn it."""
         if not self.model.part.start:
-            return mx.array([ids])
-        shape = (2, 1, len(ids), self.model.config.hidden_size)
-        given = self.hops.receive(shape, self.model.norm.weight.dtype)
-        mx.eval(given)
-        return given
+            return self.hops.receive_token() if ids is None else mx.array([ids])
+        T = 1 if ids is None else len(ids)
+        shape = (2, 1, T, self.model.config.hidden_size)
+        return self.hops.receive(shape, self.model.norm.weight.dtype)
 
     def fetch(self, message: Message, _: Arrays) -> None:
         """Send a state to rank 0, as files hold it."""

@@ -45,30 +45,44 @@ class Hops:
         self._sent: mx.array | None = None  # kept until the next: it may be under way
 
     def send(self, x: mx.array) -> None:
-        """x [2, B, T, hidden] to the rank before; on the CPU's stream once it is computed."""
-        if self.on_device:
-            self._sent = mx.distributed.all_sum(x, group=self._group)
-        else:
-            mx.eval(x)
-            if self._sent is not None:
-                mx.eval(self._sent)
-            self._sent = mx.distributed.send(
-                x, self.rank - 1, group=self._group, stream=self._stream
-            )
+        """x [2, B, T, hidden] to the rank before, once it is computed."""
+        self.awaited(x)
+        if self._sent is not None:
+            self.awaited(self._sent)  # no more than one is under way
+        self._sent = self._to(x, self.rank - 1)
         mx.async_eval(self._sent)
 
     def receive(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        """What the rank after sends, [2, B, T, hidden]; on the device queued, else not begun."""
+        """What the rank after sends, [2, B, T, hidden]; it is under way."""
+        return self._received(shape, dtype, self.rank + 1)
+
+    def send_token(self, token: mx.array) -> None:
+        """A token [1, 1] that rank 0 has drawn, to the first layers, once it is computed."""
+        self._sent = self._to(token.astype(mx.int32), self._group.size() - 1)
+        mx.async_eval(self._sent)
+
+    def receive_token(self) -> mx.array:
+        """What rank 0 sends, [1, 1] int32; it is under way."""
+        return self._received((1, 1), mx.int32, 0)
+
+    def awaited(self, received: mx.array) -> mx.array:
+        """The same, once it is here; on the device at once.
+
+        No command buffer of a GPU is to wait for the network: Metal ends one that waits long.
+        """
+        if not self.on_device:
+            mx.eval(received)
+        return received
+
+    def _to(self, x: mx.array, rank: int) -> mx.array:
+        if self.on_device:
+            return mx.distributed.all_sum(x, group=self._group)
+        return mx.distributed.send(x, rank, group=self._group, stream=self._stream)
+
+    def _received(self, shape: tuple[int, ...], dtype: mx.Dtype, rank: int) -> mx.array:
         if self.on_device:
             x = mx.distributed.all_sum(mx.zeros(shape, dtype), group=self._group)
-            mx.async_eval(x)
-            return x
-        return mx.distributed.recv(
-            shape, dtype, self.rank + 1, group=self._group, stream=self._stream
-        )
-
-    def share_token(self, token: mx.array) -> mx.array:
-        """On the device: [1, 1] int32 of rank 0; the other rank gives zeros."""
-        token = mx.distributed.all_sum(token.astype(mx.int32), group=self._group)
-        mx.async_eval(token)
-        return token
+        else:
+            x = mx.distributed.recv(shape, dtype, rank, group=self._group, stream=self._stream)
+        mx.async_eval(x)
+        return x

@@ -156,24 +156,20 @@ class RankedModel(KimiLinear):
     def _received(self, ids: mx.array, cache: list[CacheEntry]) -> Iterator[mx.array]:
         """x and residual of the layers before, for this rank's own; the cache of those goes on.
 
-        A step of one token is built before it is awaited: the device finds it complete.
+        A step of one token is built before that is here, and before the token is known.
         """
         remote = cache[0]
         assert isinstance(remote, RemoteCache), "the cache is of `make_cache`"
         B, T = rows_of(ids)
         with self._order, uninterrupted():
-            on_device = self._hops.on_device and T == 1
-            asked = self._next(ids, remote, on_device)
-            if on_device:
-                self._hops.share_token(ids)
+            asked = self._next(ids, remote)
             given = self._hop(ids)
             try:
                 if T > 1:
                     self._await(given)
                 yield given
             finally:
-                if T == 1:
-                    self._await(given)
+                self._await(given)
             remote.state = asked.after
             remote.lengths = tuple(n + T for n in remote.lengths or (0,) * B)
 
@@ -182,21 +178,20 @@ class RankedModel(KimiLinear):
         return self._hops.receive(shape, self.norm.weight.dtype)
 
     def _await(self, given: mx.array) -> None:
-        """Where a hop is not in the device's order: no command buffer waits for the network."""
-        if self._hops.on_device:
-            return
         try:
-            mx.eval(given)
+            self._hops.awaited(given)
         except RuntimeError:
             self._control.wait_for_the_end()
             raise
 
-    def _next(self, ids: mx.array, remote: RemoteCache, on_device: bool) -> Asked:
+    def _next(self, ids: mx.array, remote: RemoteCache) -> Asked:
         """The step of these tokens, which the others are asked for now if they were not before."""
         state: Any = remote.state
-        if on_device:
+        if ids.size == 1:
             self._take_what_nobody_wants()
-            return self._ask(None, state, remote.bits)
+            asked = self._ask(None, state, remote.bits)
+            self._hops.send_token(ids)
+            return asked
         rows: Any = ids.tolist()
         (text,) = rows
         first = self._asked[0] if self._asked else None
@@ -216,7 +211,7 @@ class RankedModel(KimiLinear):
         return asked
 
     def _ask(self, ids: list[int] | None, before: State | None, bits: int | None) -> Asked:
-        """`ids` None: one token, which comes on the device."""
+        """`ids` None: one token, which comes when it has been drawn."""
         after = self._states.new()
         said = {
             "do": "step",

@@ -8,11 +8,12 @@ from functools import cache
 
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.checkpoint.tensors import is_in_part
-from mlx_kimi.defaults import CONTEXT, PREFILL_STEP
+from mlx_kimi.defaults import PREFILL_STEP
 from mlx_kimi.errors import OptionError
 from mlx_kimi.loading.memory import MemoryEstimate, needs
 
 BY_LAYERS = "layers"
+LARGEST_OF_TWO_THIRDS = 36 * 10**9  # bytes of a Mac whose GPU gets 2/3; of larger ones 3/4
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,10 @@ class Share:
     part: range
     needs: MemoryEstimate
 
-    def fits(self, memory: int) -> bool:
-        """Whether it works in so many bytes, with a context of `CONTEXT` tokens."""
-        return self.needs.at(CONTEXT) <= memory
+
+def of_gpu(memory: int) -> int:
+    """What macOS is taken to give the GPU of a Mac with so many bytes."""
+    return memory * 2 // 3 if memory <= LARGEST_OF_TWO_THIRDS else memory * 3 // 4
 
 
 def parts_of(split: str, config: ModelConfig, ranks: int) -> list[range] | None:
