@@ -29,6 +29,7 @@ from mlx_kimi.evaluation.bench import Bench, BenchRow, check_fits, check_setting
 from mlx_kimi.generation.speculate import Speculate
 from mlx_kimi.metal_kernels.kernel import backend
 from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.ranks.launched import Launched
 from mlx_kimi.units import human_size
 
 DASH = Path("-")
@@ -155,6 +156,7 @@ def _facts(name: str, network: KimiLinear, bench: Bench) -> dict[str, Any]:
             "device": str(mx.default_device()),
             "kernels": backend() is not None,
             "choices": network.choices.digest,
+            "rank": [launched.rank, launched.size] if (launched := Launched.here()) else [0, 1],
             **mx.device_info(),
         },
         "versions": {
@@ -177,10 +179,12 @@ def _heading(facts: dict[str, Any]) -> list[str]:
     q = model["quantization"]
     stored = f"{q['bits']} bits" if q else model["compute_dtype"]
     kernels = "with our kernels" if machine["kernels"] else "without our kernels"
+    rank, ranks = machine["rank"]
+    own = f", rank {rank}'s own memory and weights of {ranks}" if ranks > 1 else ""
     return [
         f"{model['name']}, {stored}, on {machine.get('device_name', '?')} ({machine['device']})",
         f"{human_size(model['weights_memory'])} of weights; mlx_kimi {versions['mlx_kimi']}, "
-        f"mlx {versions['mlx']} {kernels}",
+        f"mlx {versions['mlx']} {kernels}{own}",
     ]
 
 

@@ -12,9 +12,9 @@ from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.chat.prompt_cache import write_prompt_cache
 from mlx_kimi.chat.session import refuse_used
 from mlx_kimi.cli.given import folder_of, prompt_of
-from mlx_kimi.cli.progress import BYTES, loading, work
+from mlx_kimi.cli.progress import BYTES, work
+from mlx_kimi.cli.ranked import load_here, refuse_what_ranks_cannot
 from mlx_kimi.errors import KimiError
-from mlx_kimi.loading.load import load
 from mlx_kimi.units import counted
 
 
@@ -24,8 +24,10 @@ def run(
     files: tuple[Path, ...],
     model: str | None,
     system: str | None,
+    split: str | None,
     **options: Any,
 ) -> None:
+    refuse_what_ranks_cannot(split, None)
     prompt = prompt_of(text, files)
     if out.is_file():
         raise KimiError(f"{out}: is a file, and OUT a new folder; -f {out} reads the file")
@@ -35,8 +37,7 @@ def run(
     conversation.say(prompt)
     with work("reading the weights, once, to know them again", BYTES) as known:
         same = fingerprint(folder, options["latent_bits"], progress=known)
-    with loading():
-        network, tokenizer = load(folder)
+    network, tokenizer = load_here(folder, None, split)
     with work("reading", "tokens") as progress:
         count = write_prompt_cache(
             out,

@@ -334,6 +334,7 @@ CACHE = Command(
         PREFILL,
         NO_TUNE_FIRST,
         LATENT_BITS,
+        SPLIT,
     ],
     """Read a long prompt once, for many questions, and store what the model knows then in OUT.
 

@@ -163,6 +163,28 @@ def _stored(folder: Path) -> dict[str, bytes]:
     }
 
 
+def test_a_prompt_cache_of_two_ranks_serves_one_process_and_two(
+    ranks: Callable[..., Ranks], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    ranks().run(*PROGRAM, "cache", store, "The code of this text is KX-77.", "--split", "layers")
+    ask = ("generate", "--prompt-cache", str(store), "What is the code?")
+    one, two = run(*ask), ranks().run(*PROGRAM, *ask, "--split", "layers")
+    assert one.stdout == two[0] and one.stdout.strip()
+    assert " kept)" in one.stderr and " kept)" in two[1]
+
+
+def test_ctrl_c_ends_all(ranks: Callable[..., Ranks]) -> None:
+    """A terminal sends it to every rank: the first alone obeys, and the others end with it."""
+    both = ranks()
+    started = [both.start(rank, *LONG) for rank in (0, 1)]
+    assert started[0].stdout is not None and started[0].stdout.readline()
+    time.sleep(1)  # it has loaded and measures now
+    for process in started:
+        process.send_signal(signal.SIGINT)
+    assert [process.wait(5) for process in started] == [130, 0]
+
+
 def test_mlx_launch_starts_them(tmp_path: Path) -> None:
     launch = Path(sys.executable).with_name("mlx.launch")
     where = ("--hosts", "127.0.0.1", "-n", "2", "--backend", "ring", "-p", str(free_ports(2)[0]))

@@ -60,7 +60,10 @@ class Control:
         for peer, socket in self._sockets.items():
             where = f"tcp://{launched.hosts[0]}:{launched.port + max(peer, launched.rank) - 1}"
             try:
-                socket.bind(where) if launched.rank == 0 else socket.connect(where)
+                if launched.rank == 0:
+                    socket.bind(where)
+                else:
+                    socket.connect(where)
             except zmq.ZMQError as error:
                 raise KimiError(f"rank 0 cannot listen at {where}: {error}") from None
         threading.Thread(target=self._watch, args=(monitors,), daemon=True).start()

@@ -15,6 +15,7 @@ from weakref import finalize
 import mlx.core as mx
 
 from mlx_kimi.chat.state_files import kda_arrays, token_arrays
+from mlx_kimi.errors import KimiError, in_words
 from mlx_kimi.model.cache import CacheEntry, RemoteCache, numbered
 from mlx_kimi.model.forward_batch import rows_of
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -124,7 +125,7 @@ class RankedModel(KimiLinear):
             self._take_what_nobody_wants()
             self._control.broadcast({"do": "find_not_finite", "ids": ids.tolist()})
             given = self._hop(ids)
-            mx.eval(given)
+            self._await(given)
             places = [self._control.receive(rank)[0]["place"] for rank in self._states.ranks]
         own, hidden = super().find_not_finite(given)
         return next(filter(None, [*reversed(places), own]), None), hidden
@@ -180,9 +181,9 @@ class RankedModel(KimiLinear):
     def _await(self, given: mx.array) -> None:
         try:
             self._hops.awaited(given)
-        except RuntimeError:
+        except RuntimeError as error:
             self._control.wait_for_the_end()
-            raise
+            raise KimiError(f"the ranks' connection broke: {in_words(error)}") from None
 
     def _next(self, ids: mx.array, remote: RemoteCache) -> Asked:
         """The step of these tokens, which the others are asked for now if they were not before."""
@@ -231,7 +232,7 @@ class RankedModel(KimiLinear):
             given = self._hops.receive(
                 (2, 1, len(asked.ids), self.config.hidden_size), self.norm.weight.dtype
             )
-            mx.eval(given)
+            self._await(given)
 
 
 @contextmanager
