@@ -1,7 +1,8 @@
 """One model on one GPU, and its layers over two: speeds, memory, and the same tokens.
 
 Random 4-bit weights of the 48B's shape are made in each GPU's memory; no file is read. Start both
-processes, rank 0 last; it prints the table, and writes the JSON. Two GPUs of one host, by NCCL:
+processes; options are rank 0's, which prints the table and writes the JSON. Two GPUs of one host,
+by NCCL:
 
     export MLX_WORLD_SIZE=2 NCCL_HOST_IP=127.0.0.1 NCCL_PORT=12345
     MLX_RANK=1 CUDA_VISIBLE_DEVICES=1 python -m benchmarks.ranks &
@@ -10,7 +11,7 @@ processes, rank 0 last; it prints the table, and writes the JSON. Two GPUs of on
 A trial of this script on a CPU, with a tiny model, over a ring of two local processes:
 
     echo '[["127.0.0.1:40100"], ["127.0.0.1:40101"]]' > hosts.json; export MLX_HOSTFILE=hosts.json
-    MLX_RANK=1 python -m benchmarks.ranks --trial &
+    MLX_RANK=1 python -m benchmarks.ranks &
     MLX_RANK=0 python -m benchmarks.ranks --trial; wait
 
 The loops are the program's own: `prefill` in steps and greedy `decode`. Times are medians over
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="of prefill, in tokens (2,048)")
     parser.add_argument("--tokens", type=int, help="that are decoded, a repeat (128)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", help="of rank 0 and rank 1, such as 13,14 (halves)")
+    parser.add_argument("--layers", type=int, help="of rank 0, which has the last ones (half)")
     parser.add_argument("--trial", action="store_true", help="of this script: a tiny model")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -66,19 +67,15 @@ def main() -> None:
     if launched is None or launched.size != 2:
         parser.error("two ranks are measured: see the first lines of this file")
     enlarge_command_buffers()
-    config = CONFIG | TRIAL if options.trial else CONFIG
     control = Control(launched)
-    part = _part(launched.rank, len(ModelConfig.from_json(config).layers), options.layers)
     if launched.rank:
-        _follow(launched, control, config, part, options.step)
+        _follow(launched, control)
     else:
-        _lead(launched, control, config, part, options)
+        _lead(launched, control, options)
 
 
-def _part(rank: int, layers: int, said: str | None) -> range:
-    """Rank 0 has the last layers."""
-    own = int(said.split(",")[0]) if said else layers // 2
-    return range(layers - own, layers) if rank == 0 else range(layers - own)
+def _config(trial: bool) -> dict[str, Any]:
+    return CONFIG | TRIAL if trial else CONFIG
 
 
 def _model(config: dict[str, Any], part: range | None, make: Callable[..., KimiLinear]) -> Any:
@@ -87,27 +84,24 @@ def _model(config: dict[str, Any], part: range | None, make: Callable[..., KimiL
     return model_of(config, arrays, part, make)
 
 
-def _follow(
-    launched: Launched, control: Control, config: dict[str, Any], part: range, step: int
-) -> None:
-    control.introduce({})
-    model = _model(config, part, KimiLinear)
+def _follow(launched: Launched, control: Control) -> None:
+    told = control.introduce({})
+    model = _model(_config(told["trial"]), range(told["layers"]), KimiLinear)
     control.send(0, {})
     control.receive()
     hops = Hops(launched)
-    _hop_times(hops, model, step)
+    _hop_times(hops, model, told["step"])
     Follower(model, control, hops).run()
 
 
-def _lead(
-    launched: Launched,
-    control: Control,
-    config: dict[str, Any],
-    part: range,
-    options: argparse.Namespace,
-) -> None:
+def _lead(launched: Launched, control: Control, options: argparse.Namespace) -> None:
+    config = _config(options.trial)
+    layers = len(ModelConfig.from_json(config).layers)
+    others = layers - (options.layers or layers // 2)
+    part = range(others, layers)
     control.first_messages(print)
-    control.broadcast({"do": "load"})
+    told = {"layers": others, "step": options.step, "trial": options.trial}
+    control.broadcast({"do": "load", **told})
     print(f"mlx {mx.__version__} on {mx.device_info().get('device_name', mx.default_device())}")
     whole = _model(config, None, KimiLinear)
     one = _measured(whole, options) | {"memory": [_memory()]}
@@ -190,21 +184,25 @@ def _answer(
 
 
 def _hop_times(hops: Hops, model: KimiLinear, step: int) -> dict[str, float]:
-    """Seconds of one hop of a token, of a prefill step, and of sharing a drawn token."""
-    found = {}
-    for name, T in (("token", 1), ("step", step)):
-        x = mx.zeros((2, 1, T, model.config.hidden_size), model.norm.weight.dtype)
-        found[name] = _median_time(lambda x=x: _hop(hops, x))
-    found["drawn"] = _median_time(lambda: _drawn(hops))
-    return found
+    """Seconds that a token adds, with no layer between: its number there, x and residual back; and
+    of x and residual of a prefill step."""
+
+    def array(T: int) -> mx.array:
+        return mx.zeros((2, 1, T, model.config.hidden_size), model.norm.weight.dtype)
+
+    return {
+        "token": _median_time(lambda: _round_trip(hops, array(1))),
+        "step": _median_time(lambda: _hop(hops, array(step))),
+    }
 
 
-def _drawn(hops: Hops) -> None:
+def _round_trip(hops: Hops, x: mx.array) -> None:
     if hops.rank == 0:
         hops.send_token(mx.zeros((1, 1)))
-        mx.synchronize()
+        _hop(hops, x)
     else:
-        mx.eval(hops.receive_token())
+        token = hops.awaited(hops.receive_token())
+        _hop(hops, x + token.astype(x.dtype))  # which it cannot send before
 
 
 def _hop(hops: Hops, x: mx.array) -> None:
