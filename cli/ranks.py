@@ -32,7 +32,7 @@ def run(
     split: str | None,
     latent_bits: int | None,
 ) -> None:
-    hosts = None if hostfile is None else _hosts(hostfile)
+    hosts = None if hostfile is None else hosts_in(hostfile)
     memories = _memories(memory)
     if hosts is None and memories is None:
         raise click.UsageError("--memory 24GB,32GB says what each machine has; see also --hostfile")
@@ -68,7 +68,7 @@ def _memories(said: str | None) -> list[int] | None:
     return [of_gpu(size) for size in sizes]
 
 
-def _hosts(file: Path) -> list[str]:
+def hosts_in(file: Path) -> list[str]:
     """The first address of each machine in a hostfile of mlx.launch.
 
     Raises:

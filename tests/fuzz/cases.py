@@ -206,6 +206,12 @@ def settings(rng: Random, folder: Path) -> Damage:
     return change_json(rng, folder / name)
 
 
+def hosts(rng: Random, folder: Path) -> Damage:
+    """What says where ranks are, to a rank or to a person."""
+    change = rng.choice((change_json, change_bytes))
+    return change(rng, folder / rng.choice(("ranks.json", "hosts.json")))
+
+
 def names(rng: Random, folder: Path) -> Damage:
     """Names of control tokens that are long, odd, many, or have odd ids."""
     file = folder / "tokenizer_config.json"

@@ -1,6 +1,7 @@
 """What reads the files: each target makes a sound folder once, and reads damaged copies of it."""
 
 import contextlib
+import ipaddress
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from mlx_kimi.chat.session import read_session
 from mlx_kimi.chat.sessions import Sessions
 from mlx_kimi.chat.tool_calls import CallReader
 from mlx_kimi.chat.tools import Toolbox
+from mlx_kimi.cli.ranks import hosts_in
 from mlx_kimi.convert import output
 from mlx_kimi.convert.convert import convert
 from mlx_kimi.convert.quantize import scheme
@@ -28,6 +30,7 @@ from mlx_kimi.generation.generate import prompt_ids, stream_generate
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.ranks.launched import SECRET, Launched
 from mlx_kimi.text.tokenizer import Tokenizer
 from tests.checkpoints import TINY, write_checkpoint
 from tests.fuzz import cases
@@ -176,6 +179,23 @@ def load_damaged(world: World, rng: Random, damage: Mutator) -> Damage:
         finally:
             tokenizer.close()
         refuse_another(done, given, expected)
+    return done
+
+
+def find_ranks(world: World, rng: Random, damage: Mutator) -> Damage:
+    """Read where ranks are: MLX's file for a rank, and the one of mlx.launch."""
+    folder = world.scratch / "hosts"
+    folder.mkdir(parents=True)
+    write_json(folder / "ranks.json", [["127.0.0.1:5000", "127.0.0.2:5001"], ["127.0.0.1:5002"]])
+    machines = [{"ssh": f"mac-{n}", "ips": [f"10.0.0.{n}"], "rdma": [None]} for n in (1, 2)]
+    write_json(folder / "hosts.json", {"backend": "ring", "envs": [], "hosts": machines})
+    done = damage(rng, folder)
+    environment = {"MLX_RANK": "1", "MLX_HOSTFILE": str(folder / "ranks.json")}
+    with saying(done):
+        launched = Launched.here(environment | {SECRET: "0123456789abcdef"})
+        found = [*hosts_in(folder / "hosts.json"), *(launched.hosts if launched else ())]
+        if not all(ipaddress.IPv4Address(host) for host in found):
+            raise Wrong(f"these are no hosts: {found}")
     return done
 
 
@@ -372,6 +392,7 @@ TARGETS = {
     "resume": Target(resume, (*OF_SESSION, cases.session_states, *OF_DISK, cases.lock)),
     "cache": Target(use_prompt_cache, (*OF_SESSION, cases.session_states, *OF_DISK, cases.lock)),
     "journal": Target(resume_conversion, (cases.journal_bytes, cases.journal_values, fault)),
+    "hosts": Target(find_ranks, (cases.hosts,)),
     "calls": Target(tool_calls, (nothing,)),
     "lines": Target(lines, (nothing,)),
 }
