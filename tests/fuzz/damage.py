@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -89,7 +90,7 @@ def change_value(rng: Random, value: Json) -> str:
         holder[name] = holder.pop(key)
         return f"{short(key)} renamed to {short(name)}"
     else:
-        holder[key] = rng.choice(HOSTILE)
+        holder[key] = deepcopy(rng.choice(HOSTILE))  # the next change may be within it
     return f"{short(key)}: {short(old)} became {short(holder[key])}"
 
 
