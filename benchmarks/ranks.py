@@ -21,6 +21,7 @@ repeats. While rank 0 measures all layers on its own GPU, rank 1 waits with its 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -106,6 +107,7 @@ def _lead(launched: Launched, control: Control, options: argparse.Namespace) -> 
     whole = _model(config, None, KimiLinear)
     one = _measured(whole, options) | {"memory": [_memory()]}
     del whole
+    gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
     model = _model(config, part, RankedModel)

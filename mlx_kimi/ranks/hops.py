@@ -11,6 +11,8 @@ from mlx_kimi.errors import KimiError, in_words
 from mlx_kimi.ranks.control import SILENCE
 from mlx_kimi.ranks.launched import Launched
 
+SLOWER = 60  # seconds that backends may take to connect which set up more than sockets
+
 
 class Hops:
     """Rank r receives from rank r + 1, which has the layers before, and sends to rank r - 1.
@@ -33,7 +35,8 @@ class Hops:
         self.on_device = launched.backend == "nccl" if on_device is None else on_device
         # `init` waits for the others and lets no other thread run: this ends it if one is lost.
         with open(os.devnull, "w") as nowhere:
-            faulthandler.dump_traceback_later(SILENCE, exit=True, file=nowhere)
+            limit = SILENCE if launched.backend == "ring" else SLOWER
+            faulthandler.dump_traceback_later(limit, exit=True, file=nowhere)
             try:
                 self._group = mx.distributed.init(strict=True, backend=launched.backend)
             except RuntimeError as error:
