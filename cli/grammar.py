@@ -189,7 +189,8 @@ SERVE = Command(
             ["--rows"],
             type=click.IntRange(1, 256),
             default=16,
-            help="Requests that are read or answered at a time; one with a memory budget.",
+            help="Requests that are read or answered at a time; one with a memory budget, or on "
+            "ranks.",
         ),
         Setting(
             ["--cache-memory"],
@@ -213,6 +214,7 @@ SERVE = Command(
         ),
         LONGEST,
         LATENT_BITS,
+        SPLIT,
         *BUDGET,
         NO_TUNE_FIRST,
         *SAMPLING,

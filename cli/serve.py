@@ -13,9 +13,9 @@ import click
 
 from mlx_kimi.chat.fingerprint import fingerprint
 from mlx_kimi.cli.given import budget_of, check_options, folder_of, with_defaults
-from mlx_kimi.cli.progress import BYTES, loading, work
+from mlx_kimi.cli.progress import BYTES, work
+from mlx_kimi.cli.ranked import load_here, refuse_what_ranks_cannot
 from mlx_kimi.defaults import PREFILL_STEP, SNAPSHOT_MEMORY
-from mlx_kimi.loading.load import load
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.server.app import make_app
 from mlx_kimi.server.engine import Engine
@@ -40,6 +40,7 @@ def run(
     cache_disk: int,
     prefill_slice: int | None,
     latent_bits: int | None,
+    split: str | None,
     memory_budget: int | None,
     context: int | None,
     **options: Any,
@@ -47,6 +48,7 @@ def run(
     check_options({**options, "latent_bits": latent_bits})
     access = Access(host, api_key, allow_origin, allow_host)
     budget = budget_of(memory_budget, context, prefill_slice or PREFILL_STEP, latent_bits)
+    refuse_what_ranks_cannot(split, budget)
     if budget is not None:
         cache_memory = SNAPSHOT_MEMORY if cache_memory is None else cache_memory
         budget = replace(budget, snapshots=cache_memory)
@@ -54,8 +56,7 @@ def run(
     with listening(host, port) as opened:  # first: a port in use is known at once
         folder = folder_of(model, budget)
         options = with_defaults(options, folder)
-        with loading():
-            network, tokenizer = load(folder, budget)
+        network, tokenizer = load_here(folder, budget, split)
         name, longest = Path(model or folder).name, network.config.model_max_length
         engine = Engine(
             network,

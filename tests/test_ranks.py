@@ -12,9 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 
 import mlx_kimi
@@ -77,6 +80,18 @@ class Ranks:
             stderr=subprocess.PIPE,
             text=True,
             env={**ENVIRONMENT, **known, **(env or {})},
+        )
+        self.running.append(process)
+        return process
+
+    def start_alone(self, *command: str | Path, env: dict[str, str]) -> Rank:
+        """One process that is no rank."""
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**ENVIRONMENT, **env},
         )
         self.running.append(process)
         return process
@@ -172,6 +187,46 @@ def test_a_prompt_cache_of_two_ranks_serves_one_process_and_two(
     one, two = run(*ask), ranks().run(*PROGRAM, *ask, "--split", "layers")
     assert one.stdout == two[0] and one.stdout.strip()
     assert " kept)" in one.stderr and " kept)" in two[1]
+
+
+def test_a_server_of_two_ranks_answers_and_stores(
+    ranks: Callable[..., Ranks], tmp_path: Path
+) -> None:
+    """Requests one at a time; what it has read, a server in one process finds on the disk."""
+    serve = (*PROGRAM, "serve", "--port", "0")
+    where = {"MLX_KIMI_CACHE": str(tmp_path / "cache")}
+    text = " ".join(f"Note {n}: the code of {n} is {7 * n}." for n in range(30))
+    both = ranks()
+    started = [both.start(rank, *serve, env=where) for rank in (0, 1)]
+    asked = (QUESTION, text, QUESTION)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(partial(completion, address(started[0])), asked))
+    assert found[0][0] == found[2][0] and "open language model" in found[0][0]
+    started[0].send_signal(signal.SIGTERM)
+    assert [process.wait(20) for process in started] == [143, 0]
+    alone = both.start_alone(*serve, env=where)
+    again, cached = completion(address(alone), text)
+    assert again == found[1][0] and cached > 200
+    alone.send_signal(signal.SIGTERM)
+    assert alone.wait(20) == 143
+
+
+def address(server: Rank) -> str:
+    """Where a server says that it listens."""
+    assert server.stderr is not None
+    for line in server.stderr:
+        if match := re.search(r"http://\S+/v1", line):
+            return match[0]
+    raise AssertionError("the server has ended")
+
+
+def completion(address: str, text: str) -> tuple[str, int]:
+    """The answer to one message, and the tokens of the prompt that had been read before."""
+    said = {"messages": [{"role": "user", "content": text}], "max_tokens": 30, "temperature": 0}
+    reply = httpx.post(f"{address}/chat/completions", json=said, timeout=60)
+    body = reply.json()
+    usage = body["usage"]["prompt_tokens_details"]
+    return body["choices"][0]["message"]["content"], usage["cached_tokens"]
 
 
 def test_ctrl_c_ends_all(ranks: Callable[..., Ranks]) -> None:
@@ -376,7 +431,7 @@ def test_what_ranks_cannot_do_is_refused_in_one_line(ranks: Callable[..., Ranks]
     for command, what in {
         ("generate", "x", "--memory-budget", "1GB"): "--memory-budget is for one process",
         ("generate", "x", "--speculate", "auto"): "--speculate needs all layers in one process",
-        ("serve",): "serve runs in one process, but mlx.launch has started 2",
+        ("serve", "--memory-budget", "1GB"): "--memory-budget is for one process",
         ("info",): "info runs in one process, but mlx.launch has started 2",
     }.items():
         process = both.start(0, *PROGRAM, *command)

@@ -59,9 +59,6 @@ def is_state_file(name: str) -> bool:
 def write_state(folder: Path, state: TokenState, start: int) -> StateFile:
     """Store what `state` has read from token `start` on, and its present state."""
     arrays = token_arrays(state.ids[start:], state.entries, start) | kda_arrays(state.entries)
-    for entry in state.entries:
-        if isinstance(entry, RemoteCache) and entry.state is not None:
-            arrays |= entry.state.stored(start)
     return _write(folder, arrays, start, len(state.ids), has_kda=True)
 
 
@@ -71,6 +68,8 @@ def token_arrays(ids: Sequence[int], entries: Sequence[CacheEntry], start: int) 
     for layer, entry in numbered(entries):
         if isinstance(entry, LatentCache):
             arrays |= {f"{name}.{layer}": a for name, a in _latents_since(entry, start).items()}
+        elif isinstance(entry, RemoteCache) and entry.state is not None:
+            arrays |= entry.state.latents(start)
     return arrays
 
 
@@ -81,6 +80,8 @@ def kda_arrays(entries: Sequence[CacheEntry]) -> Arrays:
         if isinstance(entry, KDACache):
             assert entry.conv_tail is not None and entry.state is not None
             arrays |= {f"conv.{layer}": entry.conv_tail, f"state.{layer}": entry.state}
+        elif isinstance(entry, RemoteCache) and entry.state is not None:
+            arrays |= entry.state.kda_states()
     return arrays
 
 

@@ -267,8 +267,11 @@ class LatentCache:
 class RemoteState(Protocol):
     """What other processes remember after some tokens. It never changes."""
 
-    def stored(self, start: int) -> dict[str, mx.array]:
-        """Its arrays by their names in state files: latents from token `start` on, KDA states."""
+    def latents(self, start: int) -> dict[str, mx.array]:
+        """Those of the tokens from `start` on, by their names in state files."""
+
+    def kda_states(self) -> dict[str, mx.array]:
+        """The states of KDA layers, by their names in state files."""
 
 
 @dataclass

@@ -115,7 +115,12 @@ class KimiLinear(nn.Module):
 
     Several threads may use it, each with a cache of its own: `hidden`, `advance`, a call and
     `first_not_finite` take turns, a forward pass each.
+
+    Attributes:
+        one_text: whether a step is of one text only.
     """
+
+    one_text = False
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ OTHER_BITS = {mx.bfloat16: mx.uint16}  # what numpy has no name for
 
 
 class Control:
-    """Of one rank. Only the thread that began it sends and receives."""
+    """Of one rank. Threads take turns to send and receive."""
 
     def __init__(self, launched: Launched) -> None:
         """Rank 0 listens, the others connect, whoever comes first.
@@ -53,6 +53,7 @@ class Control:
         self._joined: set[int] = set()
         self._gone = {peer: threading.Event() for peer in others}
         self._ending = False
+        self._turn = threading.Lock()
         monitors = {
             peer: socket.get_monitor_socket(zmq.Event.DISCONNECTED)
             for peer, socket in self._sockets.items()
@@ -98,7 +99,8 @@ class Control:
             described.append((name, dtype, array.shape))
             frames.append(np.array(array.view(OTHER_BITS.get(array.dtype, array.dtype))))
         head = json.dumps({**message, "arrays": described}).encode()
-        self._sockets[peer].send_multipart([head, *frames])
+        with self._turn:
+            self._sockets[peer].send_multipart([head, *frames])
 
     def broadcast(self, message: Message) -> None:
         """The same to all others."""
@@ -107,7 +109,8 @@ class Control:
 
     def receive(self, peer: int = 0) -> tuple[Message, Arrays]:
         """Wait for a message of `peer`."""
-        head, *frames = self._sockets[peer].recv_multipart()
+        with self._turn:
+            head, *frames = self._sockets[peer].recv_multipart()
         message = json.loads(head)
         return message, {
             name: _array(frame, dtype, shape)
@@ -116,7 +119,8 @@ class Control:
 
     def has_message(self, peer: int, seconds: float) -> bool:
         """Whether `peer` sends one within this time."""
-        return bool(self._sockets[peer].poll(int(1000 * seconds)))
+        with self._turn:
+            return bool(self._sockets[peer].poll(int(1000 * seconds)))
 
     # ------------------------------------------------------------------------------------ joining
     def first_messages(self, say: Any) -> dict[int, Message]:
@@ -196,8 +200,10 @@ class Control:
         if self._ending:
             return
         self._ending = True
-        for peer in self._joined if self.launched.rank == 0 else ():
-            self.send(peer, {"do": "end", "failed": failed})
+        if self._turn.acquire(timeout=LINGER):  # (else a thread still waits for a reply)
+            self._turn.release()
+            for peer in self._joined if self.launched.rank == 0 else ():
+                self.send(peer, {"do": "end", "failed": failed})
         for peer in self._joined:
             self._gone[peer].wait(LINGER)
 

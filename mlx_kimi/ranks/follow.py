@@ -32,7 +32,8 @@ class Follower:
             try:
                 {
                     "step": self.step,
-                    "fetch": self.fetch,
+                    "latents": self.latents,
+                    "kda_states": self.kda_states,
                     "put": self.put,
                     "find_not_finite": self.find_not_finite,
                     "memory": self.memory,
@@ -70,11 +71,21 @@ class Follower:
         shape = (2, 1, T, self.model.config.hidden_size)
         return self.hops.receive(shape, self.model.norm.weight.dtype)
 
-    def fetch(self, message: Message, _: Arrays) -> None:
-        """Send a state to rank 0, as files hold it."""
-        entries = [RemoteCache(self.model.part.start), *self.states[message["state"]]]
-        arrays = token_arrays((), entries, message["start"]) | kda_arrays(entries)
+    def latents(self, message: Message, _: Arrays) -> None:
+        """Send those of a state to rank 0, as files hold them."""
+        arrays = token_arrays((), self._numbered(message), message["start"])
         del arrays["ids"]
+        self._reply(arrays)
+
+    def kda_states(self, message: Message, _: Arrays) -> None:
+        """Likewise."""
+        self._reply(kda_arrays(self._numbered(message)))
+
+    def _numbered(self, message: Message) -> list[CacheEntry]:
+        """The entries of a state, with the numbers of their layers."""
+        return [RemoteCache(self.model.part.start), *self.states[message["state"]]]
+
+    def _reply(self, arrays: Arrays) -> None:
         mx.eval(arrays)
         self.control.send(0, {}, arrays)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import threading
 
 import mlx.core as mx
 
@@ -44,8 +45,16 @@ class Hops:
                 raise KimiError(f"the ranks cannot connect by {launched.backend}: {said}") from None
             finally:
                 faulthandler.cancel_dump_traceback_later()
-        self._stream = None if self.on_device else mx.new_stream(mx.cpu)
+        self._of_thread = threading.local()  # MLX's streams are of one thread each
         self._sent: mx.array | None = None  # kept until the next: it may be under way
+
+    @property
+    def _stream(self) -> mx.Stream:
+        """Beside what computes: a hop that waits does not hold it up."""
+        if not hasattr(self._of_thread, "stream"):
+            self._of_thread.stream = mx.new_stream(mx.cpu)
+        stream: mx.Stream = self._of_thread.stream
+        return stream
 
     def send(self, x: mx.array) -> None:
         """x [2, B, T, hidden] to the rank before, once it is computed."""

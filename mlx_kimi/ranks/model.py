@@ -20,7 +20,7 @@ from mlx_kimi.model.cache import CacheEntry, RemoteCache, numbered
 from mlx_kimi.model.forward_batch import rows_of
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.steps import Step
-from mlx_kimi.ranks.control import Arrays, Control
+from mlx_kimi.ranks.control import Arrays, Control, Message
 from mlx_kimi.ranks.hops import Hops
 
 AHEAD = 2  # steps of a prompt that the other ranks are asked for before rank 0 takes the first
@@ -51,12 +51,16 @@ class State:
     states: States
     number: int
 
-    def stored(self, start: int) -> Arrays:
-        """As of `RemoteState`."""
+    def latents(self, start: int) -> Arrays:
+        return self._fetched({"do": "latents", "start": start})
+
+    def kda_states(self) -> Arrays:
+        return self._fetched({"do": "kda_states"})
+
+    def _fetched(self, what: Message) -> Arrays:
         control, arrays = self.states.control, Arrays()
         with uninterrupted():
-            for rank in self.states.ranks:
-                control.send(rank, {"do": "fetch", "state": self.number, "start": start})
+            control.broadcast({**what, "state": self.number})
             for rank in self.states.ranks:
                 arrays |= control.receive(rank)[1]
         return arrays
@@ -76,8 +80,10 @@ class RankedModel(KimiLinear):
     """Has the methods of a whole KimiLinear. A cache is a `RemoteCache` and this rank's entries.
 
     A state of the other ranks never changes: a step names the one it goes on from and the one it
-    makes, so that snapshots and going back send nothing. One text at a time, and one thread.
+    makes, so that snapshots and going back send nothing.
     """
+
+    one_text = True
 
     def connect(self, control: Control, hops: Hops) -> RankedModel:
         """Begin to use the other ranks, which have loaded their layers."""

@@ -127,7 +127,8 @@ class Engine:
 
         Args:
             queue_limit: requests that may wait.
-            rows: requests that are read or answered at a time; one under a memory budget.
+            rows: requests that are read or answered at a time; one under a memory budget, and of a
+                model that takes one text at a time.
             tree_memory: bytes of the prefix tree; None: a quarter of `memory`, 8 GiB at most.
             prefill_slice: prompt tokens read between decode steps; None: measured at the start.
             latent_bits: of `KimiLinear.make_cache`.
@@ -144,7 +145,7 @@ class Engine:
                 prefill_slice = min(prefill_slice, model.offload.prefill_step)
         self.model = model
         self._queue_limit, self._latent_bits = queue_limit, latent_bits
-        self._rows = rows if model.offload is None else 1
+        self._rows = rows if model.offload is None and not model.one_text else 1
         self._tree_memory, self._slice = tree_memory, prefill_slice or 0
         self._guard = Guard(model, self._slice or PREFILL_STEP, latent_bits, memory)
         self._tally = Tally()
