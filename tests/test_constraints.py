@@ -18,7 +18,7 @@ from mlx_kimi.chat.tool_calls import Call, CallReader
 from mlx_kimi.constraints.constraint import Constraint, constraint_for
 from mlx_kimi.constraints.schema import Unenforceable
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generation import lookup, speculate
+from mlx_kimi.generation import drafts, lookup
 from mlx_kimi.generation.decode import decode, prefill
 from mlx_kimi.generation.generate import prompt_ids
 from mlx_kimi.generation.sample import BatchSampler, Sampler, Sampling, masked
@@ -405,8 +405,7 @@ def test_speculation_with_a_schema_answers_as_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(lookup, "MATCHES", (2, 1))
-    monkeypatch.setattr(speculate, "MATCHES", (2, 1))
-    monkeypatch.setattr(speculate, "LIKELY", {2: 0.5, 1: 0.5})
+    monkeypatch.setattr(drafts, "LIKELY", {2: 0.5, 1: 0.5})
     loaded = load()
     schema = {"type": "array", "items": PERSON, "minItems": 2, "maxItems": 2}
     on, off = (

@@ -13,12 +13,13 @@ import pytest
 from mlx_kimi import load
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generation import lookup, speculate
+from mlx_kimi.generation import drafts, lookup, speculate
 from mlx_kimi.generation.decode import decode, prefill
+from mlx_kimi.generation.drafts import SIZES
 from mlx_kimi.generation.generate import stream_generate
 from mlx_kimi.generation.lookup import MATCHES, Draft, Lookup
 from mlx_kimi.generation.sample import Sampler, Sampling
-from mlx_kimi.generation.speculate import FAILURES, PAUSE, SIZES, Speculation, expected
+from mlx_kimi.generation.speculate import FAILURES, PAUSE, Speculation, expected, speculation_for
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.model import cache as caches
@@ -56,7 +57,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft is tried whenever there is one."""
     monkeypatch.setattr(speculate, "PAYS", 0.0)
     monkeypatch.setattr(speculate, "FAILURES", 10**9)
-    monkeypatch.setattr(Speculation, "cost", lambda self, T: 1.0)
+    monkeypatch.setattr(drafts.Learned, "cost", lambda self, T: 1.0)
 
 
 def decoded(
@@ -106,8 +107,7 @@ def test_prompts_of_the_pocket_model_have_the_same_answers_on_and_off(
 ) -> None:
     """With drafts after matches of a token or two: its answers are too short for longer ones."""
     monkeypatch.setattr(lookup, "MATCHES", (2, 1))
-    monkeypatch.setattr(speculate, "MATCHES", (2, 1))
-    monkeypatch.setattr(speculate, "LIKELY", {2: 0.5, 1: 0.5})
+    monkeypatch.setattr(drafts, "LIKELY", {2: 0.5, 1: 0.5})
     model, tokenizer = load(pocket_folder())
     rng, accepted = random.Random(1), 0
     words = "the sun moon river stone bird 7 12 red blue when where is name list of".split()
@@ -284,7 +284,7 @@ def measured(costs: dict[int, float]) -> Speculation:
 
 def test_a_draft_is_as_long_as_pays() -> None:
     cheap = measured({1: 1.0, 2: 1.05, 4: 1.1, 8: 1.2})
-    assert cheap.cost(8) == pytest.approx(1.2)
+    assert cheap.learned.cost(8) == pytest.approx(1.2)
     assert max(len(cheap.propose(50).tokens) for _ in range(20)) == SIZES[-1] - 1
     dear = measured({1: 1.0, 2: 2.2, 4: 4.5, 8: 9.0})
     assert not any(dear.propose(50).tokens for _ in range(20))
@@ -305,3 +305,15 @@ def test_what_fails_is_tried_less_and_then_not_for_a_while() -> None:
         speculation.took(8, 1.2)
     speculation._paused = 0
     assert not any(speculation.propose(50).tokens for _ in range(20))
+
+
+def test_what_one_answer_of_a_state_learned_is_known_to_the_next(model: Models) -> None:
+    tiny = model("tiny")
+    state = TokenState(tiny)
+    first, second = (speculation_for(state, "auto", [1] * 20) for _ in range(2))
+    assert first is not None and second is not None and first.propose(3).tokens
+    for _ in range(40):
+        first.learn(Draft([1, 1, 1], MATCHES[0]), 0)
+    assert not second.propose(3).tokens
+    other = speculation_for(TokenState(tiny), "auto", [1] * 20)
+    assert other is not None and other.propose(3).tokens

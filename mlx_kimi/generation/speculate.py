@@ -6,43 +6,32 @@ at a time, up to the roundings of a step of several tokens.
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import mlx.core as mx
 
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generation.drafts import Drafts
-from mlx_kimi.generation.lookup import MATCHES, Draft, Drafter, Lookup
+from mlx_kimi.generation.drafts import SIZES, Drafts, Learned
+from mlx_kimi.generation.lookup import Draft, Drafter, Lookup
 from mlx_kimi.generation.sample import Draw, Sampler
 from mlx_kimi.generation.token_state import TokenState
 
 Speculate = Literal["auto", "off"]
 SPECULATE = ("auto", "off")
-SIZES = (2, 4, 8)  # tokens of a step with drafts
 PAYS = 1.05  # so many times as many tokens a second, by what is known, for a draft to be tried
-LIKELY = {16: 0.95, 8: 0.85, 4: 0.6}  # that a draft token is right, by its match, before any is
-FADES = 0.9  # weight of the drafts before, with each
-PRIOR = 4.0  # drafts' worth of LIKELY
-SLOPE = 0.3  # of a token's time that each more takes, before a step of that size is measured
-KEPT_TIMES = 9
 FAILURES, PAUSE = 3, 32  # drafts in a row of which nothing is right, and tokens without any then
 
 
 class Speculation:
-    """Which drafts to try: by their match, how often such were right, and what steps cost here."""
+    """Which drafts to try in one answer: by their match, how often such were right, and cost."""
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, drafter: Drafter, learned: Learned | None = None) -> None:
+        """`learned`: of the answers before, and goes on with this one's."""
         self.drafter = drafter
+        self.learned = learned or Learned()
         self.counts = Drafts()
-        self._tried = {match: PRIOR for match in MATCHES}
-        self._right = {match: PRIOR * p for match, p in LIKELY.items()}
-        # The first of each size, which may compile kernels, is left out.
-        self._times: dict[int, deque[float]] = {T: deque(maxlen=KEPT_TIMES) for T in (1, *SIZES)}
-        self._seen: set[int] = set()
         self._failures = self._paused = 0
 
     def propose(self, limit: int) -> Draft:
@@ -52,23 +41,16 @@ class Speculation:
         found = self.drafter.propose(min(limit, SIZES[-1] - 1))
         if not found.tokens:
             return found
-        p = self._right[found.match] / self._tried[found.match]
+        p = self.learned.likely(found.match)
         sizes = [T for T in SIZES if T - 1 <= len(found.tokens)]
-        gain, size = max(((expected(p, T) / self.cost(T), T) for T in sizes), default=(0.0, 0))
+        gain, size = max(
+            ((expected(p, T) / self.learned.cost(T), T) for T in sizes), default=(0.0, 0)
+        )
         return Draft(found.tokens[: size - 1], found.match) if gain > PAYS else Draft([], 0)
-
-    def cost(self, T: int) -> float:
-        """A step of T tokens takes so many times as long as one of one token."""
-        own, one = self._times[T], self._times[1]
-        if own and one:
-            return statistics.median(own) / statistics.median(one)
-        return 1 + SLOPE * (T - 1)
 
     def took(self, T: int, seconds: float) -> None:
         """Note what a step of T tokens took."""
-        if T in self._seen:
-            self._times[T].append(seconds)
-        self._seen.add(T)
+        self.learned.took(T, seconds)
         self._paused = max(self._paused - T, 0)
 
     def learn(self, draft: Draft, right: int) -> None:
@@ -76,9 +58,7 @@ class Speculation:
         self.counts.steps += 1
         self.counts.proposed += len(draft.tokens)
         self.counts.accepted += right
-        tried = right + (right < len(draft.tokens))
-        self._tried[draft.match] = FADES * self._tried[draft.match] + tried
-        self._right[draft.match] = FADES * self._right[draft.match] + right
+        self.learned.came_of(draft.match, len(draft.tokens), right)
         self._failures = 0 if right else self._failures + 1
         if self._failures == FAILURES:
             self._failures, self._paused = 0, PAUSE
@@ -101,7 +81,7 @@ def speculation_for(
     offload = state.model.offload
     if speculate == "off" or not (offload is None or offload.holds_all):
         return None
-    return Speculation(Lookup(ids))
+    return Speculation(Lookup(ids), state.learned)
 
 
 def decode_with_drafts(

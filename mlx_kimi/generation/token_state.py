@@ -21,9 +21,11 @@ import mlx.core as mx
 
 from mlx_kimi.defaults import SNAPSHOT_EVERY, SNAPSHOT_MEMORY, SNAPSHOTS
 from mlx_kimi.errors import KimiError
+from mlx_kimi.generation.drafts import SLOPE, SLOPE_OF_OPERATIONS, Learned
 from mlx_kimi.generation.faults import leave_out_what_failed
 from mlx_kimi.generation.not_finite import not_finite
 from mlx_kimi.generation.sample import Draw, Sampler
+from mlx_kimi.metal_kernels.kernel import is_traced
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import TAIL, CacheEntry, LatentCache
 from mlx_kimi.model.kimi_linear import KimiLinear
@@ -89,6 +91,11 @@ class TokenState:
         self._steps: tuple[int, list[Step]] | None = (
             None  # of the latest drafts, and where they began
         )
+
+    @cached_property
+    def learned(self) -> Learned:
+        """What came of drafts in the answers so far."""
+        return Learned(SLOPE if is_traced() else SLOPE_OF_OPERATIONS)
 
     def _empty(self) -> list[CacheEntry]:
         return self.model.make_cache(self.latent_bits)
@@ -253,7 +260,7 @@ class TokenState:
             raise not_finite(self.model, self.ids + ids[:kept])
         if kept < len(ids):
             keep_first(self.entries, steps, kept)
-            mx.async_eval(*caches.arrays(self.entries))
+            mx.eval(*caches.arrays(self.entries))  # as a part of what this step took
         vars(sampler).update(after[kept - 1])
         self.ids += ids[:kept]
         self.computed_by.add(self.model.choices.digest)
