@@ -86,7 +86,8 @@ def _model(config: dict[str, Any], part: range | None, make: Callable[..., KimiL
 
 
 def _follow(launched: Launched, control: Control) -> None:
-    told = control.introduce({})
+    control.introduce({})
+    told, _ = control.receive()
     model = _model(_config(told["trial"]), range(told["layers"]), KimiLinear)
     control.send(0, {})
     control.receive()

@@ -230,12 +230,18 @@ def completion(address: str, text: str) -> tuple[str, int]:
 
 
 def test_ctrl_c_ends_all(ranks: Callable[..., Ranks]) -> None:
-    """A terminal sends it to every rank: the first alone obeys, and the others end with it."""
+    """A terminal sends it to every rank: the first alone obeys, and the others end with it.
+
+    A stranger at the port of control is nobody's loss.
+    """
     both = ranks()
     started = [both.start(rank, *LONG) for rank in (0, 1)]
     assert started[0].stdout is not None and started[0].stdout.readline()
+    control = 2 + int(both.hosts[0][0].rpartition(":")[2])
+    socket.create_connection(("127.0.0.1", control)).close()
     time.sleep(1)  # it has loaded and measures now
     for process in started:
+        assert process.poll() is None
         process.send_signal(signal.SIGINT)
     assert [process.wait(5) for process in started] == [130, 0]
 

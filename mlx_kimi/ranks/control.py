@@ -33,6 +33,8 @@ SILENCE = 8  # seconds without a heartbeat, after which a rank is lost
 JOINING = 120  # seconds that ranks wait for each other at the start
 WAITED = 8  # seconds after which a person is told whom they wait for
 LINGER = 2  # seconds that a last message may take
+OPENED = zmq.Event.ACCEPTED, zmq.Event.CONNECTED
+EVENTS = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | OPENED[0] | OPENED[1]
 OTHER_BITS = {mx.bfloat16: mx.uint16}  # what numpy has no name for
 
 
@@ -55,8 +57,7 @@ class Control:
         self._ending = False
         self._turn = threading.Lock()
         monitors = {
-            peer: socket.get_monitor_socket(zmq.Event.DISCONNECTED)
-            for peer, socket in self._sockets.items()
+            peer: socket.get_monitor_socket(EVENTS) for peer, socket in self._sockets.items()
         }
         for peer, socket in self._sockets.items():
             where = f"tcp://{launched.hosts[0]}:{launched.port + max(peer, launched.rank) - 1}"
@@ -152,8 +153,8 @@ class Control:
     def _must_agree(self) -> str:
         return "the same hosts" + (f" and {SECRET}" if self.launched.secret else "")
 
-    def introduce(self, message: Message) -> Message:
-        """At another rank: say who this is, and wait for the first command.
+    def introduce(self, message: Message) -> None:
+        """At another rank: say who this is, and wait until rank 0 has heard it.
 
         Raises:
             KimiError: rank 0 does not answer.
@@ -165,31 +166,39 @@ class Control:
                 f"{self._must_agree()}"
             )
         self._joined.add(0)
-        return self.receive(0)[0]
 
     # --------------------------------------------------------------------------------------- watch
     def _watch(self, monitors: Mapping[int, zmq.Socket[bytes]]) -> None:
-        """End this process once a rank that had joined is lost."""
+        """End this process once a rank that had joined is lost.
+
+        Strangers may knock at a port, and leave: they have another connection than the rank.
+        """
+        opened = dict.fromkeys(self._sockets, 0)  # the descriptor of the latest connection
+        known: dict[int, int] = {}  # of the connection that has proved its keys
         poller = zmq.Poller()
         peers = {monitor: peer for peer, monitor in monitors.items()}
         for monitor in peers:
             poller.register(monitor, zmq.POLLIN)
         while True:
             for monitor, _ in poller.poll():
-                try:
-                    zmq.utils.monitor.recv_monitor_message(monitor)
-                except zmq.ZMQError:
-                    return
-                peer = peers[monitor]
-                self._gone[peer].set()
-                if peer in self._joined and not self._ending:
-                    end(self._lost(peer), self._terminal)
+                event = zmq.utils.monitor.recv_monitor_message(monitor)
+                peer, kind, descriptor = peers[monitor], event["event"], event["value"]
+                if kind in OPENED:
+                    opened[peer] = descriptor
+                elif kind == zmq.Event.HANDSHAKE_SUCCEEDED:
+                    if peer not in self._joined or peer not in known:
+                        known[peer] = opened[peer]
+                elif descriptor == known.get(peer):
+                    self._has_lost(peer)
 
-    def _lost(self, peer: int) -> str:
-        return (
-            f"{self.launched.name(peer)} is lost to rank {self.launched.rank}: it ended, was "
-            "stopped, or the connection broke; see what it said, and start all ranks again"
-        )
+    def _has_lost(self, peer: int) -> None:
+        self._gone[peer].set()
+        if peer in self._joined and not self._ending:
+            end(
+                f"{self.launched.name(peer)} is lost to rank {self.launched.rank}: it ended, was "
+                "stopped, or the connection broke; see what it said, and start all ranks again",
+                self._terminal,
+            )
 
     def wait_for_the_end(self) -> None:
         """A connection of the engine broke: whoever is lost, `_watch` says so and ends this."""

@@ -65,18 +65,18 @@ def lead(
             _refuse_other(launched, rank, message, own)
         machines = [own, *(others[rank] for rank in sorted(others))]
         parts = _parts(launched, folder, split, machines)
+        for rank in others:
+            part = parts[rank]
+            control.send(rank, {"do": "load", "part": [part.start, part.stop]})
+        model = load_model(folder, part=parts[0], make=RankedModel)
+        assert isinstance(model, RankedModel)
+        for rank in others:
+            control.receive(rank)
+        control.broadcast({"do": "connect"})
+        return model.connect(control, connected(launched))
     except BaseException:
         control.close(failed=True)
         raise
-    for rank in others:
-        part = parts[rank]
-        control.send(rank, {"do": "load", "part": [part.start, part.stop]})
-    model = load_model(folder, part=parts[0], make=RankedModel)
-    assert isinstance(model, RankedModel)
-    for rank in others:
-        control.receive(rank)
-    control.broadcast({"do": "connect"})
-    return model.connect(control, connected(launched))
 
 
 def follow(
@@ -93,15 +93,22 @@ def follow(
     try:
         folder = folder_of()
         control = Control(launched)
-        message = control.introduce(introduction(folder))
-        if message["do"] == "end":
-            os._exit(int(message["failed"]))
-        model = load_model(folder, part=range(*message["part"]))
-        control.send(0, {"weights": mx.get_active_memory()})
-        control.receive()
+        control.introduce(introduction(folder))
+        model = load_model(folder, part=range(*_told(control, "load")["part"]))
+        control.send(0, {"is": "loaded"})
+        _told(control, "connect")
         Follower(model, control, connected(launched)).run()
     except Exception as error:
         end(f"{launched.name(launched.rank)}: {in_words(error)}")
+
+
+def _told(control: Control, what: str) -> Message:
+    """What rank 0 says next; if that all is over, this process ends."""
+    message, _ = control.receive()
+    if message["do"] == "end":
+        os._exit(int(message["failed"]))
+    assert message["do"] == what, message
+    return message
 
 
 def introduction(folder: Path) -> Message:
@@ -122,9 +129,10 @@ def introduction(folder: Path) -> Message:
 def _refuse_other(launched: Launched, rank: int, message: Message, own: Message) -> None:
     """Refuse a rank that would compute another model, or otherwise."""
     for key, (what, do) in ALIKE.items():
-        if message[key] != own[key]:
+        theirs, ours = message.get(key), own[key]
+        if theirs != ours:
             raise KimiError(
-                f"{launched.name(rank)} has {what} {message[key]} and rank 0 has {own[key]}: {do}"
+                f"{launched.name(rank)} has {what} {theirs} and rank 0 has {ours}: {do}"
             )
 
 
