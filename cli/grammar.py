@@ -214,6 +214,7 @@ SERVE = Command(
         ),
         LONGEST,
         LATENT_BITS,
+        SPECULATE,
         SPLIT,
         *BUDGET,
         NO_TUNE_FIRST,

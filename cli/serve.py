@@ -16,6 +16,7 @@ from mlx_kimi.cli.given import budget_of, check_options, folder_of, with_default
 from mlx_kimi.cli.progress import BYTES, work
 from mlx_kimi.cli.ranked import load_here, refuse_what_ranks_cannot
 from mlx_kimi.defaults import PREFILL_STEP, SNAPSHOT_MEMORY
+from mlx_kimi.generation.speculate import Speculate
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.server.app import make_app
 from mlx_kimi.server.engine import Engine
@@ -41,6 +42,7 @@ def run(
     prefill_slice: int | None,
     latent_bits: int | None,
     split: str | None,
+    speculate: Speculate,
     memory_budget: int | None,
     context: int | None,
     **options: Any,
@@ -48,7 +50,7 @@ def run(
     check_options({**options, "latent_bits": latent_bits})
     access = Access(host, api_key, allow_origin, allow_host)
     budget = budget_of(memory_budget, context, prefill_slice or PREFILL_STEP, latent_bits)
-    refuse_what_ranks_cannot(split, budget)
+    refuse_what_ranks_cannot(split, budget, speculate)
     if budget is not None:
         cache_memory = SNAPSHOT_MEMORY if cache_memory is None else cache_memory
         budget = replace(budget, snapshots=cache_memory)
@@ -65,6 +67,7 @@ def run(
             prefill_slice=prefill_slice,
             latent_bits=latent_bits,
             store=_store(network, folder, name, cache_disk, latent_bits),
+            speculate=speculate,
         )
         service = Service(engine, tokenizer, name, longest, options, log_prompts=log_prompts)
         logging.basicConfig(handlers=[JsonLines()], level=logging.WARNING)

@@ -161,7 +161,7 @@ def test_the_table_of_kernels_is_one_and_says_what_is_fast() -> None:
     for part, layers in (("KDA", 6), ("experts", 7), ("MLA", 2)):
         assert table.count(f"\n{part}, {layers} layers") == 1
     assert re.search(r"^KDA, 6 layers +1 token +slow  kda_decode is off: it hung$", table, re.M)
-    assert re.search(r"^MLA, 2 layers +1 token +fast  mla_query, mla_attend", table, re.M)
+    assert re.search(r"^MLA, 2 layers +1 to 8 tokens +fast  mla_query, mla_attend", table, re.M)
 
 
 # ----------------------------------------------------------------------------------- early endings

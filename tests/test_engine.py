@@ -10,8 +10,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_kimi.constraints.constraint import constraint_for
 from mlx_kimi.errors import ContextFull, KimiError, OptionError
-from mlx_kimi.generation.generate import stream_generate
+from mlx_kimi.generation import drafts, lookup
+from mlx_kimi.generation.generate import prompt_ids, stream_generate
 from mlx_kimi.generation.sample import Sampling
 from mlx_kimi.loading import load as load_module
 from mlx_kimi.loading.budget import Budget
@@ -39,6 +41,7 @@ from mlx_kimi.server.turns import Turns
 from mlx_kimi.text.tokenizer import Tokenizer
 from tests.agent_conversation import SMALL, Recorded
 from tests.engine_clients import run_clients
+from tests.test_speculate import always  # noqa: F401 (a fixture)
 
 PROMPT = tuple(range(5, 45))
 
@@ -267,6 +270,112 @@ def test_rows_of_packed_latents_answer_as_alone(loaded, one_step_a_slice) -> Non
     ]
     events = answered(loaded, requests, latent_bits=8)
     assert list(map(tokens, events)) == expected
+
+
+# -------------------------------------------------------------------------------- drafts
+SORT = "Sort 812 77 344 9."
+
+
+def guessed(
+    loaded, requests: list[Request], **options: Any
+) -> tuple[list[list[Event]], dict[str, int]]:
+    """The events of requests, one after another, of an engine with drafts, and its counters."""
+    engine = Engine(loaded[0], prefill_slice=64, speculate="auto", **options)
+    engine.start()
+    try:
+        events = [list(engine.submit(request)) for request in requests]
+    finally:
+        engine.stop(0)
+    return events, vars(engine.status().counters)
+
+
+@pytest.fixture
+def short_matches(always: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(lookup, "MATCHES", (2, 1))
+    monkeypatch.setattr(drafts, "LIKELY", {2: 0.5, 1: 0.5})
+
+
+def test_drafts_change_no_answer_of_a_lone_row(pocket, short_matches: None) -> None:
+    model, tokenizer = pocket
+    schema = {"type": "array", "items": {"enum": ["one", "two"]}, "minItems": 4, "maxItems": 4}
+    obeys = constraint_for(tokenizer, json_schema=schema)
+    texts = [SORT, "What is Kimi Linear?", "What is 12 + 30?"]
+    requests = [
+        Request(
+            tuple(prompt_ids(model, tokenizer, text)),
+            sampling=SAMPLINGS[number % 4],
+            max_tokens=40,
+            logprobs=2,
+            stop_ids=tokenizer.stop_ids,
+            constraint=obeys if number % 2 else None,
+        )
+        for number, text in enumerate(texts * 3)
+    ]
+    expected = [answered(pocket, [request])[0] for request in requests]
+    events, counters = guessed(pocket, requests)
+    assert counters["drafted_tokens"] > counters["accepted_tokens"] > 20
+    for request, ours, plain in zip(requests, events, expected, strict=True):
+        assert tokens(ours) == tokens(plain) and ours[-1] == plain[-1], request
+        for one, other in zip(ours, plain, strict=True):
+            if isinstance(one, Token) and isinstance(other, Token):
+                assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_an_answer_goes_on_from_what_drafts_left(pocket, short_matches: None) -> None:
+    """Its end lies within a draft, or a limit ends it; the next turn reads what is new."""
+    model, tokenizer = pocket
+    ids = tuple(prompt_ids(model, tokenizer, SORT))
+    (plain,) = answered(pocket, [Request(ids, max_tokens=40, stop_ids=tokenizer.stop_ids)])
+    for most in (2, 3, 5, 8, 40):
+        first = Request(ids, max_tokens=most, stop_ids=tokenizer.stop_ids)
+        longer = (*ids, *tokens(plain)[:most], *ids)
+        (told, turn), counters = guessed(pocket, [first, Request(longer, max_tokens=4)])
+        assert tokens(told) == tokens(plain)[:most] and counters["drafted_tokens"]
+        read_all_but = len(longer) - started(turn).cached_tokens
+        assert read_all_but <= len(ids) + 1, most
+        (cold,) = answered(pocket, [Request(longer, max_tokens=4)])
+        assert tokens(turn) == tokens(cold)
+
+
+def test_rows_that_join_a_row_with_drafts_change_nothing(pocket, short_matches: None) -> None:
+    model, tokenizer = pocket
+    ids = tuple(prompt_ids(model, tokenizer, SORT))
+    requests = [
+        Request(ids[n:], max_tokens=30, sampling=Sampling(temp=1, seed=n), client=str(n))
+        for n in range(3)
+    ]
+    expected = [tokens(answered(pocket, [request])[0]) for request in requests]
+    engine = Engine(model, prefill_slice=64, speculate="auto")
+    engine.start()
+    try:
+        tickets = []
+        for request in requests:
+            tickets.append(engine.submit(request))
+            threading.Event().wait(0.05)
+        assert [tokens(list(ticket)) for ticket in tickets] == expected
+    finally:
+        engine.stop(0)
+
+
+def test_a_step_with_a_draft_that_fails_changes_no_answer(
+    pocket, short_matches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = pocket
+    request = Request(tuple(prompt_ids(model, tokenizer, SORT)), max_tokens=20)
+    (expected,) = answered(pocket, [request])
+    hidden, failed = type(model).hidden, list[int]()
+
+    def failing(self: KimiLinear, ids: mx.array, *rest: Any, **options: Any) -> mx.array:
+        if options.get("steps") is not None and not failed:
+            failed.append(ids.shape[1])
+            raise RuntimeError("planted")
+        return hidden(self, ids, *rest, **options)
+
+    monkeypatch.setattr(type(model), "hidden", failing)
+    monkeypatch.setattr(engine_module, "leave_out_what_failed", lambda *_: None)
+    (events,), _ = guessed(pocket, [request])
+    assert failed
+    assert tokens(events) == tokens(expected)
 
 
 # ------------------------------------------------------------------------------- prompts

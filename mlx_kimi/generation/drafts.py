@@ -6,6 +6,8 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 
+from mlx_kimi.metal_kernels.kernel import is_traced
+
 SIZES = (2, 4, 8)  # tokens of a step with drafts
 LIKELY = {16: 0.95, 8: 0.85, 4: 0.6}  # that a draft token is right, by its match, before any is
 FADES = 0.9  # weight of the drafts before, with each
@@ -35,8 +37,8 @@ class Drafts:
 class Learned:
     """How often drafts were right, by their match, and what steps of each size took here."""
 
-    def __init__(self, slope: float = SLOPE) -> None:
-        self._slope = slope
+    def __init__(self) -> None:
+        self._slope = SLOPE if is_traced() else SLOPE_OF_OPERATIONS
         self._tried = dict.fromkeys(LIKELY, PRIOR)
         self._right = {match: PRIOR * p for match, p in LIKELY.items()}
         # The first of each size, which may compile kernels, is left out.

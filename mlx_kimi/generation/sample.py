@@ -133,6 +133,12 @@ class BatchSampler:
         self._keys += other._keys
         self._seen += other._seen
 
+    def copy(self) -> BatchSampler:
+        """The same rows, which go on by themselves."""
+        other = BatchSampler([])
+        other.join(self)
+        return other
+
     def take(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order."""
         self._options = [self._options[row] for row in rows]

@@ -21,13 +21,12 @@ import mlx.core as mx
 
 from mlx_kimi.defaults import SNAPSHOT_EVERY, SNAPSHOT_MEMORY, SNAPSHOTS
 from mlx_kimi.errors import KimiError
-from mlx_kimi.generation.drafts import SLOPE, SLOPE_OF_OPERATIONS, Learned
+from mlx_kimi.generation.drafts import Learned
 from mlx_kimi.generation.faults import leave_out_what_failed
 from mlx_kimi.generation.not_finite import not_finite
 from mlx_kimi.generation.sample import Draw, Sampler
-from mlx_kimi.metal_kernels.kernel import is_traced
 from mlx_kimi.model import cache as caches
-from mlx_kimi.model.cache import TAIL, CacheEntry, LatentCache
+from mlx_kimi.model.cache import CacheEntry, LatentCache
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.steps import Step, keep_first
 
@@ -95,7 +94,7 @@ class TokenState:
     @cached_property
     def learned(self) -> Learned:
         """What came of drafts in the answers so far."""
-        return Learned(SLOPE if is_traced() else SLOPE_OF_OPERATIONS)
+        return Learned()
 
     def _empty(self) -> list[CacheEntry]:
         return self.model.make_cache(self.latent_bits)
@@ -270,8 +269,7 @@ class TokenState:
     @property
     def room(self) -> int:
         """Tokens that a step may read at most without a copy of the latest latents."""
-        rooms = [entry.room for entry in self.entries if isinstance(entry, LatentCache)]
-        return min(rooms, default=TAIL)
+        return caches.room(self.entries)
 
     def take_back(self, count: int) -> None:
         """Forget the last `count` tokens of the latest `step_with_drafts`, all but its first."""

@@ -336,6 +336,12 @@ def numbered(cache: Sequence[CacheEntry]) -> Iterator[tuple[int, CacheEntry]]:
         number += entry.layers if isinstance(entry, RemoteCache) else 1
 
 
+def room(cache: Sequence[CacheEntry]) -> int:
+    """Tokens that one step may add to each text at most without a copy of the latest latents."""
+    rooms = [entry.room for entry in cache if isinstance(entry, LatentCache)]
+    return min(rooms, default=TAIL)
+
+
 def take(cache: Sequence[CacheEntry], rows: Sequence[int]) -> list[CacheEntry]:
     """The cache of the batch that consists of these rows of another, in this order."""
     entries: Sequence[Any] = cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,18 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_kimi.defaults import SNAPSHOT_EVERY
+from mlx_kimi.generation.drafts import Learned
+from mlx_kimi.generation.lookup import Draft
 from mlx_kimi.generation.not_finite import not_finite
 from mlx_kimi.generation.sample import BatchSampler, masked
+from mlx_kimi.generation.speculate import Speculate
+from mlx_kimi.generation.token_state import common_prefix
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import CacheEntry
 from mlx_kimi.model.kimi_linear import KimiLinear
-from mlx_kimi.server.job import Job
+from mlx_kimi.model.steps import Step, keep_first
+from mlx_kimi.server.job import Job, Tally
+from mlx_kimi.server.lone_row import LoneRow
 from mlx_kimi.server.prefix_tree import PrefixTree, State
 
 
@@ -79,8 +86,14 @@ class Drawn:
 class Batch:
     """Jobs that are being answered, a row each."""
 
-    def __init__(self, model: KimiLinear, tree: PrefixTree) -> None:
-        self.model, self.tree = model, tree
+    def __init__(
+        self, model: KimiLinear, tree: PrefixTree, tally: Tally, speculate: Speculate = "off"
+    ) -> None:
+        """`speculate`: whether a row that runs alone has drafts, where experts are in memory."""
+        self.model, self.tree, self._tally = model, tree, tally
+        can = speculate == "auto" and model.offload is None and not model.one_text
+        self._learned = Learned() if can else None
+        self._lone: LoneRow | None = None  # the row that ran alone last
         self.jobs: list[Job] = []
         self._entries: list[CacheEntry] = []
         self._sampler = BatchSampler([])
@@ -126,8 +139,73 @@ class Batch:
             if self.jobs:
                 self._queue(None)
             return
+        began = time.perf_counter()
+        lone = self._lone_row()
+        if lone is not None and lone.propose(self._room).tokens:
+            # What comes next is guessed from the latest token: the device waits for it to be known.
+            self._drawn = None
+            self._teach(drawn)
+            self._tell(drawn)
+            drawn = None
+            if not self.jobs:
+                return
+            draft = lone.propose(self._room)
+            if draft.tokens:
+                self._read_draft(lone, draft)
+                return
         self._queue(drawn)
         self._tell(drawn)
+        if lone is not None:
+            lone.took(1, time.perf_counter() - began)
+
+    def _lone_row(self) -> LoneRow | None:
+        """The one row, if there are drafts for it."""
+        if self._learned is None or len(self.jobs) != 1:
+            return None
+        if self._lone is None or self._lone.job is not self.jobs[0]:
+            self._lone = LoneRow(self.jobs[0], self._learned)
+        return self._lone
+
+    @property
+    def _room(self) -> int:
+        """Tokens that may be read after the latest one in the same step."""
+        return caches.room(self._entries) - 1
+
+    def _read_draft(self, lone: LoneRow, draft: Draft) -> None:
+        """Read the latest token, which is told, and as many of a draft as are drawn, too.
+
+        Each is drawn with the key, and after the tokens, that it would have had one by one.
+        """
+        job, began = lone.job, time.perf_counter()
+        ids, steps, before = [job.drawn[-1], *draft.tokens], list[Step](), len(job.drawn)
+        logits = self.model.logits(self.model.hidden(mx.array([ids]), self._entries, steps=steps))
+        draws, samplers = [], []
+        for position in range(len(ids)):
+            following = logits[:, position]
+            token = self._sampler(masked(following, [job.mask]))
+            draws.append(Drawn.of(following, token, [job]))
+            samplers.append(self._sampler.copy())
+            if position == len(draft.tokens) or not job.may_take(draft.tokens[position]):
+                break
+        mx.eval([one.arrays() for one in draws], caches.arrays(self._entries))
+        drawn = [int(one.token.item()) for one in draws]  # type: ignore[arg-type]
+        right = common_prefix(drawn, draft.tokens)
+        is_over = job.ends_with(drawn[:right])  # (a draft goes no further than its end)
+        right = right if is_over else min(right, len(draws) - 1)
+        if 1 + right < len(ids):
+            keep_first(self._entries, steps, 1 + right)
+            mx.eval(caches.arrays(self._entries))
+        if not is_over:
+            job.go_back(before + right)
+            self._sampler, self._drawn = samplers[right], draws[right]
+            self._inputs = self._drawn.token
+        lone.took(len(ids), time.perf_counter() - began)
+        lone.learn(draft, right)
+        self._tally.add(drafted_tokens=len(draft.tokens), accepted_tokens=right)
+        ended = set[Job]()
+        for one in draws[:right]:
+            ended = ended or one.tell(self.model, [job])
+        self._keep_those_told([job], ended)
 
     def _queue(self, unknown: Drawn | None) -> None:
         """Queue the next step. `unknown`: what must be known for a mask, if there is one."""
@@ -146,11 +224,14 @@ class Batch:
             drawn.teach(self.jobs[: drawn.token.shape[0]])
 
     def _tell(self, drawn: Drawn | None) -> None:
-        """Tell what the first rows drew, keep the states of those that end, and go on without."""
+        """Tell what the first rows drew."""
         if drawn is None:
             return
         told = self.jobs[: drawn.token.shape[0]]
-        ended = drawn.tell(self.model, told)
+        self._keep_those_told(told, drawn.tell(self.model, told))
+
+    def _keep_those_told(self, told: Sequence[Job], ended: set[Job]) -> None:
+        """Keep the states of those that end, or have come far, and go on without the former."""
         for row, job in enumerate(told):
             is_due = len(job.prompt) + len(job.drawn) - job.kept >= SNAPSHOT_EVERY
             if not job.has_failed and (job in ended or is_due):
@@ -184,7 +265,7 @@ class Batch:
 
     def clear(self) -> list[Job]:
         """Forget all rows; the jobs they were of."""
-        jobs, self.jobs = self.jobs, []
+        jobs, self.jobs, self._lone = self.jobs, [], None
         self._entries, self._sampler = [], BatchSampler([])
         self._inputs, self._drawn = mx.array([], mx.uint32), None
         return jobs

@@ -16,6 +16,7 @@ from mlx_kimi.errors import GpuLost, KimiError, in_words
 from mlx_kimi.generation.decode import check_prefill_step
 from mlx_kimi.generation.faults import leave_out_what_failed
 from mlx_kimi.generation.generate import check_ids, check_lengths
+from mlx_kimi.generation.speculate import Speculate
 from mlx_kimi.model.cache import check_latent_bits
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.server.batch import Batch
@@ -88,6 +89,8 @@ class Counters:
     cached_tokens: int = 0  # of these, those that the prefix tree held
     read_tokens: int = 0  # of prompts, by the model
     generated_tokens: int = 0  # each a `Token`
+    drafted_tokens: int = 0  # that were guessed
+    accepted_tokens: int = 0  # of these, that were drawn
     evicted: int = 0  # states that the prefix tree gave up for memory
 
 
@@ -122,6 +125,7 @@ class Engine:
         latent_bits: int | None = None,
         memory: int | None = None,
         store: StateStore | None = None,
+        speculate: Speculate = "off",
     ) -> None:
         """Nothing runs before `start`.
 
@@ -134,6 +138,8 @@ class Engine:
             latent_bits: of `KimiLinear.make_cache`.
             memory: bytes that requests and the tree may take; None: what is free now.
             store: keeps states on the disk; the engine closes it when it stops.
+            speculate: "auto" reads drafts from the text itself in the step of an answer that runs
+                alone. Not under a memory budget, and not of a model that takes one text at a time.
 
         Raises:
             OptionError: `prefill_slice` or `latent_bits` is out of range.
@@ -152,7 +158,7 @@ class Engine:
         self._store = store
         self._tree = PrefixTree(self._guard.for_tree(0, tree_memory), store)
         self._prefill = Prefill(model, self._tree, self._tally, self._slice, latent_bits)
-        self._batch = Batch(model, self._tree)
+        self._batch = Batch(model, self._tree, self._tally, speculate)
         self._turns = Turns()
         self._waiting = self._reading = 0  # of the jobs in `_turns`
         self._owed = 0.0  # seconds of decode steps before the next slice

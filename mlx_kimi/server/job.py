@@ -101,6 +101,28 @@ class Job:
         except KimiError as error:
             self._cannot_go_on = error
 
+    def may_take(self, token: int) -> bool:
+        """Go on by a token of a draft in what must be obeyed; False: nothing may follow it."""
+        if self.ends_with([token]):
+            return False
+        if self._matcher is None:
+            return True
+        try:
+            may_follow = self._matcher.take(token)
+            _ = self._matcher.mask
+        except KimiError:
+            return False
+        return may_follow
+
+    def ends_with(self, tokens: Sequence[int]) -> bool:
+        """Whether the answer is over by the last of these."""
+        return bool(tokens) and tokens[-1] in self.ticket.request.stop_ids
+
+    def go_back(self, count: int) -> None:
+        """Of what must be obeyed, to where so many tokens had been drawn."""
+        if self._matcher is not None:
+            self._matcher.go_back(count)
+
     def sampler(self, vocab_size: int) -> Sampler:
         """What draws the next token."""
         sampler = Sampler(self._sampling, self.prompt.tolist(), vocab_size)
@@ -115,8 +137,7 @@ class Job:
     def begin_again(self) -> None:
         """Its state is lost, and so is a token that was not told."""
         self.entries = self.hidden = None
-        if self._matcher is not None:
-            self._matcher.go_back(len(self.drawn))
+        self.go_back(len(self.drawn))
 
     # ------------------------------------------------------------------------------- telling
     def tell_progress(self) -> None:

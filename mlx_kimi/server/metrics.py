@@ -68,6 +68,8 @@ class _OfEngine(Collector):
         counters = {
             "engine_read_tokens": ("Prompt tokens read.", status.counters.read_tokens),
             "engine_generated_tokens": ("Tokens drawn.", status.counters.generated_tokens),
+            "engine_drafted_tokens": ("Tokens guessed.", status.counters.drafted_tokens),
+            "engine_accepted_tokens": ("Of these, drawn.", status.counters.accepted_tokens),
             "engine_refused": ("Requests that were not queued.", status.counters.refused),
             "engine_cancelled": ("Answers that were cancelled.", status.counters.cancelled),
             "engine_failed": ("Answers that failed.", status.counters.failed),
