@@ -136,12 +136,12 @@ MOE = (
             *("experts", *shape),
             published=f"{_EXPERT}.{theirs}.weight",
             join=Join.STACK,
-            split=0,
+            split=split,
         )
-        for ours, theirs, shape in (
-            ("gate_proj", "w1", ("expert_width", "hidden")),
-            ("up_proj", "w3", ("expert_width", "hidden")),
-            ("down_proj", "w2", ("hidden", "expert_width")),
+        for ours, theirs, shape, split in (
+            ("gate_proj", "w1", ("expert_width", "hidden"), 1),
+            ("up_proj", "w3", ("expert_width", "hidden"), 1),
+            ("down_proj", "w2", ("hidden", "expert_width"), 2),
         )
     ),
 )

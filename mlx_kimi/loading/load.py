@@ -71,7 +71,7 @@ def load_model(
 
     Args:
         folder: published, converted, or written by transformers 5.
-        shard: (rank, ranks): this rank's slice of heads, inner channels and experts.
+        shard: (rank, ranks): this rank's slice of heads and of the channels within MLPs.
         reduce: adds up a layer's output over the ranks.
         lazy: read no weight until it is used.
         budget: of memory. As many routed experts as fit stay in it, the others are read from the
@@ -109,10 +109,8 @@ def load_model(
         refuse_what_does_not_fit(folder, config, sum(array.nbytes for array in arrays.values()))
     if not lazy:
         wire()
-    rank, ranks = shard
-    first_expert = rank * (config.num_experts // ranks)
     caches = offload.expert_caches if offload else {}
-    weights = Weights(arrays, config, first_expert=first_expert, expert_caches=caches)
+    weights = Weights(arrays, config, expert_caches=caches)
     model = make(config, weights, reduce, offload, choices, part)
     # Fused matrices are copies: their parts must not outlive each layer.
     del arrays, weights, matcher

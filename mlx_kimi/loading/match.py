@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_kimi.checkpoint.config import ModelConfig, Quantization
 from mlx_kimi.checkpoint.files import FLOATS, Checkpoint, Stored, collapsed
-from mlx_kimi.checkpoint.tensors import Join, Tensor, tensors
+from mlx_kimi.checkpoint.tensors import Tensor, tensors
 from mlx_kimi.errors import KimiError
 from mlx_kimi.model.linear import Linear
 
@@ -169,15 +169,12 @@ class TensorMatcher:
             raise KimiError(f"{self.checkpoint.folder}: {listed}")
 
     def _read(self, tensor: Tensor, names: list[str]) -> list[mx.array]:
-        if tensor.join is Join.STACK:  # only this rank's experts
-            count = len(names) // self.ranks
-            names = names[self.rank * count : (self.rank + 1) * count]
         return [self.checkpoint.array(name) for name in names]
 
     def _slice(self, tensor: Tensor, array: mx.array) -> mx.array:
         """This rank's range of the axis that the table splits."""
         axis = tensor.split
-        if self.ranks == 1 or axis is None or array.shape[axis] * self.ranks == tensor.shape[axis]:
+        if self.ranks == 1 or axis is None:
             return array
         if array.shape[axis] % self.ranks:
             raise KimiError(

@@ -86,18 +86,13 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts in stacks: all of them, or a range."""
+    """The routed experts in stacks."""
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
         self.gate_proj = weights.linear("gate_proj")
         self.up_proj = weights.linear("up_proj")
         self.down_proj = weights.linear("down_proj")
-
-    @property
-    def count(self) -> int:
-        """The experts that are here."""
-        return self.gate_proj.weight.shape[0]
 
     def __call__(
         self, x: mx.array, experts: mx.array, weights: mx.array, shared: mx.array | None
@@ -169,7 +164,6 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router = Router(config, weights)
         self.switch_mlp = Experts(weights.at("switch_mlp"))
-        self.first_expert = weights.first_expert
         self.expert_cache = weights.expert_cache("switch_mlp")
         self.shared_experts = (
             MLP(weights.at("shared_experts")) if config.num_shared_experts else None
@@ -189,11 +183,6 @@ class MixtureOfExperts(nn.Module):
             rows.append((f"2 to {most} tokens", "ops form", how))
         return rows + self.many_tokens.implementations(self.router.top_k)
 
-    @property
-    def _is_part(self) -> bool:
-        """Whether other ranks have the other experts."""
-        return self.expert_cache is None and self.switch_mlp.count < self.router.gate.out_features
-
     def _waits(self, residency: Residency | None) -> bool:
         """Whether the host waits for the router here, and maybe for files; never within a graph."""
         return not (self.expert_cache is None or self.expert_cache.holds_all or residency)
@@ -206,7 +195,7 @@ class MixtureOfExperts(nn.Module):
         few = tokens == 1 or not self.expert_cache
         few = few and self.kernels.unsupported_reason(tokens) is None
         together = few or (tokens <= ROUTED_AT_ONCE and self.router.has_kernels)
-        if self._is_part or not together:
+        if not together:
             normed, residual = norm.add_norm(x, residual)
             return self(normed, residency), residual
         rows = (y.reshape(-1, x.shape[-1]) for y in (x, residual))
@@ -225,11 +214,6 @@ class MixtureOfExperts(nn.Module):
         """
         rows = x.reshape(-1, x.shape[-1])
         experts, weights = self.router(rows)
-        if self._is_part:
-            here = self.switch_mlp.count
-            experts = experts.astype(mx.int32) - self.first_expert
-            weights = mx.where((experts >= 0) & (experts < here), weights, 0)
-            experts = mx.clip(experts, 0, here - 1)
         return self._mixed(rows, experts, weights, residency).reshape(x.shape)
 
     def _mixed(

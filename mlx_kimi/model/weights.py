@@ -20,19 +20,15 @@ class Weights:
         arrays: Mapping[str, mx.array],
         config: ModelConfig,
         path: str = "",
-        first_expert: int = 0,
         expert_caches: Mapping[str, ExpertCache] = MappingProxyType({}),
     ) -> None:
-        """`first_expert`: which of all routed experts is the first in this rank's stacks.
-
-        `expert_caches`: of the stacks that hold only some experts at a time, by the stacks' path.
-        """
+        """`expert_caches`: of the stacks that hold only some experts at a time, by their path."""
         self.arrays, self.config, self.path = arrays, config, path
-        self.first_expert, self.expert_caches = first_expert, expert_caches
+        self.expert_caches = expert_caches
 
     def at(self, name: str) -> Weights:
         path = f"{self.path}{name}."
-        return Weights(self.arrays, self.config, path, self.first_expert, self.expert_caches)
+        return Weights(self.arrays, self.config, path, self.expert_caches)
 
     def expert_cache(self, name: str) -> ExpertCache | None:
         """What fills the stacks below `name`; None: they hold all experts."""
