@@ -179,8 +179,9 @@ LENGTHS = [
 ]
 SPLIT = Setting(
     ["--split"],
-    metavar="layers[=N,N,...]",
-    help="With mlx.launch: the layers of each rank, rank 0 first; by their memory without numbers.",
+    metavar="layers[=N,N,...]|heads",
+    help="With mlx.launch: the layers of each rank, rank 0 first, by their memory without numbers; "
+    "or heads of all layers.",
 )
 BUDGET = [
     Setting(

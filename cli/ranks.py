@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from shlex import join, quote
 from typing import Any
@@ -18,7 +18,16 @@ from mlx_kimi.errors import KimiError, OptionError
 from mlx_kimi.loading.load import array_bytes
 from mlx_kimi.loading.memory import Machine
 from mlx_kimi.ranks.launched import SECRET
-from mlx_kimi.ranks.shares import BY_LAYERS, Share, by_memory, of_gpu, parts_of, share_of
+from mlx_kimi.ranks.shares import (
+    BY_HEADS,
+    BY_LAYERS,
+    Share,
+    by_memory,
+    heads_share,
+    of_gpu,
+    parts_of,
+    share_of,
+)
 from mlx_kimi.units import human_size
 from mlx_kimi.user_files import JSON_BYTES, parsed_value, read_bytes, shown
 
@@ -44,13 +53,24 @@ def run(
         click.echo(f"each machine is taken to be like this one; {Machine.here()}", err=True)
     folder = folder_of(model, fits=False)
     config, sizes = ModelConfig.read(folder), array_bytes(folder)
-    parts = parts_of(split or BY_LAYERS, config, len(memories))
-    parts = parts or by_memory(config, sizes, memories)
-    shares = [share_of(config, sizes, part, latent_bits) for part in parts]
+    shares = _shares(config, sizes, split or BY_LAYERS, memories, latent_bits)
     for line in _table(config, shares, memories):
         click.echo(line)
     click.echo()
     click.echo(_launch_line(model, hostfile, hosts, split))
+
+
+def _shares(
+    config: ModelConfig,
+    sizes: Mapping[str, int],
+    split: str,
+    memories: Sequence[int],
+    latent_bits: int | None,
+) -> list[Share]:
+    if split == BY_HEADS:
+        return [heads_share(config, sizes, len(memories), latent_bits)] * len(memories)
+    parts = parts_of(split, config, len(memories)) or by_memory(config, sizes, memories)
+    return [share_of(config, sizes, part, latent_bits) for part in parts]
 
 
 def _memories(said: str | None) -> list[int] | None:

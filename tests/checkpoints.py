@@ -96,6 +96,10 @@ ODD_SIZES: Config = {
 }
 ODD = published_config(kda_layers=[1, 4], full_attn_layers=[2, 3, 5], **ODD_SIZES)
 
+# With an even number of heads, so that two ranks can share them.
+EVEN: Config = {**ODD, "num_attention_heads": 6, "num_key_value_heads": 6}
+EVEN["linear_attn_config"] = {**ODD["linear_attn_config"], "num_heads": 4}
+
 # Begins with MLA, ends with KDA, has two dense layers, and no lm_head of its own.
 ODD_TIED = published_config(
     kda_layers=[2, 5],

@@ -19,7 +19,7 @@ from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.linear import Linear
 from mlx_kimi.model.weights import Weights
 from tests.assertions import assert_close
-from tests.checkpoints import ODD, TINY, published_config, write_checkpoint
+from tests.checkpoints import EVEN, TINY, published_config, write_checkpoint
 from tests.processes import live_memory
 
 # Two float32 sums of the same few hundred products in another order.
@@ -140,11 +140,6 @@ def test_sorted_experts_are_the_unsorted_ones(tiny: KimiLinear, T: int) -> None:
 
 
 # ------------------------------------------------------------------------------------ two ranks
-# ODD's sizes with an even number of heads, so that two ranks can share them.
-EVEN = {**ODD, "num_attention_heads": 6, "num_key_value_heads": 6}
-EVEN["linear_attn_config"] = {**ODD["linear_attn_config"], "num_heads": 4}
-
-
 @pytest.fixture(scope="module", params=["tiny", "grouped", "even", "tiny_4bit", "grouped_4bit"])
 def whole_and_halves(
     request: pytest.FixtureRequest,

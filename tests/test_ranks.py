@@ -28,6 +28,7 @@ from mlx_kimi.errors import KimiError
 from mlx_kimi.loading.load import array_bytes
 from mlx_kimi.ranks.launched import Launched
 from mlx_kimi.ranks.shares import by_memory, parts_of, weights_of
+from tests.checkpoints import EVEN, write_checkpoint
 from tests.processes import ENVIRONMENT, PROGRAM, run
 
 # The ring's threads spin while they wait: two ranks take both cores of a small machine.
@@ -146,6 +147,30 @@ def test_ranks_compute_what_one_process_does(
         assert sum(found["memory"]) <= 1.05 * found["whole"]
     else:
         assert found["parts"] == int(split[7])
+
+
+def test_ranks_share_heads(ranks: Callable[..., Ranks], tmp_path: Path) -> None:
+    """Logits within rounding, the same tokens, and what all have with the same bits on all; a state
+    that they have stored one process goes on from, and they themselves."""
+    folder = write_checkpoint(tmp_path / "even", EVEN)
+    command = (sys.executable, "-m", "tests.ranks_worker", folder, "heads", "host")
+    said = ranks().run(*command)[0].splitlines()
+    assert said[0].startswith("--split heads adds up after each half of a layer")
+    found = json.loads(said[-1])
+    assert found["error"] < 1e-5  # float32, added in another order
+    assert found["tokens"] and found["same bits"] and found["compared"]
+    assert found["KimiLinear"] == found["HeadsModel"]
+    assert found["finite"] is None
+    assert found["freed"] < 131_072
+
+
+def test_heads_that_do_not_divide_are_named(ranks: Callable[..., Ranks]) -> None:
+    """The pocket model's shared experts cannot be halved: groups of 64 of 64 channels."""
+    both = ranks()
+    command = (*PROGRAM, "generate", QUESTION, "--split", "heads")
+    leading, following = (both.start(rank, *command) for rank in (0, 1))
+    assert leading.wait(30) == 1 and following.wait(30) in (1, 3)
+    assert_one_line(leading, "2 ranks must divide axis 2 of (32, 192, 1)")
 
 
 def test_a_session_moves_between_one_process_and_two(
@@ -454,12 +479,12 @@ def test_what_ranks_cannot_do_is_refused_in_one_line(ranks: Callable[..., Ranks]
 @pytest.mark.parametrize(
     "split, what",
     [
-        ("heads", "must be layers or layers=N,N,... but is heads"),
-        ("layers=", "must be layers or layers=N,N,... but is layers="),
+        ("rows", "must be layers, layers=N,N,... or heads but is rows"),
+        ("layers=", "must be layers, layers=N,N,... or heads but is layers="),
         ("layers=4", "must give 2 ranks, rank 0 first, 1 layer or more each of 8 in all"),
         ("layers=0,8", "must give 2 ranks"),
         ("layers=4,5", "must give 2 ranks"),
-        ("layers=4,x", "must be layers or layers=N,N,..."),
+        ("layers=4,x", "must be layers, layers=N,N,... or heads"),
     ],
 )
 def test_a_split_that_does_not_fit_is_refused(split: str, what: str) -> None:
@@ -544,6 +569,9 @@ def test_ranks_says_what_each_machine_would_hold(hostfile: Path) -> None:
         f"mlx.launch --backend ring --hostfile {hostfile} "
         "--env MLX_KIMI_RANKS_SECRET=$(openssl rand -hex 16) -- mlx_kimi generate TEXT"
     )
+    heads = run("ranks", "--memory", "24GB,32GB", "--split", "heads").stdout.splitlines()
+    assert heads[1][1:].split("16.00")[0] == heads[2][1:].split("21.33")[0]
+    assert heads[1].startswith("0     0 to 7")
     small = run("ranks", "--memory", "8MB,6MB", "--split", "layers=6,2")
     assert small.stdout.count("does not fit") == 2 and "--split layers=6,2 TEXT" in small.stdout
 
@@ -556,7 +584,7 @@ def test_ranks_says_what_each_machine_would_hold(hostfile: Path) -> None:
         (("--memory", "24GB"), None, "--memory must be of two machines or more but is 24GB"),
         (("--memory", "0GB,1GB"), None, "--memory must be of two machines or more"),
         (("--memory", ",".join(["1GB"] * 9)), None, "a layer a rank at least, but 9 have 8"),
-        (("--memory", "1GB,1GB", "--split", "heads"), None, "--split must be layers or layers=N"),
+        (("--memory", "1GB,1GB", "--split", "rows"), None, "--split must be layers, layers=N"),
         ((), "[]", "must list two hosts or more"),
         ((), '[["a"], ["b"]]', 'host 0 must have "ssh" and "ips", a list of IPv4 addresses'),
         ((), '{"hosts": 3}', "must list two hosts or more"),

@@ -94,6 +94,11 @@ class Experts(nn.Module):
         self.up_proj = weights.linear("up_proj")
         self.down_proj = weights.linear("down_proj")
 
+    @property
+    def count(self) -> int:
+        """The experts that are here: all, or an expert cache's slots."""
+        return self.gate_proj.weight.shape[0]
+
     def __call__(
         self, x: mx.array, experts: mx.array, weights: mx.array, shared: mx.array | None
     ) -> mx.array:

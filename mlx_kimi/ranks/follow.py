@@ -44,15 +44,7 @@ class Follower:
 
     def step(self, message: Message, _: Arrays) -> None:
         """The next tokens of a state: another state, and what the rank before is given."""
-        for number in message["freed"]:
-            self.states.pop(number, None)
-        before = message["before"]
-        cache = (
-            self.model.make_cache(message["bits"])
-            if before is None
-            else caches.snapshot(self.states[before])
-        )
-        ids = message["ids"]
+        cache, ids = self.begun(message), message["ids"]
         given = self._given(ids)
         if ids is not None:  # (a step of one token is built meanwhile)
             self.hops.awaited(given)
@@ -61,6 +53,15 @@ class Follower:
         self.states[message["after"]] = cache
         self.hops.send(x)
         mx.async_eval(caches.arrays(cache))
+
+    def begun(self, message: Message) -> list[CacheEntry]:
+        """The cache that a step goes on from; states that rank 0 has freed go."""
+        for number in message["freed"]:
+            self.states.pop(number, None)
+        before = message["before"]
+        if before is None:
+            return self.model.make_cache(message["bits"])
+        return caches.snapshot(self.states[before])
 
     def _given(self, ids: list[int] | None) -> mx.array:
         """ids [1, T] for the first layers, x and residual [2, 1, T, hidden] for others; it may be

@@ -86,6 +86,10 @@ class Hops:
             mx.eval(received)
         return received
 
+    def sum(self, x: mx.array) -> mx.array:
+        """x of all ranks, added up, with the same bits on each; lazy, and may be in a graph."""
+        return mx.distributed.all_sum(x, group=self._group)
+
     def _to(self, x: mx.array, rank: int) -> mx.array:
         if self.on_device:
             return mx.distributed.all_sum(x, group=self._group)

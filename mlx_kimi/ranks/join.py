@@ -23,10 +23,11 @@ from mlx_kimi.metal_kernels.tuning import Choices
 from mlx_kimi.ranks.control import Control, Message
 from mlx_kimi.ranks.failure import end
 from mlx_kimi.ranks.follow import Follower
+from mlx_kimi.ranks.heads import HeadsFollower, HeadsModel, Sum
 from mlx_kimi.ranks.hops import Hops
 from mlx_kimi.ranks.launched import Launched
 from mlx_kimi.ranks.model import RankedModel
-from mlx_kimi.ranks.shares import by_memory, parts_of, share_of
+from mlx_kimi.ranks.shares import BY_HEADS, by_memory, parts_of, share_of
 from mlx_kimi.units import human_size
 
 # What all ranks must have alike: how it is called, and what makes it so.
@@ -37,6 +38,11 @@ ALIKE = {
     "device": ("the device", "all ranks compute on the same kind of device"),
     "kernels": ("kernels of the digest", "set the same MLX_KIMI_ variables on both"),
 }
+
+HEADS_ARE_SLOWER = (
+    "--split heads adds up after each half of a layer: on Macs a token is slower than on one of "
+    "them, which docs/ranks.md estimates"
+)
 
 
 def lead(
@@ -66,14 +72,21 @@ def lead(
         machines = [own, *(others[rank] for rank in sorted(others))]
         parts = _parts(launched, folder, split, machines)
         for rank in others:
-            part = parts[rank]
-            control.send(rank, {"do": "load", "part": [part.start, part.stop]})
-        model = load_model(folder, part=parts[0], make=RankedModel)
+            part = None if parts is None else [parts[rank].start, parts[rank].stop]
+            control.send(rank, {"do": "load", "part": part})
+        added = Sum()
+        if parts is None:
+            say(HEADS_ARE_SLOWER)
+            shard = (0, launched.size)
+            model = load_model(folder, shard=shard, reduce=added, make=HeadsModel)
+        else:
+            model = load_model(folder, part=parts[0], make=RankedModel)
         assert isinstance(model, RankedModel)
         for rank in others:
             control.receive(rank)
         control.broadcast({"do": "connect"})
-        return model.connect(control, connected(launched))
+        added.hops = connected(launched)
+        return model.connect(control, added.hops)
     except BaseException:
         control.close(failed=True)
         raise
@@ -94,10 +107,18 @@ def follow(
         folder = folder_of()
         control = Control(launched)
         control.introduce(introduction(folder))
-        model = load_model(folder, part=range(*_told(control, "load")["part"]))
+        part, added = _told(control, "load")["part"], Sum()
+        shard = (launched.rank, launched.size)
+        model = (
+            load_model(folder, shard=shard, reduce=added)
+            if part is None
+            else load_model(folder, part=range(*part))
+        )
         control.send(0, {"is": "loaded"})
         _told(control, "connect")
-        Follower(model, control, connected(launched)).run()
+        added.hops = connected(launched)
+        kind = HeadsFollower if part is None else Follower
+        kind(model, control, added.hops).run()
     except Exception as error:
         end(f"{launched.name(launched.rank)}: {in_words(error)}")
 
@@ -138,8 +159,10 @@ def _refuse_other(launched: Launched, rank: int, message: Message, own: Message)
 
 def _parts(
     launched: Launched, folder: Path, split: str, machines: Sequence[Message]
-) -> list[range]:
-    """The layers of each rank, which fit there."""
+) -> list[range] | None:
+    """The layers of each rank, which fit there; None: all have all, by heads."""
+    if split == BY_HEADS:
+        return None  # (`load_model` refuses what does not fit)
     config, sizes = ModelConfig.read(folder), array_bytes(folder)
     totals = [machine["total"] for machine in machines]
     parts = parts_of(split, config, launched.size) or by_memory(config, sizes, totals)

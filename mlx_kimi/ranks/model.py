@@ -29,13 +29,14 @@ AHEAD = 2  # steps of a prompt that the other ranks are asked for before rank 0 
 class States:
     """The other ranks' states, by number. One is freed there once nothing here refers to it."""
 
-    def __init__(self, control: Control, ranks: Sequence[int]) -> None:
-        self.control, self.ranks = control, ranks
+    def __init__(self, control: Control, kind: type[State]) -> None:
+        self.control, self.ranks = control, range(1, control.launched.size)
+        self._kind = kind
         self._numbers = count(1)
         self._freed = deque[int]()  # (appended by whichever thread collects garbage)
 
     def new(self) -> State:
-        state = State(self, next(self._numbers))
+        state = self._kind(self, next(self._numbers))
         finalize(state, self._freed.append, state.number).atexit = False
         return state
 
@@ -84,13 +85,13 @@ class RankedModel(KimiLinear):
     """
 
     one_text = True
+    state_kind: type[State] = State
 
     def connect(self, control: Control, hops: Hops) -> RankedModel:
         """Begin to use the other ranks, which have loaded their layers."""
-        self._control, self._hops = control, hops
-        ranks = range(1, control.launched.size)
-        self._states = States(control, ranks)
-        self._order = RLock()  # commands and hops of a step stay together
+        self.control, self.hops = control, hops
+        self.states = States(control, self.state_kind)
+        self.order = RLock()  # commands and hops of a step stay together
         self._coming = deque[list[int]]()  # the steps of a prompt that nobody has been asked for
         self._asked = deque[Asked]()  # those that have been, whose hop has not been received
         return self
@@ -105,11 +106,15 @@ class RankedModel(KimiLinear):
         lengths: Sequence[int] | None = None,
         steps: list[Step] | None = None,
     ) -> mx.array:
-        if lengths is not None or steps is not None:
-            raise ValueError("[hidden] ranks read one text without padding, and no drafts.")
+        self.refuse_rows(lengths, steps)
         cache = self.make_cache() if cache is None else cache
         with self._received(ids, cache) as given:
             return super().hidden(given, cache[1:])
+
+    def refuse_rows(self, lengths: Sequence[int] | None, steps: list[Step] | None) -> None:
+        """Ranks read one text, without padding and drafts."""
+        if lengths is not None or steps is not None:
+            raise ValueError("[hidden] lengths and steps must be None on ranks.")
 
     def advance(self, ids: mx.array, cache: list[CacheEntry]) -> None:
         with self._received(ids, cache) as given:
@@ -127,17 +132,17 @@ class RankedModel(KimiLinear):
 
     def find_not_finite(self, ids: mx.array) -> tuple[str | None, mx.array]:
         """As of all ranks."""
-        with self._order, uninterrupted():
+        with self.order, uninterrupted():
             self._take_what_nobody_wants()
-            self._control.broadcast({"do": "find_not_finite", "ids": ids.tolist()})
+            self.control.broadcast({"do": "find_not_finite", "ids": ids.tolist()})
             given = self._hop(ids)
             self._await(given)
-            places = [self._control.receive(rank)[0]["place"] for rank in self._states.ranks]
+            places = [self.control.receive(rank)[0]["place"] for rank in self.states.ranks]
         own, hidden = super().find_not_finite(given)
         return next(filter(None, [*reversed(places), own]), None), hidden
 
     def cache_of(self, entries: list[CacheEntry], latent_bits: int | None) -> list[CacheEntry]:
-        state, end = self._states.new(), entries[0].lengths[0]
+        state, end = self.states.new(), entries[0].lengths[0]
         arrays = token_arrays((), entries, 0) | kda_arrays(entries)
         del arrays["ids"]
         mx.eval(arrays)
@@ -145,18 +150,18 @@ class RankedModel(KimiLinear):
         first = self.part.start
         remote = {n: a for n, a in arrays.items() if int(n.rpartition(".")[2]) < first}
         with uninterrupted():
-            for rank in self._states.ranks:
-                self._control.send(rank, said, remote)
+            for rank in self.states.ranks:
+                self.control.send(rank, said, remote)
         own = [entry for number, entry in numbered(entries) if number >= first]
         return [RemoteCache(first, latent_bits, entries[0].lengths, state), *own]
 
     def memory(self) -> list[dict[str, int]]:
         """Bytes that MLX holds on each rank, `active`, and held at most, `peak`."""
         own = {"active": mx.get_active_memory(), "peak": mx.get_peak_memory()}
-        with self._order, uninterrupted():
+        with self.order, uninterrupted():
             self._take_what_nobody_wants()
-            self._control.broadcast({"do": "memory"})
-            return [own, *(self._control.receive(rank)[0] for rank in self._states.ranks)]
+            self.control.broadcast({"do": "memory"})
+            return [own, *(self.control.receive(rank)[0] for rank in self.states.ranks)]
 
     # -------------------------------------------------------------------------------- each step
     @contextmanager
@@ -168,7 +173,7 @@ class RankedModel(KimiLinear):
         remote = cache[0]
         assert isinstance(remote, RemoteCache), "the cache is of `make_cache`"
         B, T = rows_of(ids)
-        with self._order, uninterrupted():
+        with self.order, uninterrupted():
             asked = self._next(ids, remote)
             given = self._hop(ids)
             try:
@@ -182,13 +187,13 @@ class RankedModel(KimiLinear):
 
     def _hop(self, ids: mx.array) -> mx.array:
         shape = (2, *rows_of(ids), self.config.hidden_size)
-        return self._hops.receive(shape, self.norm.weight.dtype)
+        return self.hops.receive(shape, self.norm.weight.dtype)
 
     def _await(self, given: mx.array) -> None:
         try:
-            self._hops.awaited(given)
+            self.hops.awaited(given)
         except RuntimeError as error:
-            self._control.wait_for_the_end()
+            self.control.wait_for_the_end()
             raise KimiError(f"the ranks' connection broke: {in_words(error)}") from None
 
     def _next(self, ids: mx.array, remote: RemoteCache) -> Asked:
@@ -196,11 +201,10 @@ class RankedModel(KimiLinear):
         state: Any = remote.state
         if ids.size == 1:
             self._take_what_nobody_wants()
-            asked = self._ask(None, state, remote.bits)
-            self._hops.send_token(ids)
+            asked = self.ask(ids, remote)
+            self.hops.send_token(ids)
             return asked
-        rows: Any = ids.tolist()
-        (text,) = rows
+        text = _ids_of(ids)
         first = self._asked[0] if self._asked else None
         if first is not None and first.before is state and first.ids == text:
             asked = self._asked.popleft()
@@ -217,28 +221,48 @@ class RankedModel(KimiLinear):
             self._asked.append(latest)
         return asked
 
-    def _ask(self, ids: list[int] | None, before: State | None, bits: int | None) -> Asked:
-        """`ids` None: one token, which comes when it has been drawn."""
-        after = self._states.new()
+    def ask(self, ids: mx.array, remote: RemoteCache, output_wanted: bool = True) -> Asked:
+        """Ask the others for a step of ids [1, T]; one token comes when it has been drawn."""
+        before: Any = remote.state
+        return self._ask(
+            None if ids.size == 1 else _ids_of(ids), before, remote.bits, output_wanted
+        )
+
+    def _ask(
+        self,
+        ids: list[int] | None,
+        before: State | None,
+        bits: int | None,
+        output_wanted: bool = True,
+    ) -> Asked:
+        after = self.states.new()
         said = {
             "do": "step",
             "ids": ids,
             "before": before.number if before else None,
             "after": after.number,
             "bits": bits,
-            "freed": self._states.freed(),
+            "output": output_wanted,
+            "freed": self.states.freed(),
         }
-        self._control.broadcast(said)
+        self.control.broadcast(said)
         return Asked(ids or [], before, after, bits)
 
     def _take_what_nobody_wants(self) -> None:
         """Receive the hops of steps that were asked for ahead, and forget them."""
         while self._asked:
             asked = self._asked.popleft()
-            given = self._hops.receive(
+            given = self.hops.receive(
                 (2, 1, len(asked.ids), self.config.hidden_size), self.norm.weight.dtype
             )
             self._await(given)
+
+
+def _ids_of(ids: mx.array) -> list[int]:
+    """ids [1, T]"""
+    rows: Any = ids.tolist()
+    (text,) = rows
+    return list(text)
 
 
 @contextmanager

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from mlx_kimi.checkpoint.config import ModelConfig
-from mlx_kimi.checkpoint.tensors import is_in_part
+from mlx_kimi.checkpoint.tensors import is_in_part, tensors
 from mlx_kimi.defaults import PREFILL_STEP
 from mlx_kimi.errors import OptionError
 from mlx_kimi.loading.memory import MemoryEstimate, needs
 
-BY_LAYERS = "layers"
+BY_LAYERS, BY_HEADS = "layers", "heads"
 LARGEST_OF_TWO_THIRDS = 36 * 10**9  # bytes of a Mac whose GPU gets 2/3; of larger ones 3/4
 
 
@@ -41,7 +41,7 @@ def parts_of(split: str, config: ModelConfig, ranks: int) -> list[range] | None:
     counts = [int(n) for n in numbers.split(",") if n.isascii() and n.isdigit()]
     layers = len(config.layers)
     if name != BY_LAYERS or len(counts) != numbers.count(",") + 1:
-        raise OptionError("split", f"must be layers or layers=N,N,... but is {split}")
+        raise OptionError("split", f"must be layers, layers=N,N,... or heads but is {split}")
     if len(counts) != ranks or min(counts) < 1 or sum(counts) != layers:
         raise OptionError(
             "split",
@@ -98,6 +98,24 @@ def _parts(counts: Sequence[int]) -> list[range]:
 def weights_of(config: ModelConfig, sizes: Mapping[str, int], part: range) -> int:
     """Bytes of the weights of these layers, with what else is there with them."""
     return sum(size for name, size in sizes.items() if is_in_part(name, config, part))
+
+
+def heads_share(
+    config: ModelConfig, sizes: Mapping[str, int], ranks: int, latent_bits: int | None = None
+) -> Share:
+    """What each rank has that shares heads and channels of all layers with others."""
+    split = {tensor.module for tensor in tensors(config) if tensor.split is not None}
+    weights = sum(
+        size // ranks if name in split or name.rpartition(".")[0] in split else size
+        for name, size in sizes.items()
+    )
+    part = range(len(config.layers))
+    return Share(part, needs(part_config(config, ranks), weights, latent_bits))
+
+
+def part_config(config: ModelConfig, ranks: int) -> ModelConfig:
+    """A rank's KDA states are those of a model with its share of the heads."""
+    return replace(config, kda_num_heads=config.kda_num_heads // ranks)
 
 
 def share_of(
