@@ -198,6 +198,14 @@ SERVE = Command(
             show_default="a quarter of what is free, 8 GiB at most; 1 GiB with a memory budget",
             help="What states of prompts may take, so that they are not read again.",
         ),
+        click.Option(
+            ["--prompt-cache", "prompt_caches"],
+            type=FILE,
+            multiple=True,
+            metavar="FOLDER",
+            help="What `mlx_kimi cache` made, or a session: requests that begin so go on from it; "
+            "may repeat.",
+        ),
         Setting(
             ["--cache-disk"],
             type=Bytes(),
@@ -345,7 +353,8 @@ CACHE = Command(
 
     The prompt is TEXT and -f FILE, as of `generate`. `generate --prompt-cache OUT QUESTION` asks
     after it, without reading it again. OUT is a folder like those of saved conversations: `chat
-    --resume ./OUT` goes on with it, and --prompt-cache takes a saved conversation, too.
+    --resume ./OUT` goes on with it, `serve --prompt-cache OUT` lets requests do so, and
+    --prompt-cache takes a saved conversation, too.
     """,
 )
 

@@ -12,11 +12,14 @@ from typing import Any, NoReturn
 import click
 
 from mlx_kimi.chat.fingerprint import fingerprint
+from mlx_kimi.chat.session import read_session, refuse_missing
 from mlx_kimi.cli.given import budget_of, check_options, folder_of, with_defaults
 from mlx_kimi.cli.progress import BYTES, work
 from mlx_kimi.cli.ranked import load_here, refuse_what_ranks_cannot
 from mlx_kimi.defaults import PREFILL_STEP, SNAPSHOT_MEMORY
+from mlx_kimi.errors import KimiError
 from mlx_kimi.generation.speculate import Speculate
+from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.server.app import make_app
 from mlx_kimi.server.engine import Engine
@@ -38,6 +41,7 @@ def run(
     log_prompts: bool,
     rows: int,
     cache_memory: int | None,
+    prompt_caches: tuple[Path, ...],
     cache_disk: int,
     prefill_slice: int | None,
     latent_bits: int | None,
@@ -55,20 +59,25 @@ def run(
         cache_memory = SNAPSHOT_MEMORY if cache_memory is None else cache_memory
         budget = replace(budget, snapshots=cache_memory)
     signal.signal(signal.SIGTERM, _terminated)
+    for cache in prompt_caches:
+        refuse_missing(cache)  # before a model is loaded
     with listening(host, port) as opened:  # first: a port in use is known at once
         folder = folder_of(model, budget)
         options = with_defaults(options, folder)
         network, tokenizer = load_here(folder, budget, split)
         name, longest = Path(model or folder).name, network.config.model_max_length
+        same = _identity(folder, latent_bits) if cache_disk or prompt_caches else {}
         engine = Engine(
             network,
             rows=rows,
             tree_memory=cache_memory,
             prefill_slice=prefill_slice,
             latent_bits=latent_bits,
-            store=_store(network, folder, name, cache_disk, latent_bits),
+            store=_store(network, name, same, cache_disk, latent_bits),
             speculate=speculate,
         )
+        for cache in prompt_caches:
+            engine.know(_read(cache, TokenState(network, latent_bits, snapshot_every=None), same))
         service = Service(engine, tokenizer, name, longest, options, log_prompts=log_prompts)
         logging.basicConfig(handlers=[JsonLines()], level=logging.WARNING)
         engine.start()
@@ -81,16 +90,37 @@ def run(
             engine.stop(patience=0)
 
 
+def _identity(folder: Path, latent_bits: int | None) -> dict[str, Any]:
+    """What states depend on."""
+    with work("reading the weights, once, to know them again", BYTES) as progress:
+        return fingerprint(folder, latent_bits, progress=progress)
+
+
 def _store(
-    model: KimiLinear, folder: Path, name: str, memory: int, latent_bits: int | None
+    model: KimiLinear,
+    name: str,
+    identity: dict[str, Any],
+    memory: int,
+    latent_bits: int | None,
 ) -> StateStore | None:
     """Where states of prompts outlive the server."""
     if not memory:
         return None
-    with work("reading the weights, once, to know them again", BYTES) as progress:
-        identity = fingerprint(folder, latent_bits, progress=progress)
     about = {"name": name, "identity": identity}
     return StateStore(folder_for(identity), about, memory, model, latent_bits)
+
+
+def _read(cache: Path, state: TokenState, identity: dict[str, Any]) -> TokenState:
+    """The state at the end of a prompt cache.
+
+    Raises:
+        KimiError: there is none, or it is of another model.
+    """
+    _, notes = read_session(cache, identity, state)
+    if not state.ids:
+        why = notes[0] if notes else "no states are stored there"
+        raise KimiError(f"{cache}: requests cannot go on from it: {why}")
+    return state
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
 
 from mlx_kimi.chat.conversation import Conversation
 from mlx_kimi.chat.session import Session, read_text
-from tests.processes import run
+from tests.processes import ENVIRONMENT, PROGRAM, run
 
 NOTES = "The password of the blue door is 4821. " * 12
 
@@ -129,3 +131,46 @@ def test_a_file_in_the_place_of_the_folder_is_one_clear_line(talker, tmp_path) -
     assert done.returncode == 1
     assert "file: is a file, and OUT a new folder; -f" in done.stderr
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_a_server_goes_on_from_prompt_caches(talker, tmp_path) -> None:
+    texts = {"notes": NOTES * 6, "more": f"More. {NOTES}"}
+    for name, text in texts.items():
+        assert run("cache", tmp_path / name, text, "--model", talker).returncode == 0
+    options = [word for name in texts for word in ("--prompt-cache", str(tmp_path / name))]
+    for caches in (options, ()):  # the second server finds what the first has stored of the longer
+        environment = {**ENVIRONMENT, "MLX_KIMI_CACHE": str(tmp_path / "cache")}
+        command = [*PROGRAM, "serve", "--port", "0", "--model", str(talker), *caches]
+        server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        with server:
+            assert server.stderr is not None
+            line = next(line for line in server.stderr if "http://" in line)
+            for text in texts.values() if caches else (texts["notes"],):
+                usage = asked_of(line.split(" for programs")[0].split()[-1], f"{text}\n\nAnd?")
+                assert usage["prompt_tokens"] > 60
+                cached = usage["prompt_tokens_details"]["cached_tokens"]
+                assert usage["prompt_tokens"] - cached < 40
+            server.terminate()
+
+
+def asked_of(url: str, text: str) -> dict:
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
+    return httpx.post(f"{url}/chat/completions", json=body, timeout=60, trust_env=False).json()[
+        "usage"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("latent_bits", [(), ("--latent-bits", "8")])
+def test_a_server_refuses_what_it_cannot_go_on_from(talker, tmp_path, latent_bits) -> None:
+    options = ("serve", "--model", talker, "--port", "0", *latent_bits)
+    missing = run(*options, "--prompt-cache", tmp_path / "none")
+    assert missing.returncode == 1 and "no saved conversation or prompt cache" in missing.stderr
+    if latent_bits:
+        assert run("cache", tmp_path / "notes", NOTES, "--model", talker).returncode == 0
+    else:
+        assert run("cache", tmp_path / "notes", NOTES).returncode == 0  # the pocket model
+    done = run(*options, "--prompt-cache", tmp_path / "notes")
+    assert done.returncode == 1 and "is read again, since" in done.stderr
+    assert done.stderr.count("\n") <= 2 and "Traceback" not in done.stderr

@@ -93,8 +93,7 @@ class Session:
             KimiError: there is none, a chat has it open, nothing of it can be read, or its states
                 are of more tokens than the model's memory budget leaves room for.
         """
-        if text_file(self.folder) is None:
-            raise KimiError(f"{self.folder}: no saved conversation or prompt cache")
+        refuse_missing(self.folder)
         with nullcontext() if self.is_open else _held(self.folder):
             return self._load(state)
 
@@ -222,6 +221,16 @@ def read_text(folder: Path) -> tuple[dict[str, Any], Conversation, str]:
     text = Transcript(folder)
     conversation, note = text.read()
     return text.about, conversation, note
+
+
+def refuse_missing(folder: Path) -> None:
+    """Refuse a folder that holds no session.
+
+    Raises:
+        KimiError: it holds none.
+    """
+    if text_file(folder) is None:
+        raise KimiError(f"{folder}: no saved conversation or prompt cache")
 
 
 def refuse_longer(folder: Path, fingerprint: Mapping[str, Any], limit: int) -> None:

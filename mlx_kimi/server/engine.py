@@ -17,6 +17,7 @@ from mlx_kimi.generation.decode import check_prefill_step
 from mlx_kimi.generation.faults import leave_out_what_failed
 from mlx_kimi.generation.generate import check_ids, check_lengths
 from mlx_kimi.generation.speculate import Speculate
+from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.cache import check_latent_bits
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.server.batch import Batch
@@ -170,6 +171,10 @@ class Engine:
         self._state: State = "starting"
         self._failure: str | None = None
         self._thread = Thread(target=self._run, name="engine", daemon=True)
+
+    def know(self, state: TokenState) -> None:
+        """Let requests go on from the end of what `state` has read. Before `start`."""
+        self._prefill.know(state.ids, state.entries)
 
     # --------------------------------------------------------------------------- from any thread
     def start(self) -> None:

@@ -17,7 +17,7 @@ from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import CacheEntry
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.server.job import Job, Tally
-from mlx_kimi.server.prefix_tree import Found, PrefixTree, State, common_prefix
+from mlx_kimi.server.prefix_tree import Found, PrefixTree, State, as_array, common_prefix
 
 APART = 64  # tokens between two states of a text at least: boundaries nearer share one
 SLICE_SECONDS = 0.4  # of a slice late in a long prompt, at most
@@ -37,6 +37,10 @@ class Prefill:
     ) -> None:
         self.model, self.tree, self.slice_tokens = model, tree, slice_tokens
         self._latent_bits, self._tally = latent_bits, tally
+
+    def know(self, ids: Sequence[int], entries: Sequence[CacheEntry]) -> None:
+        """Give the tree a state that was read elsewhere, and that many prompts go on from."""
+        self.tree.insert(as_array(ids), State(caches.snapshot(entries), is_shared=True))
 
     def begin(self, job: Job) -> None:
         """Give the job a cache, and say where its reading pauses."""
