@@ -1,9 +1,9 @@
 """Agents: what they sent when they mended a file; and, where they are installed, that they do.
 
 They run on the real engine with scripted tokens: a file is changed, its test passes, the agent
-exits 0. `npm install @openai/codex opencode-ai` brings them. Their prompts are made short, as the
-model that ships inside reads long ones slowly on a CPU. `agent_requests` holds what they sent with
-their own prompts, of which the long texts are left out.
+exits 0. `npm install @openai/codex opencode-ai @anthropic-ai/claude-code` brings them. Their
+prompts are made short, as the model that ships inside reads long ones slowly on a CPU.
+`agent_requests` holds what they sent with their own prompts, of which the long texts are left out.
 """
 
 import json
@@ -21,6 +21,7 @@ import pytest
 
 from mlx_kimi import load
 from mlx_kimi.server.engine import Engine
+from tests.processes import ENVIRONMENT, PROGRAM
 from tests.scripted import Say, call, scripted
 from tests.server import Running, Scripted, pocket_tokenizer, serving, until
 
@@ -114,7 +115,7 @@ def run(folder: Path, name: str, *arguments: str) -> str:
     assert program is not None
     kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
     home = str(folder.parent / "home")
-    environment = {**kept, "HOME": home, "CODEX_HOME": home, "NO_PROXY": "127.0.0.1"}
+    environment = {**kept, "HOME": home, "NO_PROXY": "127.0.0.1"}
     environment |= {"OPENCODE_DISABLE_AUTOUPDATE": "1", "OPENCODE_DISABLE_MODELS_FETCH": "1"}
     done = subprocess.run(
         [program, *arguments],
@@ -198,7 +199,9 @@ def test_codex_mends_a_file(folder: Path) -> None:
     home = folder.parent / "home"
     (home / "instructions.md").write_text("Mend what you are asked to.")
     with real(CODEX) as running:
-        (home / "config.toml").write_text(CODEX_CONFIG.format(home=home, url=running.url))
+        (home / ".codex").mkdir()
+        config = CODEX_CONFIG.format(home=home, url=running.url)
+        (home / ".codex" / "config.toml").write_text(config)
         how = ("--skip-git-repo-check", "--sandbox", "danger-full-access")
         said = run(folder, "codex", "exec", *how, ASKED)
         check(folder, running, said, turns=3)
@@ -231,3 +234,51 @@ def test_opencode_mends_a_file(folder: Path, api: str) -> None:
         said = run(folder, "opencode", "run", ASKED)
         check(folder, running, said, turns=4)
         assert {line["request"] for line in running.lines} == {f"POST {APIS[api]}"}
+
+
+def claude(folder: Path) -> Say:
+    file = str(folder / "calc.py")
+    return steps(
+        call_of("Read", 0, file_path=file),
+        call_of("Edit", 1, file_path=file, old_string="a - b", new_string="a + b"),
+        call_of("Bash", 2, command=CHECK, description="Run the test"),
+        f"{SAID}<|im_end|>",
+    )
+
+
+@pytest.mark.slow
+@needs("claude")
+def test_claude_code_mends_a_file(folder: Path) -> None:
+    how = ("--system-prompt", "Mend what you are asked to.", "--tools", "Read,Edit,Bash")
+    allowed = ("--allowedTools", "Read,Edit,Bash", "--no-session-persistence")
+    with real(claude(folder)) as running:
+        launch(folder, "claude-code", running)
+        said = run(folder, "claude", "-p", ASKED, *how, *allowed)
+        check(folder, running, said, turns=4)
+
+
+def launch(folder: Path, agent: str, running: Running) -> None:
+    """What `mlx_kimi launch --write` writes, where the agent looks for it."""
+    environment = {**ENVIRONMENT, "HOME": str(folder.parent / "home")}
+    command = [*PROGRAM, "launch", agent, "--url", running.url, "--write"]
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+
+
+AGENTS = {
+    "claude-code": ("claude", "-p"),
+    "codex": ("codex", "exec", "--skip-git-repo-check"),
+    "opencode": ("opencode", "run"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", AGENTS)
+def test_an_agent_runs_with_what_launch_writes(folder: Path, agent: str) -> None:
+    name, *arguments = AGENTS[agent]
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    engine = Scripted()
+    with serving(engine) as running:
+        launch(folder, agent, running)
+        assert "Hello." in run(folder, name, *arguments, "Say hello.")
+    assert engine.requests
