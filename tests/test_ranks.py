@@ -466,6 +466,7 @@ def test_what_ranks_cannot_do_is_refused_in_one_line(ranks: Callable[..., Ranks]
         ("generate", "x", "--memory-budget", "1GB"): "--memory-budget is for one process",
         ("generate", "x", "--speculate", "auto"): "--speculate needs all layers in one process",
         ("serve", "--memory-budget", "1GB"): "--memory-budget is for one process",
+        ("serve", "--speculate", "auto"): "--speculate needs all layers in one process",
         ("info",): "info runs in one process, but mlx.launch has started 2",
     }.items():
         process = both.start(0, *PROGRAM, *command)
