@@ -299,22 +299,20 @@ def test_the_graph_does_not_keep_the_model(launched: list[str]) -> None:
         gc.enable()
 
 
-def test_parts_one_after_another_are_the_whole_model(
-    pocket: KimiLinear, launched: list[str]
-) -> None:
+def test_parts_one_after_another_are_the_whole_model(launched: list[str]) -> None:
     """Bit for bit, compiled as the whole model is: what ranks compute."""
-    cache = prompted(pocket, 1, 3)
     with use_backend(None):
+        whole = load_model(pocket_folder())
         first, last = (load_model(pocket_folder(), part=part) for part in (range(5), range(5, 8)))
-        of_parts = first.make_cache(), last.make_cache()
+        of_parts, cache = (first.make_cache(), last.make_cache()), prompted(whole, 1, 3)
         last.hidden(first.hidden(ids(1, 3), of_parts[0]), of_parts[1])
     for token in ids(1, 4).T:
         launched.clear()
-        expected = pocket.hidden(token[None], cache)
+        expected = whole.hidden(token[None], cache)
         in_whole = sorted(launched)
         launched.clear()
         given = first.hidden(token[None], of_parts[0])
-        assert given.shape == (2, 1, 1, pocket.config.hidden_size)
+        assert given.shape == (2, 1, 1, whole.config.hidden_size)
         assert mx.array_equal(last.hidden(given, of_parts[1]), expected)
         assert sorted(launched) == in_whole  # once a graph is built, nothing
     assert [entry.lengths for part in of_parts for entry in part] == [e.lengths for e in cache]
