@@ -1,6 +1,6 @@
 """A Chromium without a window, and a page that it shows.
 
-`python -m tests.browser` tells where this machine has one; it fails where there is none.
+`python -m tests.browser` tells where this machine has one; it fails where none runs, and says why.
 """
 
 from __future__ import annotations
@@ -130,5 +130,18 @@ def opened(context: BrowserContext, url: str) -> Chat:
     return Chat(context.new_page(), url)
 
 
+def _tried() -> str:
+    """Where a Chromium is that shows a page."""
+    path = executable()
+    if path is None:
+        sys.exit("no Chromium is installed")
+    try:
+        with chromium() as browser:
+            browser.new_page().close()
+    except Exception as error:
+        sys.exit(f"{path} does not run: {error}")
+    return path
+
+
 if __name__ == "__main__":
-    print(executable() or sys.exit(1))
+    print(_tried())
