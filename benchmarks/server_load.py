@@ -143,7 +143,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=600.0)
     given = parser.parse_args()
-    command = [sys.executable, "-m", "mlx_kimi", "serve", "--port", "0"]
+    # A prefix tree that is soon full: its states' own overhead counts as memory beside it.
+    command = [sys.executable, "-m", "mlx_kimi", "serve", "--port", "0", "--cache-memory", "128MB"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines: list[str] = []
