@@ -1,7 +1,8 @@
 """What can be chosen, in pairs: each pair of choices is met by some case, and changes no token.
 
 Budget, 8-bit latents, drafts, batches, states from the disk, tools and schemas: an answer is that
-of one text alone in memory, with the same latents, tools and schema. A batch takes no drafts.
+of one text alone in memory, with the same latents, tools and schema. In a batch a text has drafts
+once it runs alone.
 """
 
 from dataclasses import dataclass, fields
@@ -21,7 +22,6 @@ from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.budget import Budget
 from mlx_kimi.server.engine import Engine, Request, Started, Token
 from mlx_kimi.server.state_store import LEAST_TOKENS, StateStore
-from tests.processes import run
 from tests.server import WEATHER
 
 TOKENS, CONTEXT = 24, 1024
@@ -132,7 +132,10 @@ def in_a_batch(case, model, tokenizer, folder: Path):
 
     def engine() -> Engine:
         store = StateStore(folder / "states", {}, 1 << 30, model, case.bits)
-        made = Engine(model, latent_bits=case.bits, prefill_slice=128, store=store)
+        drafts = "auto" if case.drafts else "off"
+        made = Engine(
+            model, latent_bits=case.bits, prefill_slice=128, store=store, speculate=drafts
+        )
         made.start()
         return made
 
@@ -161,10 +164,3 @@ def in_a_batch(case, model, tokenizer, folder: Path):
     finally:
         running.stop(10)
     return first, second
-
-
-def test_drafts_in_a_batch_are_refused_in_one_line() -> None:
-    refused = run("serve", "--speculate", "auto")
-    assert refused.returncode == 2
-    (line,) = refused.stderr.splitlines()
-    assert "--speculate" in line
