@@ -30,6 +30,7 @@ from mlx_kimi.metal_kernels.kda import kda
 from mlx_kimi.model.cache import CacheEntry, LatentCache, arrays
 from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.steps import Step
 
 GB = 1e9
 PREFILL_STEP = 2048
@@ -86,11 +87,11 @@ def decode(config: dict[str, Any], models: Any, repeats: int, tokens: int = 64) 
         mx.eval(their_token, [entry.state for entry in their_cache])
     hosts: list[float] = []
     runs: dict[str, Run] = {
-        "ours": lambda: _ours(ours, our_cache, our_token, tokens, hosts),
-        "mlx-lm": lambda: _theirs(theirs, their_cache, their_token, tokens, peer_kernels()),
+        "ours": lambda: decode_ours(ours, our_cache, our_token, tokens, hosts),
+        "mlx-lm": lambda: decode_theirs(theirs, their_cache, their_token, tokens, peer_kernels()),
     }
     if mx.cuda.is_available():
-        runs["mlx-lm unpatched"] = lambda: _theirs(
+        runs["mlx-lm unpatched"] = lambda: decode_theirs(
             theirs, their_cache, their_token, tokens, nullcontext()
         )
     found = in_turns(runs, repeats)
@@ -104,7 +105,7 @@ def decode(config: dict[str, Any], models: Any, repeats: int, tokens: int = 64) 
     host = statistics.median(hosts) / tokens
     bound = "the host's work" if host > 0.9 * found["ours"] / tokens else "the device"
     print(f"  ours: {host * 1e3:.3f} ms of a token are host time to submit it; {bound} bounds it")
-    step = _launches_of_a_step(ours, our_cache, our_token)
+    step = launches_of_a_step(ours, our_cache, our_token)
     with peer_kernels():
         results = [mx.argmax(theirs(their_token, their_cache), axis=-1)]
         kept = tree_flatten([entry.state for entry in their_cache])
@@ -112,9 +113,12 @@ def decode(config: dict[str, Any], models: Any, repeats: int, tokens: int = 64) 
     print(f"  launches a token, from the graph: ours {step}, mlx-lm {sum(their_step.values())}")
 
 
-def _launches_of_a_step(model: KimiLinear, cache: list[CacheEntry], token: mx.array) -> int:
+def launches_of_a_step(
+    model: KimiLinear, cache: list[CacheEntry], ids: mx.array, steps: list[Step] | None = None
+) -> int:
+    """Of ids [B, T] and the choice of a token; `steps`: with what going back needs."""
     entries = [entry.snapshot() for entry in cache]
-    logits = model.logits(model.run(token, entries, ForwardBatch()))
+    logits = model.logits(model.run(ids, entries, ForwardBatch(steps=steps)))
     token = mx.argmax(logits, axis=-1)
     return sum(launches(token, *arrays(entries)).values())
 
@@ -132,31 +136,35 @@ def _read(model: KimiLinear, ids: mx.array) -> tuple[list[CacheEntry], mx.array]
     return cache, token
 
 
-def _ours(
+def decode_ours(
     model: KimiLinear, cache: list[CacheEntry], token: mx.array, tokens: int, hosts: list[float]
 ) -> float:
+    """Seconds of so many tokens of each row after token [B, 1]; adds the host's to `hosts`."""
     host, start = 0.0, time.perf_counter()
     for _ in range(tokens):
         before = time.thread_time()
         following = mx.argmax(model(token, cache), axis=-1)
         mx.async_eval(following, *arrays(cache))
         host += time.thread_time() - before
-        token.item()
+        mx.eval(token)
         token = following
-    token.item()
+    mx.eval(token)
     hosts.append(host)
     return time.perf_counter() - start
 
 
-def _theirs(model: Any, cache: list[Any], token: mx.array, tokens: int, kernels: Any) -> float:
+def decode_theirs(
+    model: Any, cache: list[Any], token: mx.array, tokens: int, kernels: Any
+) -> float:
+    """The same by mlx-lm, within `kernels`."""
     with kernels:
         start = time.perf_counter()
         for _ in range(tokens):
             following = mx.argmax(model(token, cache), axis=-1)
             mx.async_eval(following)
-            token.item()
+            mx.eval(token)
             token = following
-        token.item()
+        mx.eval(token)
         return time.perf_counter() - start
 
 
@@ -177,10 +185,12 @@ def context(config: dict[str, Any], models: Any, repeats: int, tokens: int = 16)
         for bits in (None, 8):
             cache = _filled(ours, length, bits)
             held = sum(e.nbytes for c in cache if isinstance(c, LatentCache) for e in c.arrays())
-            runs: dict[str, Run] = {"ours": lambda c=cache: _ours(ours, c, first_token, tokens, [])}
+            runs: dict[str, Run] = {
+                "ours": lambda c=cache: decode_ours(ours, c, first_token, tokens, [])
+            }
             if bits is None and length <= 1 << 17:
                 their_cache = _filled_peer(theirs, config, length)
-                runs["mlx-lm"] = lambda c=their_cache: _theirs(
+                runs["mlx-lm"] = lambda c=their_cache: decode_theirs(
                     theirs, c, first_token, tokens, peer_kernels()
                 )
             found = in_turns(runs, repeats)
@@ -259,7 +269,7 @@ def memory(config: dict[str, Any], models: Any, repeats: int, length: int = 1 <<
         seconds = time.perf_counter() - start
         prefill_peak = mx.get_peak_memory() - before
         mx.reset_peak_memory()
-        _ours(ours, cache, token, 16, [])
+        decode_ours(ours, cache, token, 16, [])
         decode_peak = mx.get_peak_memory() - before
         print(
             f"memory above weights at {length} tokens, {bits or 16} bits: the last prefill step "

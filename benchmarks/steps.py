@@ -26,8 +26,7 @@ from typing import Any
 import mlx.core as mx
 
 from benchmarks.full_size import CONFIG, peer_kernels, peer_model
-from benchmarks.launches import launches
-from benchmarks.speed import TRIAL, Run, in_turns
+from benchmarks.speed import TRIAL, Run, decode_ours, decode_theirs, in_turns, launches_of_a_step
 from mlx_kimi.checkpoint.config import ModelConfig
 from mlx_kimi.evaluation.random_model import model_of, random_arrays
 from mlx_kimi.generation.decode import decode, prefill
@@ -38,13 +37,13 @@ from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.loading.command_buffers import enlarge_command_buffers
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import CacheEntry
-from mlx_kimi.model.forward_batch import ForwardBatch
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.steps import Step, keep_first
 
 ROWS = (1, 2, 4, 8, 16)
 TOKENS = (1, 2, 4, 8)
 CONTEXT = 512
+DECODED = 16  # steps, each submitted before the last one is awaited
 SAME = 1e-4  # of the largest logit: the same numbers in float32, added in another order
 # Tokens that rows have read: tails that are new, nearly full and full, and segments of each class.
 LENGTHS = (5, 250, 256, 700, 1_100, 3_000, 4_352, 9_001)
@@ -147,15 +146,19 @@ def time_steps(model: KimiLinear, peer: Any, repeats: int) -> int:
     for B in ROWS:
         before = _prompted(model, CONTEXT, B)
         token = _ids(model, 1, B, seed=2)
-        runs[f"{B} rows"] = lambda c=before, t=token: _decoded(model, caches.snapshot(c), t)
+        runs[f"{B} rows"] = lambda c=before, t=token: (
+            decode_ours(model, caches.snapshot(c), t, DECODED, []) / DECODED
+        )
         if peer is not None:
             with peer_kernels():
                 their_cache = peer.make_cache()
                 ids = _ids(model, CONTEXT, B)
                 for start in range(0, CONTEXT, 128):  # MLX's product takes no more on NVIDIA GPUs
                     mx.eval(peer(ids[:, start : start + 128], their_cache))
-            runs[f"{B} rows, mlx-lm"] = lambda c=their_cache, t=token: _decoded_by_peer(peer, c, t)
-        print(f"launches, {B} rows: {_launches(model, before, token, None)}", flush=True)
+            runs[f"{B} rows, mlx-lm"] = lambda c=their_cache, t=token: (
+                decode_theirs(peer, c, t, DECODED, peer_kernels()) / DECODED
+            )
+        print(f"launches, {B} rows: {launches_of_a_step(model, before, token)}", flush=True)
     found = in_turns(runs, repeats)
     one = found["1 rows"]
     for name, seconds in found.items():
@@ -176,35 +179,14 @@ def time_steps(model: KimiLinear, peer: Any, repeats: int) -> int:
         runs[f"T = {T}"] = lambda i=ids: _step(model, before, i)
         if T > 1:
             runs[f"T = {T}, half taken back"] = lambda i=ids, n=T // 2: _step(model, before, i, n)
-        print(f"launches, T = {T}: {_launches(model, before, ids, [])}", flush=True)
+        print(
+            f"launches, T = {T}: {launches_of_a_step(model, before, ids, [] if T > 1 else None)}",
+            flush=True,
+        )
     found = in_turns(runs, 2 * repeats)
     for name, seconds in found.items():
         print(f"{name:<24} {seconds * 1e3:7.2f} ms  {seconds / found['T = 1']:5.2f} of T = 1")
     return 0
-
-
-def _decoded(model: KimiLinear, cache: list[CacheEntry], token: mx.array, steps: int = 16) -> float:
-    """Seconds a step, each submitted before the last one is awaited."""
-    start = time.perf_counter()
-    for _ in range(steps):
-        following = mx.argmax(model(token, cache), axis=-1)
-        mx.async_eval(following, *caches.arrays(cache))
-        mx.eval(token)
-        token = following
-    mx.eval(token)
-    return (time.perf_counter() - start) / steps
-
-
-def _decoded_by_peer(peer: Any, cache: list[Any], token: mx.array, steps: int = 16) -> float:
-    with peer_kernels():
-        start = time.perf_counter()
-        for _ in range(steps):
-            following = mx.argmax(peer(token, cache), axis=-1)
-            mx.async_eval(following)
-            mx.eval(token)
-            token = following
-        mx.eval(token)
-        return (time.perf_counter() - start) / steps
 
 
 def _step(model: KimiLinear, before: list[CacheEntry], ids: mx.array, keep: int = 0) -> float:
@@ -219,15 +201,6 @@ def _step(model: KimiLinear, before: list[CacheEntry], ids: mx.array, keep: int 
         keep_first(cache, steps, keep)
     mx.eval(caches.arrays(cache))
     return time.perf_counter() - start
-
-
-def _launches(
-    model: KimiLinear, before: list[CacheEntry], ids: mx.array, steps: list[Step] | None
-) -> int:
-    entries = caches.snapshot(before)
-    batch = ForwardBatch(steps=steps if ids.shape[1] > 1 else None)
-    token = mx.argmax(model.logits(model.run(ids, entries, batch)), axis=-1)
-    return sum(launches(token, *caches.arrays(entries)).values())
 
 
 # ------------------------------------------------------------------------------------- drafts

@@ -272,11 +272,11 @@ AGENTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize(
+    "agent", [pytest.param(agent, marks=needs(command[0])) for agent, command in AGENTS.items()]
+)
 def test_an_agent_runs_with_what_launch_writes(folder: Path, agent: str) -> None:
     name, *arguments = AGENTS[agent]
-    if shutil.which(name) is None:
-        pytest.skip(f"{name} is not installed")
     engine = Scripted()
     with serving(engine) as running:
         launch(folder, agent, running)

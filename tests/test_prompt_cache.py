@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import httpx
@@ -10,7 +9,8 @@ import pytest
 
 from mlx_kimi.chat.conversation import Conversation
 from mlx_kimi.chat.session import Session, read_text
-from tests.processes import ENVIRONMENT, PROGRAM, run
+from tests.processes import run
+from tests.test_serve import served
 
 NOTES = "The password of the blue door is 4821. " * 12
 
@@ -140,18 +140,15 @@ def test_a_server_goes_on_from_prompt_caches(talker, tmp_path) -> None:
         assert run("cache", tmp_path / name, text, "--model", talker).returncode == 0
     options = [word for name in texts for word in ("--prompt-cache", str(tmp_path / name))]
     for caches in (options, ()):  # the second server finds what the first has stored of the longer
-        environment = {**ENVIRONMENT, "MLX_KIMI_CACHE": str(tmp_path / "cache")}
-        command = [*PROGRAM, "serve", "--port", "0", "--model", str(talker), *caches]
-        server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        with server:
-            assert server.stderr is not None
-            line = next(line for line in server.stderr if "http://" in line)
+        where = {"MLX_KIMI_CACHE": str(tmp_path / "cache")}
+        with served("--model", str(talker), *caches, **where) as (server, url):
             for text in texts.values() if caches else (texts["notes"],):
-                usage = asked_of(line.split(" for programs")[0].split()[-1], f"{text}\n\nAnd?")
+                usage = asked_of(url, f"{text}\n\nAnd?")
                 assert usage["prompt_tokens"] > 60
                 cached = usage["prompt_tokens_details"]["cached_tokens"]
                 assert usage["prompt_tokens"] - cached < 40
             server.terminate()
+            server.communicate(timeout=60)
 
 
 def asked_of(url: str, text: str) -> dict:

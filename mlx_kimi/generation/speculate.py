@@ -17,6 +17,7 @@ from mlx_kimi.generation.drafts import SIZES, Drafts, Learned
 from mlx_kimi.generation.lookup import Draft, Drafter, Lookup
 from mlx_kimi.generation.sample import Draw, Sampler
 from mlx_kimi.generation.token_state import TokenState
+from mlx_kimi.model import cache as caches
 
 Speculate = Literal["auto", "off"]
 SPECULATE = ("auto", "off")
@@ -99,7 +100,7 @@ def decode_with_drafts(
         with state.turn_of(hidden):
             if known is None and speculation.propose(limit - 1).tokens:
                 known, draw = _awaited(state, draw, sampler, speculation)
-            most = min(limit - 2, state.room - 1)
+            most = min(limit - 2, caches.room(state.entries) - 1)
             draft = speculation.propose(most) if known is not None else Draft([], 0)
             began = time.perf_counter()
             if known is not None and draft.tokens:

@@ -266,11 +266,6 @@ class TokenState:
         self._source, self._drawn, self._steps = None, None, (length, steps)
         return ids[:kept], Draw(tokens[kept - 1 : kept], lse[kept - 1 : kept])
 
-    @property
-    def room(self) -> int:
-        """Tokens that a step may read at most without a copy of the latest latents."""
-        return caches.room(self.entries)
-
     def take_back(self, count: int) -> None:
         """Forget the last `count` tokens of the latest `step_with_drafts`, all but its first."""
         if not count:

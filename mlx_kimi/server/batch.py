@@ -15,7 +15,6 @@ from mlx_kimi.generation.drafts import Learned
 from mlx_kimi.generation.lookup import Draft
 from mlx_kimi.generation.not_finite import not_finite
 from mlx_kimi.generation.sample import BatchSampler, masked
-from mlx_kimi.generation.speculate import Speculate
 from mlx_kimi.generation.token_state import common_prefix
 from mlx_kimi.model import cache as caches
 from mlx_kimi.model.cache import CacheEntry
@@ -87,12 +86,10 @@ class Batch:
     """Jobs that are being answered, a row each."""
 
     def __init__(
-        self, model: KimiLinear, tree: PrefixTree, tally: Tally, speculate: Speculate = "off"
+        self, model: KimiLinear, tree: PrefixTree, tally: Tally, learned: Learned | None
     ) -> None:
-        """`speculate`: whether a row that runs alone has drafts, where experts are in memory."""
-        self.model, self.tree, self._tally = model, tree, tally
-        can = speculate == "auto" and model.offload is None and not model.one_text
-        self._learned = Learned() if can else None
+        """`learned`: of the drafts that a row has which runs alone; None: it has none."""
+        self.model, self.tree, self._tally, self._learned = model, tree, tally, learned
         self._lone: LoneRow | None = None  # the row that ran alone last
         self.jobs: list[Job] = []
         self._entries: list[CacheEntry] = []
@@ -156,7 +153,7 @@ class Batch:
         self._queue(drawn)
         self._tell(drawn)
         if lone is not None:
-            lone.took(1, time.perf_counter() - began)
+            lone.speculation.took(1, time.perf_counter() - began)
 
     def _lone_row(self) -> LoneRow | None:
         """The one row, if there are drafts for it."""
@@ -199,8 +196,8 @@ class Batch:
             job.go_back(before + right)
             self._sampler, self._drawn = samplers[right], draws[right]
             self._inputs = self._drawn.token
-        lone.took(len(ids), time.perf_counter() - began)
-        lone.learn(draft, right)
+        lone.speculation.took(len(ids), time.perf_counter() - began)
+        lone.speculation.learn(draft, right)
         self._tally.add(drafted_tokens=len(draft.tokens), accepted_tokens=right)
         ended = set[Job]()
         for one in draws[:right]:

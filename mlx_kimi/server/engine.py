@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_kimi.defaults import PREFILL_STEP
 from mlx_kimi.errors import GpuLost, KimiError, in_words
 from mlx_kimi.generation.decode import check_prefill_step
+from mlx_kimi.generation.drafts import Learned
 from mlx_kimi.generation.faults import leave_out_what_failed
 from mlx_kimi.generation.generate import check_ids, check_lengths
 from mlx_kimi.generation.speculate import Speculate
@@ -152,14 +153,16 @@ class Engine:
                 prefill_slice = min(prefill_slice, model.offload.prefill_step)
         self.model = model
         self._queue_limit, self._latent_bits = queue_limit, latent_bits
-        self._rows = rows if model.offload is None and not model.one_text else 1
+        takes_many = model.offload is None and not model.one_text
+        self._rows = rows if takes_many else 1
         self._tree_memory, self._slice = tree_memory, prefill_slice or 0
         self._guard = Guard(model, self._slice or PREFILL_STEP, latent_bits, memory)
         self._tally = Tally()
         self._store = store
         self._tree = PrefixTree(self._guard.for_tree(0, tree_memory), store)
         self._prefill = Prefill(model, self._tree, self._tally, self._slice, latent_bits)
-        self._batch = Batch(model, self._tree, self._tally, speculate)
+        learned = Learned() if speculate == "auto" and takes_many else None
+        self._batch = Batch(model, self._tree, self._tally, learned)
         self._turns = Turns()
         self._waiting = self._reading = 0  # of the jobs in `_turns`
         self._owed = 0.0  # seconds of decode steps before the next slice

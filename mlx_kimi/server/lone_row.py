@@ -17,21 +17,13 @@ class LoneRow:
     def __init__(self, job: Job, learned: Learned) -> None:
         """`learned`: of the engine's answers before, and goes on with this one's."""
         self.job = job
-        self._speculation = Speculation(Lookup(job.ids.tolist()), learned)
+        self.speculation = Speculation(Lookup(job.ids.tolist()), learned)
         self._looked_up = len(job.drawn)
 
     def propose(self, room: int) -> Draft:
         """What may follow the latest token that was told, `room` tokens at most."""
         told = self.job.drawn[self._looked_up :]
-        self._speculation.drafter.add(told)
+        self.speculation.drafter.add(told)
         self._looked_up += len(told)
         left = self.job.limit - len(self.job.drawn)
-        return self._speculation.propose(min(room, left - 1))
-
-    def took(self, tokens: int, seconds: float) -> None:
-        """Note what a step took."""
-        self._speculation.took(tokens, seconds)
-
-    def learn(self, draft: Draft, right: int) -> None:
-        """Note how many tokens of a draft were drawn."""
-        self._speculation.learn(draft, right)
+        return self.speculation.propose(min(room, left - 1))
