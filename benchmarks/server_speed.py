@@ -93,7 +93,7 @@ def served(name: str, folder: Path) -> Iterator[str]:
                     raise RuntimeError(f"{name} did not start: {log.read_text()[-3000:]}")
                 time.sleep(0.5)
             yield url
-        except Exception:
+        except BaseException:  # Ctrl-C, too
             print(log.read_text()[-3000:], file=sys.stderr)
             raise
         finally:

@@ -88,6 +88,8 @@ def run(
             Server(make_app(service, access), service).run([opened])
         finally:
             engine.stop(patience=0)
+        if (failure := engine.status().failure) is not None:
+            raise KimiError(failure)
 
 
 def _identity(folder: Path, latent_bits: int | None) -> dict[str, Any]:

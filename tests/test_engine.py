@@ -196,6 +196,14 @@ def test_a_thread_that_dies_fails_all_tickets(loaded, monkeypatch: pytest.Monkey
         engine.submit(Request(PROMPT))
 
 
+@pytest.mark.usefixtures("emulated")
+def test_kernels_run_in_its_thread() -> None:
+    pocket = load()  # nobody has used it: not even what it holds was evaluated by a first use
+    requests = [Request(PROMPT[:length], max_tokens=3) for length in (40, 22, 3)]
+    answers = [tokens(events) for events in answered(pocket, requests, speculate="auto")]
+    assert answers == [alone(pocket, request) for request in requests]
+
+
 # ------------------------------------------------------------------------------- rows
 SAMPLINGS = [
     Sampling(),

@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.convert.convert import convert
 from mlx_kimi.convert.quantize import scheme
 from mlx_kimi.errors import LONGEST, KimiError
+from mlx_kimi.loading.budget import Budget
 from mlx_kimi.loading.load import load, load_model
 from tests.assertions import assert_close
 from tests.checkpoints import TINY, token_ids, write_checkpoint
@@ -509,3 +512,45 @@ def test_a_scale_that_is_no_number_is_named(
     mx.eval(tensors)
     mx.save_safetensors(str(name), tensors, {"format": "mlx"})
     assert "layers.1.self_attn.o_proj.scales has NaN or infinity" in refusal(out)
+
+
+# ------------------------------------------------------------------------------------- threads
+@pytest.mark.parametrize("name", ["published", "quantized", "pocket", "under a budget"])
+def test_any_thread_may_use_what_a_model_holds(name: str, folder, quantized) -> None:
+    """A server's engine is another thread than loads, and MLX evaluates an array only in the thread
+    that described it."""
+    folders = {"published": folder("tiny"), "quantized": quantized("tiny")}
+    budget = Budget(8 << 30) if name == "under a budget" else None
+    model = load_model(folders.get(name, pocket_folder()), budget=budget)
+    held = dict(arrays_within(model, "model", set()))
+    left: list[str] = []
+
+    def look() -> None:
+        for path, array in held.items():
+            try:
+                mx.eval(array)
+            except RuntimeError:  # There is no Stream(cpu, 0) in current thread.
+                left.append(path)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert len(held) > 50 and not left
+
+
+def arrays_within(x: Any, path: str, seen: set[int]) -> Iterator[tuple[str, mx.array]]:
+    """Whatever `x` leads to, in attributes, slots, mappings and sequences."""
+    if id(x) in seen:
+        return
+    seen.add(id(x))
+    if isinstance(x, mx.array):
+        yield path, x
+        return
+    slots = {name for kind in type(x).__mro__ for name in getattr(kind, "__slots__", ())}
+    members = {**getattr(x, "__dict__", {}), **{n: getattr(x, n) for n in slots if hasattr(x, n)}}
+    if isinstance(x, dict):
+        members |= x
+    elif isinstance(x, (list, tuple)):
+        members |= dict(enumerate(x))
+    for name, member in members.items():
+        yield from arrays_within(member, f"{path}.{name}", seen)

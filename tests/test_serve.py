@@ -5,7 +5,8 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import httpx
@@ -16,11 +17,25 @@ from mlx_kimi.cli.serve import TERMINATED
 from tests.processes import ENVIRONMENT, PROGRAM, run
 
 
+FAILING = """
+import time
+from mlx_kimi.__main__ import main
+from mlx_kimi.server import engine
+def fails(*arguments):
+    time.sleep(2)
+    raise RuntimeError("There is no Stream(gpu, 1) in current thread.")
+engine.measured_slice = fails
+main()
+"""
+
+
 @contextmanager
-def served(*options: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def served(
+    *options: str, program: Sequence[str] = PROGRAM, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The program, and the URL that it says it listens on."""
     process = subprocess.Popen(
-        [*PROGRAM, "serve", "--port", "0", *options],
+        [*program, "serve", "--port", "0", *options],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -86,6 +101,18 @@ def test_what_cannot_be_served_is_one_line(options: list[str], said: str) -> Non
     done = run("serve", "--port", "0", *options, env=environment)
     assert done.returncode == 2 and done.stdout == ""
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_it_ends_with_its_engine() -> None:
+    with served("--cache-disk", "0GB", program=(sys.executable, "-c", FAILING)) as (process, url):
+        answer = ask(url)
+        _, stderr = process.communicate(timeout=30)
+    said = "the engine failed: There is no Stream(gpu, 1) in current thread."
+    assert answer.status_code == 500 and answer.json()["error"]["message"] == said
+    *log, last = stderr.splitlines()
+    assert process.returncode == 1 and last == f"Error: {said}"
+    assert [json.loads(line).get("status") for line in log] == [None, 500]  # its traceback, once
 
 
 @pytest.mark.slow

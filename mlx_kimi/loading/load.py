@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_kimi.bundled import pocket_folder
 from mlx_kimi.checkpoint.config import ModelConfig
@@ -24,7 +25,8 @@ from mlx_kimi.loading.memory import MemoryEstimate, refuse_what_does_not_fit, wi
 from mlx_kimi.loading.warm_up import warm_up
 from mlx_kimi.metal_kernels.kernel import in_one_line, is_traced
 from mlx_kimi.metal_kernels.tuning import Choices
-from mlx_kimi.model.kimi_linear import KimiLinear
+from mlx_kimi.model.kimi_linear import DecoderLayer, KimiLinear
+from mlx_kimi.model.moe import MixtureOfExperts
 from mlx_kimi.model.weights import Weights
 from mlx_kimi.offload.expert_files import ExpertFiles, ExpertStack
 from mlx_kimi.offload.offload import ExpertOffload
@@ -173,13 +175,21 @@ def _read_weights(model: KimiLinear, checkpoint: Checkpoint) -> None:
         if part is None:  # another rank has it
             continue
         try:
-            mx.eval(part.parameters())
+            mx.eval(part.parameters(), _views(part))
         except RuntimeError as error:
             stored = checkpoint.tensors.items()
             files = {each.file for name, each in stored if name.startswith(f"{path}.")}
             where = ", ".join([path, *sorted(files)])
             said = in_words(error)
             raise KimiError(f"{checkpoint.folder}: cannot load {where}: {said}") from None
+
+
+def _views(part: nn.Module) -> list[mx.array]:
+    """What kernels take of a part beside its parameters. MLX evaluates an array only in the thread
+    that described it, and a server's engine is another thread than loads."""
+    mlp = part.mlp if isinstance(part, DecoderLayer) else None
+    shared = mlp.kernels.shared if isinstance(mlp, MixtureOfExperts) else None
+    return [] if shared is None else [*shared.gate.buffers(), *shared.up.buffers()]
 
 
 @contextmanager

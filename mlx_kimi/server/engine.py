@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Condition, Thread
 from typing import Literal
 
@@ -173,7 +175,8 @@ class Engine:
         self._tickets: list[Ticket] = []  # whose last event has not come
         self._state: State = "starting"
         self._failure: str | None = None
-        self._thread = Thread(target=self._run, name="engine", daemon=True)
+        run = partial(copy_context().run, self._run)  # what runs kernels here runs them there
+        self._thread = Thread(target=run, name="engine", daemon=True)
 
     def know(self, state: TokenState) -> None:
         """Let requests go on from the end of what `state` has read. Before `start`."""

@@ -95,7 +95,10 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves until a signal; then answers end by themselves for a while, and by force."""
+    """Serves until a signal, or until the engine has failed.
+
+    After a signal, answers end by themselves for a while, and then by force.
+    """
 
     def __init__(self, app: ASGIApp, service: Service, patience: float = PATIENCE) -> None:
         config = uvicorn.Config(
@@ -113,6 +116,10 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._service, self._patience = service, patience
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether it is over."""
+        return await super().on_tick(counter) or self._service.engine.status().failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, and wait for those that are being answered."""
