@@ -16,7 +16,6 @@ from mlx_kimi.cli.interrupts import INTERRUPTED
 from mlx_kimi.cli.serve import TERMINATED
 from tests.processes import ENVIRONMENT, PROGRAM, run
 
-
 FAILING = """
 import time
 from mlx_kimi.__main__ import main
