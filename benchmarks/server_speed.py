@@ -166,8 +166,8 @@ async def measure(url: str, given: argparse.Namespace) -> dict[int, float]:
                 flush=True,
             )
         asked = [{"role": "user", "content": _text(given.context, "long")}]
-        for turn in ("read", "asked again", "with another turn"):
-            if turn == "with another turn":
+        for turn in ("read", "asked again", *(f"with {n} more turns" for n in range(1, 5))):
+            if turn.startswith("with"):
                 asked.append({"role": "assistant", "content": "seven"})
                 asked.append({"role": "user", "content": "And now?"})
             answer = await _ask(client, asked, 8)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import signal
 import subprocess
@@ -343,9 +344,11 @@ def test_every_choice_survives_the_file() -> None:
 class Pretended(Probe):
     """Times of its own, with noise: by a rule for a case and its choices."""
 
-    def __init__(self, rule: Callable[[Case, Choices], float], seed: int) -> None:
+    def __init__(
+        self, rule: Callable[[Case, Choices], float], seed: int, noise: float = 0.01
+    ) -> None:
         self.events: list[Any] = []
-        self.rule, self.random = rule, random.Random(seed)
+        self.rule, self.random, self.noise = rule, random.Random(seed), noise
         limits = dataclasses.replace(SMALL, tokens=2048, repeats=7)
         super().__init__(CONFIG, mx.float32, {}, limits, self.events.append)
 
@@ -360,7 +363,7 @@ class Pretended(Probe):
         return None
 
     def _seconds(self, case: Case, choices: Choices, queued: int) -> float:
-        return self.rule(case, choices) * self.random.uniform(0.99, 1.02)
+        return self.rule(case, choices) * math.exp(self.random.gauss(0, self.noise))
 
     def chosen(self) -> Choices:
         self.run()
@@ -397,6 +400,15 @@ def test_what_is_clearly_faster_is_chosen_and_ten_runs_choose_the_same() -> None
     assert [form_at(forms, p).kernels for p in (3, 4, 9, 500)] == ["vectors", "MLX", "MLX", "MLX"]
     assert list(found[0].off) == ["kda_decode"]
     assert found[0].off["kda_decode"].endswith("times as fast here")
+
+
+def test_what_is_nearly_enough_is_measured_until_it_is_sure() -> None:
+    def rule(case: Case, choices: Choices) -> float:
+        faster = 1.08 if choices.tuning.splits == 60 and case.half == "mla" else 1.0
+        return 1e-3 / faster / (1.02 if choices.tuning.columns == 16 else 1.0)
+
+    found = [Pretended(rule, seed, noise=0.05).chosen().tuning for seed in range(20)]
+    assert {(tuned.splits, tuned.columns) for tuned in found} == {(60, BASE.columns)}
 
 
 def test_every_kernel_belongs_to_one_operator() -> None:

@@ -285,6 +285,8 @@ class Engine:
             self._end("failed", f"the engine failed: {in_words(error)}")  # type: ignore[arg-type]
         else:
             self._end("stopped", None)
+        finally:
+            mx.clear_streams()  # of this thread: on NVIDIA GPUs the program would abort at its end
 
     def _end(self, state: State, failure: str | None) -> None:
         with self._changed:

@@ -47,8 +47,11 @@ OPERATORS = (
     ("expert_vectors_gate_up", "expert_vectors_down"),
     ("expert_combine",),
 )
-FASTER = 1.05  # so much faster, twice, is worth leaving a default
-CLEARLY = 1.08  # if it is so much faster on average
+FASTER = 1.05  # so much faster is worth leaving a default
+# A ratio is measured again until it is so many standard errors away from FASTER: so near to it a
+# default stays in one run and not in another. No measurement is believed to vary less than NOISE.
+SURE, NOISE = 2.5, 0.025
+LEAST, MOST = 4, 24  # measurements before a default is left, and at all
 WORSE = 1.5  # times the error of plain products in the same dtype, which round more often
 # Errors (rms) that are never held against a kernel: a rounding of what it stores, and in half
 # precision what kda_chunk keeps between its launches.
@@ -268,9 +271,9 @@ class Probe:
     def _fastest(
         self, case: Case, others: dict[str, Tuning], elsewhere: Sequence[Case] = ()
     ) -> Tuning | None:
-        """One of these that clearly beats the present tuning: the first of those near the best.
+        """One of these that surely beats the present tuning: the first of those near the best.
 
-        It must do so twice, and not be that much slower `elsewhere`.
+        It must not surely be that much slower `elsewhere`.
         """
         runs: dict[Any, Choices] = {"": self._choices()}
         tried = replace(case, past=min(case.past, NEAR))
@@ -283,29 +286,46 @@ class Probe:
             right = allowed is None or _error(found, self._expected[tried]) <= allowed
             if not refused and right:
                 runs[name] = choices
-        times = self._times(case, runs)
-        own = times.pop("", None)
-        if own is None:
+        ratios = self._surely_faster(case, runs)
+        if not ratios:
             return None
-        told = ", ".join(f"{n} {statistics.median(t) * 1e3:.3f}" for n, t in times.items())
-        self.tell(Note(f"{case}: {statistics.median(own) * 1e3:.3f} ms; {told}"))
-        ratios = {name: _times_as_fast(each, own) for name, each in times.items()}
-        best = max(ratios.values(), default=0.0)
-        if best < FASTER:
-            return None
+        best = max(ratios.values())
         chosen = next(name for name, ratio in ratios.items() if ratio >= best / FASTER)
-        pair = {"": runs[""], chosen: runs[chosen]}
-        again = self._times(case, pair)
-        twice = ratios[chosen], _times_as_fast(again[chosen], again[""])
-        if min(twice) < FASTER or statistics.geometric_mean(twice) < CLEARLY:
-            return None
         for other in elsewhere:
-            twice_there = (self._times(other, pair) for _ in range(2))
-            if all(_times_as_fast(each[""], each[chosen]) > FASTER for each in twice_there):
+            if self._surely_faster(other, {"": runs[chosen], "the default": runs[""]}):
                 self.tell(Note(f"{case}: {chosen} is not chosen, it is slower for {other}"))
                 return None
-        self.tell(Note(f"{case}: {chosen} is chosen"))
+        self.tell(Note(f"{case}: {chosen} is chosen, {ratios[chosen]:.2f} times as fast"))
         return others[chosen]
+
+    def _surely_faster(self, case: Case, runs: dict[str, Choices]) -> dict[str, float]:
+        """How many times as fast as the first of `runs` those are that beat it by FASTER.
+
+        Each is measured until it surely does or does not.
+        """
+        logs: dict[str, list[float]] = {name: [] for name in runs if name}
+        undecided, sure = set(logs), set[str]()
+        for count in range(1, MOST + 1):
+            if not undecided:
+                break
+            tried = {name: run for name, run in runs.items() if not name or name in undecided}
+            times = self._times(case, tried)
+            own = times.pop("", None)
+            if own is None:
+                return {}
+            if count == 1:
+                told = (f"{name} {statistics.median(t) * 1e3:.3f}" for name, t in times.items())
+                self.tell(Note(f"{case}: {statistics.median(own) * 1e3:.3f} ms; {', '.join(told)}"))
+            undecided &= times.keys()  # (without what MLX refuses)
+            for name in sorted(undecided):
+                logs[name].append(math.log(_times_as_fast(times[name], own)))
+                low, high = _bounds(logs[name])
+                if high < math.log(FASTER):
+                    undecided.remove(name)
+                elif count >= LEAST and low > math.log(FASTER):
+                    undecided.remove(name)
+                    sure.add(name)
+        return {name: math.exp(statistics.mean(logs[name])) for name in logs if name in sure}
 
     # ---------------------------------------------------------------------------- what is better?
     def _questions(self) -> Iterator[Callable[[], None]]:
@@ -408,7 +428,15 @@ def with_forms(
 
 
 def _times_as_fast(times: Sequence[float], others: Sequence[float]) -> float:
-    return statistics.median(others) / statistics.median(times)
+    """Of pairs that were taken in turn: what slows both for a while is not in their ratio."""
+    return statistics.median(b / a for a, b in zip(times, others, strict=True))
+
+
+def _bounds(logs: Sequence[float]) -> tuple[float, float]:
+    """Between which the logarithm of a ratio surely is, after these measurements of it."""
+    noise = max(NOISE, statistics.stdev(logs) if len(logs) > 2 else 0)
+    mean, error = statistics.mean(logs), SURE * noise / math.sqrt(len(logs))
+    return mean - error, mean + error
 
 
 def _operator_of(kernel: str) -> tuple[str, ...]:
