@@ -47,11 +47,13 @@ OPERATORS = (
     ("expert_vectors_gate_up", "expert_vectors_down"),
     ("expert_combine",),
 )
-FASTER = 1.05  # so much faster is worth leaving a default
-# A ratio is measured again until it is so many standard errors away from FASTER: so near to it a
-# default stays in one run and not in another. No measurement is believed to vary less than NOISE.
+FASTER = 1.05  # so much faster counts: MLX's operations, or a default in another case
+CLEARLY = 1.08  # so much faster is worth leaving a default
+# A ratio is measured until it is SURE standard errors from what decides, since nearer to it one run
+# would leave a default and the next one not. A measurement varies by NOISE (of its logarithm), or
+# by more.
 SURE, NOISE = 2.5, 0.025
-LEAST, MOST = 4, 24  # measurements before a default is left, and at all
+LEAST, MOST = 4, 24  # measurements before a default is left, and in all
 WORSE = 1.5  # times the error of plain products in the same dtype, which round more often
 # Errors (rms) that are never held against a kernel: a rounding of what it stores, and in half
 # precision what kda_chunk keeps between its launches.
@@ -286,20 +288,20 @@ class Probe:
             right = allowed is None or _error(found, self._expected[tried]) <= allowed
             if not refused and right:
                 runs[name] = choices
-        ratios = self._surely_faster(case, runs)
+        ratios = self._surely_faster(case, runs, CLEARLY)
         if not ratios:
             return None
         best = max(ratios.values())
         chosen = next(name for name, ratio in ratios.items() if ratio >= best / FASTER)
         for other in elsewhere:
-            if self._surely_faster(other, {"": runs[chosen], "the default": runs[""]}):
+            if self._surely_faster(other, {"": runs[chosen], "the default": runs[""]}, FASTER):
                 self.tell(Note(f"{case}: {chosen} is not chosen, it is slower for {other}"))
                 return None
         self.tell(Note(f"{case}: {chosen} is chosen, {ratios[chosen]:.2f} times as fast"))
         return others[chosen]
 
-    def _surely_faster(self, case: Case, runs: dict[str, Choices]) -> dict[str, float]:
-        """How many times as fast as the first of `runs` those are that beat it by FASTER.
+    def _surely_faster(self, case: Case, runs: dict[str, Choices], by: float) -> dict[str, float]:
+        """How many times as fast as the first of `runs` those are that beat it `by` so much.
 
         Each is measured until it surely does or does not.
         """
@@ -320,9 +322,9 @@ class Probe:
             for name in sorted(undecided):
                 logs[name].append(math.log(_times_as_fast(times[name], own)))
                 low, high = _bounds(logs[name])
-                if high < math.log(FASTER):
+                if high < math.log(by):
                     undecided.remove(name)
-                elif count >= LEAST and low > math.log(FASTER):
+                elif count >= LEAST and low > math.log(by):
                     undecided.remove(name)
                     sure.add(name)
         return {name: math.exp(statistics.mean(logs[name])) for name in logs if name in sure}
