@@ -70,9 +70,8 @@ class Tuning(NamedTuple):
 
 # Of the experts, measured on an H200: up to 192 tokens one tile is up to 1.2 times as fast as two;
 # from 256 tokens on two are faster, from 512 on four, at 1,024 by 1.16. Without branches all are
-# 1.2 to 1.3 times as fast. `splits`, `chunked_from` and `expand_from` are what the probe found in
-# run after run: halves of layers are 1.07 (65,536 positions), 1.12 (48 tokens) and 1.5 (256 tokens
-# after 1,024) times as fast as with 160, 32 and 171.
+# 1.2 to 1.3 times as fast. By 23 runs of the probe, halves of layers are 1.04 to 1.14 times as fast
+# with 24 splits as with 160, 1.12 with chunks from 64 tokens, 1.5 with expanding from 512.
 NVIDIA = Tuning(
     AttendShape(16, 64, 16),
     AttendShape(16, 64, 16),
