@@ -332,6 +332,31 @@ def test_kernels_give_every_budget_the_bits_of_the_whole_model(streamed: Streame
         assert_same_bits("y", y, outputs[-1])
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("emulated")
+def test_kernels_give_every_budget_the_bits_of_a_few_tokens(
+    streamed: Streamed, quantized: Callable[..., Path]
+) -> None:
+    """In as many launches as their experts need that have slots at the same time."""
+    path, text = quantized("tiny"), split(ids(29), 12, 2, 8, 5)
+    whole = load_model(path)
+    expected, k = run(whole, text), whole.config.num_experts_per_token
+    for slots in (k, k + 1, whole.config.num_experts):
+        assert_same_bits(f"{slots} slots", run(streamed(path, slots), text), expected)
+
+
+def test_a_few_tokens_have_slots_at_the_same_time(streamed: Streamed) -> None:
+    model = streamed(pocket_folder(), 5)
+    (cache, *_) = model.offload.expert_caches.values()
+    chosen = np.array([[0, 1], [1, 2], [3, 0], [4, 5], [5, 4], [6, 7], [8, 9]])
+    parts = [chosen[part] for part in cache.with_room(chosen)]
+    assert np.array_equal(np.concatenate(parts), chosen) and [len(p) for p in parts] == [3, 3, 1]
+    for part in parts:
+        slots = cache.slot_ids(part)
+        assert np.array_equal(cache.expert_in[slots], part)
+    assert cache.counts.lookups == cache.counts.misses == 4 + 4 + 2
+
+
 def test_what_is_worth_most_stays() -> None:
     worth = LRFU(np.zeros(5), decay=0.5)
     worth.note(np.array([[0, 1]]))

@@ -178,15 +178,11 @@ class MixtureOfExperts(nn.Module):
 
     def implementations(self) -> list[tuple[str, str, str]]:
         """Which implementation runs for how many tokens, and why: for `info --kernels`."""
-        most = tuning().largest_batch
-        few = "1 token" if self.expert_cache else f"1 to {most} tokens"
+        few = f"1 to {tuning().largest_batch} tokens"
         decode = "add_norm_scores, expert_select, expert_gate_up, expert_down"
         reason = self.kernels.unsupported_reason(1)
-        rows = [(few, "ops form", reason) if reason else (few, decode, "supported shapes")]
-        if self.expert_cache:
-            how = "one expert after another, then expert_combine"
-            rows.append((f"2 to {most} tokens", "ops form", how))
-        return rows + self.many_tokens.implementations(self.router.top_k)
+        row = (few, "ops form", reason) if reason else (few, decode, "supported shapes")
+        return [row, *self.many_tokens.implementations(self.router.top_k)]
 
     def _waits(self, residency: Residency | None) -> bool:
         """Whether the host waits for the router here, and maybe for files; never within a graph."""
@@ -197,19 +193,15 @@ class MixtureOfExperts(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """x, residual [B, T, hidden] -> the experts of the norm of their sum, and the sum."""
         tokens = x.shape[0] * x.shape[1]
-        few = tokens == 1 or not self.expert_cache
-        few = few and self.kernels.unsupported_reason(tokens) is None
+        few = self.kernels.unsupported_reason(tokens) is None
         together = few or (tokens <= ROUTED_AT_ONCE and self.router.has_kernels)
         if not together:
             normed, residual = norm.add_norm(x, residual)
             return self(normed, residency), residual
         rows = (y.reshape(-1, x.shape[-1]) for y in (x, residual))
         normed, total, experts, weights = self.router.norm_and_route(norm, *rows)
-        if few:
-            y = self.kernels(normed, self._slot_ids(experts, residency), weights)
-            self._submit(y, residency)
-        else:
-            y = self._mixed(normed, experts, weights, residency)
+        run = self._few if few else self._mixed
+        y = run(normed, experts, weights, residency)
         return y.reshape(x.shape), total.reshape(x.shape)
 
     def __call__(self, x: mx.array, residency: Residency | None = None) -> mx.array:
@@ -244,6 +236,27 @@ class MixtureOfExperts(nn.Module):
         else:
             y = self.switch_mlp(rows, self._slot_ids(experts, residency), weights, shared)
             self._submit(y, residency)
+        return y
+
+    def _few(
+        self, rows: mx.array, experts: mx.array, weights: mx.array, residency: Residency | None
+    ) -> mx.array:
+        """As `_mixed` does, by the kernels of a few tokens.
+
+        Of experts that are read from files as many tokens at a time as these have slots for: each
+        has the bits that it has among all.
+        """
+        cache, outputs = self.expert_cache, list[mx.array]()
+        if cache is None or len(rows) == 1 or not self._waits(residency):
+            outputs.append(self.kernels(rows, self._slot_ids(experts, residency), weights))
+        else:
+            chosen = np.array(experts).astype(np.int64)
+            for part in cache.with_room(chosen):
+                mx.eval(outputs)  # before the slots that these read are written
+                slots = mx.array(cache.slot_ids(chosen[part]), mx.int32)
+                outputs.append(self.kernels(rows[part], slots, weights[part]))
+        y = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+        self._submit(y, residency)
         return y
 
     def _slot_ids(self, experts: mx.array, residency: Residency | None) -> mx.array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -68,19 +68,32 @@ class ExpertCache:
         """Read every expert, where there is a slot for each."""
         self._finish(self._start(np.arange(self.slots), needed=np.arange(0)), Counts())
 
-    # ---------------------------------------------------------------------------- one token
+    # ---------------------------------------------------------------------------- a few tokens
     def slot_ids(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """One token's experts [k] -> the slots [k] that hold them, read if they must be.
+        """Experts of one token [k] or a few [tokens, k], which have room together -> the slots that
+        hold them, read if they must be.
 
         It is safe to overwrite slots here: `chosen` was read back from the device, which works in
         order, so all that was queued before the router is done, earlier reads of slots included.
+        Between two calls for one router, what the first was for must be done.
         """
-        self.lrfu.note(chosen[None])
-        absent = chosen[self.slot_table[chosen] == EMPTY]
-        self.counts.lookups += len(chosen)
+        self.lrfu.note(np.atleast_2d(chosen))
+        needed = np.array(list(dict.fromkeys(chosen.reshape(-1).tolist())))
+        absent = needed[self.slot_table[needed] == EMPTY]
+        self.counts.lookups += len(needed)
         if len(absent):
-            self._finish(self._start(absent, needed=chosen), self.counts)
+            self._finish(self._start(absent, needed=needed), self.counts)
         return self.slot_table[chosen]
+
+    def with_room(self, chosen: npt.NDArray[np.int64]) -> Iterator[slice]:
+        """Neighbouring tokens of `chosen` [tokens, k] whose experts have slots at the same time."""
+        start, experts = 0, set[int]()
+        for token, own in enumerate(chosen.tolist()):
+            if len(experts.union(own)) > self.slots:
+                yield slice(start, token)
+                start, experts = token, set()
+            experts.update(own)
+        yield slice(start, len(chosen))
 
     # ---------------------------------------------------------------------------- many tokens
     def for_each_expert(
