@@ -68,7 +68,7 @@ class CompiledStep:
         )
 
     def _experts_are_known(self, tokens: int) -> bool:
-        """Several tokens take experts in waves, which the host must know."""
+        """Several tokens may need more experts than have slots: the host must know them."""
         offload = self._owner.offload
         return offload is None or (tokens == 1 and offload.optimistic.should_try())
 

@@ -243,8 +243,8 @@ class MixtureOfExperts(nn.Module):
     ) -> mx.array:
         """As `_mixed` does, by the kernels of a few tokens.
 
-        Of experts that are read from files as many tokens at a time as these have slots for: each
-        has the bits that it has among all.
+        Where experts are read from files, these take as many tokens at a time as have slots for
+        theirs; each token has the bits that it has among all.
         """
         cache, outputs = self.expert_cache, list[mx.array]()
         if cache is None or len(rows) == 1 or not self._waits(residency):
@@ -255,7 +255,7 @@ class MixtureOfExperts(nn.Module):
                 mx.eval(outputs)  # before the slots that these read are written
                 slots = mx.array(cache.slot_ids(chosen[part]), mx.int32)
                 outputs.append(self.kernels(rows[part], slots, weights[part]))
-        y = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+        y = mx.concatenate(outputs)
         self._submit(y, residency)
         return y
 
