@@ -567,8 +567,10 @@ def test_a_kernel_that_fails_changes_no_answer(
 ) -> None:
     monkeypatch.setenv("MLX_KIMI_CACHE", str(tmp_path))
     monkeypatch.setattr(loaded[0], "choices", loaded[0].choices)
+    stop_ids = loaded[1].stop_ids
     requests = [
-        Request(PROMPT[n:] * 3, sampling=SAMPLINGS[n], max_tokens=8, logprobs=1) for n in range(3)
+        Request(PROMPT[n:] * 3, sampling=SAMPLINGS[n], max_tokens=8, logprobs=1, stop_ids=stop_ids)
+        for n in range(3)
     ]
     expected = [alone(loaded, request) for request in requests]
     message = "[metal::Device] Unable to load kernel custom_kernel_kda_decode_3f"

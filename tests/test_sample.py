@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_kimi.generation.sample import BatchSampler, Sampler, Sampling
+from benchmarks.launches import launches
+from mlx_kimi.generation.sample import BatchSampler, Sampler, Sampling, chance, drawn
 
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 1.5], np.float32)
 DRAWS = 4000
@@ -53,6 +54,48 @@ def test_draws_follow_the_distribution(options, expected) -> None:
     # Five standard deviations of a share over DRAWS draws.
     bound = 5 * np.sqrt(expected * (1 - expected) / DRAWS) + 1e-9
     assert (np.abs(shares - expected) <= bound).all(), (shares, expected)
+
+
+def test_unlikely_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should() -> None:
+    vocab, each = 163_840, 1e-8
+    tail = each * (vocab - 1)
+    logits = mx.log(mx.array([1 - tail] + [each] * (vocab - 1)))[None]
+    highest = [0.99 + 0.01 * n / 200 for n in range(200)]  # the tail is the highest 0.16 %
+    tokens = [drawn(logits, mx.array([[x, 0.5]])) for x in highest]
+    blocks = np.array(mx.concatenate(tokens)) // 512
+    # Of what the last 0.16 % of [0, 1) mean: 320 blocks alike, whose shares float32 rounds.
+    expected = [max(0, x - (1 - tail)) / tail * 320 for x in highest]
+    assert np.abs(blocks - np.floor(expected)).max() <= 1
+    assert blocks.max() > 300
+
+
+@pytest.mark.parametrize("vocab", [2, 511, 512, 1500, 163_840])
+@pytest.mark.parametrize("chances", [(0.0, 0.0), (1 - 2**-24, 1 - 2**-24), (0.0, 1 - 2**-24)])
+def test_what_may_not_follow_is_never_drawn(vocab: int, chances: tuple[float, float]) -> None:
+    logits = mx.random.normal((4, vocab), key=mx.random.key(vocab)) * 5
+    choose = np.random.default_rng(vocab)
+    allowed = choose.random((4, vocab)) < [[0.5], [0.01], [0.99], [0.0]]
+    allowed[:, [0, -1]] = False
+    allowed[np.arange(4), choose.integers(0, vocab, 4)] = True
+    logits = mx.where(mx.array(allowed), logits, -mx.inf)
+    tokens = np.array(drawn(logits, mx.array([chances] * 4)))
+    assert allowed[np.arange(4), tokens].all()
+
+
+def test_a_seed_means_the_same_tokens_in_later_releases() -> None:
+    logits = mx.array(np.linspace(0, 6, 4000, dtype=np.float32))[None]
+    sampler = Sampler(Sampling(temp=1.0, seed=7), [], 4000)
+    tokens = [int(sampler(logits).item()) for _ in range(8)]
+    assert chance(7, 0) == (0.8720734119415283, 0.7193894982337952)
+    assert tokens == [3906, 2423, 1487, 3116, 2275, 3252, 3861, 3444]
+
+
+def test_sixteen_rows_take_as_many_launches_as_one() -> None:
+    def count(rows: int) -> int:
+        samplers = [Sampler(Sampling(temp=1.0, seed=row), [], 4096) for row in range(rows)]
+        return sum(launches(BatchSampler(samplers)(mx.zeros((rows, 4096)))).values())
+
+    assert count(16) == count(1) <= 24
 
 
 def test_the_penalty_lowers_tokens_of_the_prompt_and_of_the_answer() -> None:

@@ -47,6 +47,9 @@ class Sampling:
                 raise OptionError(name, f"must be {rule} but is {getattr(self, name)}")
 
 
+BLOCK = 512  # tokens, of which one is chosen after their block
+
+
 class Draw(NamedTuple):
     """A token of each row that was drawn, and that the device may still be computing."""
 
@@ -55,7 +58,8 @@ class Draw(NamedTuple):
 
 
 class Sampler:
-    """Chooses one token after another; the same seed and logits give the same tokens.
+    """Chooses one token after another; the same seed and logits give the same tokens, with any
+    version of MLX.
 
     Attributes:
         matcher: what the tokens must obey; each must be taken by `take` before the next is drawn.
@@ -71,7 +75,7 @@ class Sampler:
         self.sampling, self.matcher = sampling, matcher
         self._taken = 0  # tokens
         self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
-        self._key = mx.random.key(self.seed)
+        self._drawn = 0  # tokens, of the answer
         self._seen: mx.array | None = None
         if sampling.repetition_penalty != 1:
             seen = mx.zeros((vocab_size,), mx.bool_)
@@ -87,14 +91,15 @@ class Sampler:
             logits = masked(logits, [self.matcher.mask])
         if self._seen is not None:
             logits = _penalized(logits, self._seen, [s])
-        token = mx.argmax(logits, axis=-1) if s.temp == 0 else self._draw(logits / s.temp)
+        if s.temp == 0:
+            token = mx.argmax(logits, axis=-1)
+        else:
+            chances = mx.array([chance(self.seed, self._drawn)])
+            token = drawn(_filtered(logits / s.temp, [s]), chances)
+        self._drawn += 1
         if self._seen is not None:
             self._seen = self._seen | (mx.arange(self._seen.size) == token)
         return token
-
-    def _draw(self, logits: mx.array) -> mx.array:
-        self._key, key = mx.random.split(self._key)
-        return mx.random.categorical(_filtered(logits, [self.sampling]), key=key)
 
     def take(self, token: int) -> bool:
         """Let what the tokens must obey go on by one; False: it may not follow."""
@@ -107,8 +112,7 @@ class Sampler:
 
     def skip(self, tokens: Sequence[int]) -> None:
         """Go on as if these had been drawn."""
-        for _ in tokens if self.sampling.temp else ():
-            self._key = mx.random.split(self._key)[0]
+        self._drawn += len(tokens)
         if self._seen is not None and tokens:
             seen = self._seen[...]  # another array: the first may be held elsewhere
             seen[mx.array(list(tokens))] = True
@@ -124,13 +128,15 @@ class BatchSampler:
     def __init__(self, samplers: Sequence[Sampler]) -> None:
         """The rows go on where `samplers` are; those are not changed."""
         self._options = [sampler.sampling for sampler in samplers]
-        self._keys = [sampler._key for sampler in samplers]  # of each row
+        self._seeds = [sampler.seed for sampler in samplers]
+        self._drawn = [sampler._drawn for sampler in samplers]  # tokens, of each row's answer
         self._seen = [sampler._seen for sampler in samplers]  # of each row [vocab], or None
 
     def join(self, other: BatchSampler) -> None:
         """Add the other's rows behind these."""
         self._options += other._options
-        self._keys += other._keys
+        self._seeds += other._seeds
+        self._drawn += other._drawn
         self._seen += other._seen
 
     def copy(self) -> BatchSampler:
@@ -142,7 +148,8 @@ class BatchSampler:
     def take(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order."""
         self._options = [self._options[row] for row in rows]
-        self._keys = [self._keys[row] for row in rows]
+        self._seeds = [self._seeds[row] for row in rows]
+        self._drawn = [self._drawn[row] for row in rows]
         self._seen = [self._seen[row] for row in rows]
 
     def __call__(self, logits: mx.array) -> mx.array:
@@ -154,9 +161,10 @@ class BatchSampler:
             options = [self._options[row] for row in penalized]
             logits = _with_rows(logits, penalized, lambda rows: _penalized(rows, seen, options))
         tokens = mx.argmax(logits, axis=-1)
-        drawn = [row for row, s in enumerate(self._options) if s.temp]
-        if drawn:
-            tokens = _with_rows(tokens, drawn, lambda _: self._draw(logits, drawn))
+        hot = [row for row, s in enumerate(self._options) if s.temp]
+        if hot:
+            tokens = _with_rows(tokens, hot, lambda _: self._draw(logits, hot))
+        self._drawn = [count + 1 for count in self._drawn]
         for row in penalized:
             before = self._seen[row]
             assert before is not None
@@ -166,16 +174,51 @@ class BatchSampler:
     def _draw(self, logits: mx.array, rows: list[int]) -> mx.array:
         """logits [B, vocab] -> a token for each of `rows`."""
         options = [self._options[row] for row in rows]
-        chosen = logits[mx.array(rows)] / _column(s.temp for s in options)
+        chosen = logits if len(rows) == len(self._options) else logits[mx.array(rows)]
+        chosen = chosen / _column(s.temp for s in options)
         filtering = [place for place, s in enumerate(options) if _filters(s)]
         if filtering:
             those = [options[place] for place in filtering]
             chosen = _with_rows(chosen, filtering, lambda logits: _filtered(logits, those))
-        tokens = []
-        for place, row in enumerate(rows):  # (MLX draws with one key at a time)
-            self._keys[row], key = mx.random.split(self._keys[row])
-            tokens.append(mx.random.categorical(chosen[place : place + 1], key=key))
-        return mx.concatenate(tokens)
+        chances = [chance(self._seeds[row], self._drawn[row]) for row in rows]
+        return drawn(chosen, mx.array(chances))
+
+
+def chance(seed: int, position: int) -> tuple[float, float]:
+    """Two numbers from [0, 1), of 24 bits each, for one token of an answer.
+
+    They are words of Philox4x64 (Salmon et al., 2011) under the seed as its key, at `position` as
+    its counter: no token's depend on how the ones before were drawn.
+    """
+    word = int(np.random.Philox(key=seed, counter=position).random_raw())
+    return (word >> 40) * 2.0**-24, (word >> 16 & 0xFFFFFF) * 2.0**-24
+
+
+def drawn(logits: mx.array, chances: mx.array) -> mx.array:
+    """logits [B, vocab] float32, `chance`s [B, 2] -> a token of each row [B], by the softmax.
+
+    A block of tokens is chosen by its share, and a token of it by its share of that. Sums over a
+    whole vocabulary would lose each p below 2^-24 of what came before it. (`mx.random.categorical`
+    loses them, differs between versions of MLX, and takes one key for all rows.)
+    """
+    B, vocab = logits.shape
+    p = mx.exp(logits - logits.max(axis=-1, keepdims=True))
+    if missing := -vocab % BLOCK:
+        p = mx.pad(p, [(0, 0), (0, missing)])
+    p = p.reshape(B, -1, BLOCK)
+    block = _first_beyond(p.sum(axis=-1), chances[:, :1])
+    members = mx.take_along_axis(p, block[..., None], axis=1)[:, 0]
+    return (block * BLOCK + _first_beyond(members, chances[:, 1:]))[:, 0]
+
+
+def _first_beyond(p: mx.array, chance: mx.array) -> mx.array:
+    """p [B, N], chance [B, 1] -> in each row the first [B, 1] up to which more than that share is.
+
+    Never one whose p is 0, wherever rounding makes a sum larger or smaller than the one before.
+    """
+    sums = mx.where(p > 0, mx.cumsum(p, axis=-1), 0)
+    share = chance * sums.max(axis=-1, keepdims=True)
+    return mx.argmax(sums > share, axis=-1, keepdims=True)
 
 
 def masked(logits: mx.array, masks: Sequence[np.ndarray | None]) -> mx.array:
