@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -94,8 +94,7 @@ class Sampler:
         if s.temp == 0:
             token = mx.argmax(logits, axis=-1)
         else:
-            chances = mx.array([chance(self.seed, self._drawn)])
-            token = drawn(_filtered(logits / s.temp, [s]), chances)
+            token = _draw(logits, [s], mx.array([chance(self.seed, self._drawn)]))
         self._drawn += 1
         if self._seen is not None:
             self._seen = self._seen | (mx.arange(self._seen.size) == token)
@@ -159,29 +158,20 @@ class BatchSampler:
         if penalized:
             seen = mx.stack([seen for seen in self._seen if seen is not None])
             options = [self._options[row] for row in penalized]
-            logits = _with_rows(logits, penalized, lambda rows: _penalized(rows, seen, options))
+            less_likely = _penalized(_rows(logits, penalized), seen, options)
+            logits = _with_rows(logits, penalized, less_likely)
         tokens = mx.argmax(logits, axis=-1)
         hot = [row for row, s in enumerate(self._options) if s.temp]
         if hot:
-            tokens = _with_rows(tokens, hot, lambda _: self._draw(logits, hot))
+            options = [self._options[row] for row in hot]
+            chances = mx.array([chance(self._seeds[row], self._drawn[row]) for row in hot])
+            tokens = _with_rows(tokens, hot, _draw(_rows(logits, hot), options, chances))
         self._drawn = [count + 1 for count in self._drawn]
         for row in penalized:
             before = self._seen[row]
             assert before is not None
             self._seen[row] = before | (mx.arange(before.size) == tokens[row])
         return tokens
-
-    def _draw(self, logits: mx.array, rows: list[int]) -> mx.array:
-        """logits [B, vocab] -> a token for each of `rows`."""
-        options = [self._options[row] for row in rows]
-        chosen = logits if len(rows) == len(self._options) else logits[mx.array(rows)]
-        chosen = chosen / _column(s.temp for s in options)
-        filtering = [place for place, s in enumerate(options) if _filters(s)]
-        if filtering:
-            those = [options[place] for place in filtering]
-            chosen = _with_rows(chosen, filtering, lambda logits: _filtered(logits, those))
-        chances = [chance(self._seeds[row], self._drawn[row]) for row in rows]
-        return drawn(chosen, mx.array(chances))
 
 
 def chance(seed: int, position: int) -> tuple[float, float]:
@@ -235,19 +225,21 @@ def masked(logits: mx.array, masks: Sequence[np.ndarray | None]) -> mx.array:
         bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[:vocab]
         allowed[place, : len(bits)] = bits
     may_follow = mx.array(allowed)
-    return _with_rows(logits, rows, lambda logits: mx.where(may_follow, logits, -mx.inf))
+    return _with_rows(logits, rows, mx.where(may_follow, _rows(logits, rows), -mx.inf))
 
 
-def _with_rows(
-    whole: mx.array, rows: list[int], change: Callable[[mx.array], mx.array]
-) -> mx.array:
-    """`whole` [B, ...] with some rows as `change` makes them."""
+def _with_rows(whole: mx.array, rows: list[int], new: mx.array) -> mx.array:
+    """`whole` [B, ...] with `new` in place of these rows."""
     if len(rows) == whole.shape[0]:
-        return change(whole)
-    index = mx.array(rows)
+        return new
     changed = whole[...]  # another array: what is assigned to it is not seen through the first
-    changed[index] = change(whole[index]).astype(whole.dtype)
+    changed[mx.array(rows)] = new.astype(whole.dtype)
     return changed
+
+
+def _rows(whole: mx.array, rows: list[int]) -> mx.array:
+    """These rows of `whole` [B, ...], in order."""
+    return whole if len(rows) == whole.shape[0] else whole[mx.array(rows)]
 
 
 def _column(values: Iterable[float]) -> mx.array:
@@ -261,20 +253,28 @@ def _penalized(logits: mx.array, seen: mx.array, options: Sequence[Sampling]) ->
     return mx.where(seen, lower, logits)
 
 
-def _filters(s: Sampling) -> bool:
-    return bool(s.top_k or s.top_p < 1 or s.min_p)
+def _draw(logits: mx.array, options: Sequence[Sampling], chances: mx.array) -> mx.array:
+    """logits [B, vocab] float32 -> a token of each row [B], by its options."""
+    logits = logits / _column(s.temp for s in options)
+    rows = [row for row, s in enumerate(options) if s.top_k or s.top_p < 1 or s.min_p]
+    if not rows:
+        return drawn(logits, chances)
+    those = [options[row] for row in rows]
+    order, likely = _likely(_rows(logits, rows), those)
+    place = drawn(likely, _rows(chances, rows))
+    tokens = mx.take_along_axis(order, place[:, None], axis=-1)[:, 0]
+    return _with_rows(drawn(logits, chances), rows, tokens)
 
 
-def _filtered(logits: mx.array, options: Sequence[Sampling]) -> mx.array:
-    """logits [B, vocab] float32 with -inf where a row's top-k, top-p or min-p exclude a token.
+def _likely(logits: mx.array, options: Sequence[Sampling]) -> tuple[mx.array, mx.array]:
+    """logits [B, vocab] float32 -> tokens, most likely first, and their logits, both [B, vocab].
 
-    The most likely token always stays.
+    The logit is -inf where a row's top-k, top-p or min-p exclude a token. The first always stays.
     """
-    if not any(map(_filters, options)):
-        return logits
     vocab = logits.shape[-1]
     order = mx.argsort(-logits, axis=-1)
-    p = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)  # most likely first
+    logits = mx.take_along_axis(logits, order, axis=-1)
+    p = mx.softmax(logits, axis=-1)
     keep = mx.ones(p.shape, mx.bool_)
     if any(s.top_k for s in options):
         counts = mx.array([min(s.top_k or vocab, vocab) for s in options])[:, None]
@@ -288,5 +288,4 @@ def _filtered(logits: mx.array, options: Sequence[Sampling]) -> mx.array:
         keep = keep & (before < _column(s.top_p if s.top_p < 1 else math.inf for s in options))
     if any(s.min_p for s in options):
         keep = keep & (p >= _column(s.min_p for s in options) * p[..., :1])
-    place = mx.argsort(order, axis=-1)
-    return mx.where(mx.take_along_axis(keep, place, axis=-1), logits, -mx.inf)
+    return order, mx.where(keep, logits, -mx.inf)
