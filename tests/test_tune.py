@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from mlx_kimi.metal_kernels.tuning import (
     tuning,
 )
 from mlx_kimi.tuning import probe, stored, tune
-from mlx_kimi.tuning.events import Chosen, Done, Off
+from mlx_kimi.tuning.events import Chosen, Done, Note, Off
 from mlx_kimi.tuning.probe import PAIRS, Probe, form_at, with_forms
 from mlx_kimi.tuning.sample import Case, Limits
 from mlx_kimi.tuning.stored import Stored, key_of, path_of
@@ -409,6 +410,18 @@ def test_what_is_nearly_enough_is_measured_until_it_is_sure() -> None:
 
     found = [Pretended(rule, seed, noise=0.035).chosen().tuning for seed in range(20)]
     assert {(tuned.splits, tuned.columns) for tuned in found} == {(60, BASE.columns)}
+
+
+def test_a_time_that_is_told_is_that_of_the_tokens_that_are_named() -> None:
+    def rule(case: Case, choices: Choices) -> float:
+        return 1e-3 * case.tokens * pretended.sample.rounds(case)
+
+    pretended = Pretended(rule, 0, noise=0)
+    pretended.run()
+    told = [e.text for e in pretended.events if isinstance(e, Note) and " ms; " in e.text]
+    named = [re.search(r", (\d+) tokens?.*: (\d+)\.000 ms; ", text) for text in told]
+    assert {(found[1], found[2]) for found in named if found} >= {("6", "6"), ("16", "16")}
+    assert all(found and found[1] == found[2] for found in named)
 
 
 def test_every_kernel_belongs_to_one_operator() -> None:

@@ -316,8 +316,10 @@ class Probe:
             if own is None:
                 return {}
             if count == 1:
-                told = (f"{name} {statistics.median(t) * 1e3:.3f}" for name, t in times.items())
-                self.tell(Note(f"{case}: {statistics.median(own) * 1e3:.3f} ms; {', '.join(told)}"))
+                a_run = 1e3 / self.sample.rounds(case)
+                told = (f"{name} {statistics.median(t) * a_run:.3f}" for name, t in times.items())
+                own_time = statistics.median(own) * a_run
+                self.tell(Note(f"{case}: {own_time:.3f} ms; {', '.join(told)}"))
             undecided &= times.keys()  # (without what MLX refuses)
             for name in sorted(undecided):
                 logs[name].append(math.log(_times_as_fast(times[name], own)))

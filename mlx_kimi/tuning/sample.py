@@ -98,6 +98,10 @@ class Sample:
         """The same, to be timed: one token goes on where the last one ended, as in use."""
         return self._run(case, self._in_use, self.dtype, goes_on=case.tokens == 1)
 
+    def rounds(self, case: Case) -> int:
+        """How often a run does what the case says, each time with other tokens."""
+        return ROUNDS if case.half == "experts" and case.tokens <= ROUNDS else 1
+
     def plain(self, case: Case, dtype: mx.Dtype) -> list[mx.array]:
         """The same in the model's dtype or in float32, with plain products beside our kernels."""
         with plain_products():
@@ -130,8 +134,7 @@ class Sample:
             if case not in {known for known, _ in self._made_for}:
                 self._made_for.clear()  # (a long context is large)
             mx.random.seed(case.tokens)
-            few = case.half == "experts" and case.tokens <= ROUNDS
-            made = [self._new(case, dtype) for _ in range(ROUNDS if few else 1)]
+            made = [self._new(case, dtype) for _ in range(self.rounds(case))]
             mx.eval([(x, residual, entry.arrays() if entry else []) for x, residual, entry in made])
             self._made_for[case, dtype] = made
         return self._made_for[case, dtype]
