@@ -318,6 +318,27 @@ def assert_one_line(process: Rank, what: str) -> None:
     assert len(lines) == 1 and what in lines[0] and "Traceback" not in said, said
 
 
+def test_who_ends_while_ranks_connect_is_waited_for_some_seconds(tmp_path: Path) -> None:
+    ports = free_ports(2)
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    connect = (
+        "from mlx_kimi.ranks import hops; from mlx_kimi.ranks.launched import Launched; "
+        "hops.SILENCE = 2; hops.Hops(Launched.here())"
+    )
+    where = {"MLX_RANK": "0", "MLX_HOSTFILE": str(hosts)}
+    found = subprocess.run(
+        [sys.executable, "-c", connect],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | where,
+        timeout=30,
+    )
+    assert found.returncode == 1 and not found.stdout
+    (line,) = found.stderr.split("\n")[1:-1]
+    assert line.startswith("Error: rank 0 (127.0.0.1) waited 2 seconds for the others to connect ")
+
+
 def test_a_cable_is_pulled_while_a_chat_waits(ranks: Callable[..., Ranks], tmp_path: Path) -> None:
     """All that rank 1 hears and says passes other ports, which then drop it. The session is what it
     was when it was last stored."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import subprocess
 import sys
 import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from mlx_kimi.errors import KimiError
@@ -30,3 +34,21 @@ def end(message: str, terminal: Terminal | None = None) -> NoReturn:
         termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, terminal)
     os.write(2, f"\nError: {KimiError(message)}\n".encode())
     os._exit(FAILED)
+
+
+@contextmanager
+def ended_after(seconds: float, message: str) -> Iterator[None]:
+    """Within, this process ends after so many seconds, with one line on stderr and exit code 1.
+
+    A call of MLX that waits for other ranks lets no thread of Python run. faulthandler has a thread
+    of its own, which ends the process; a shell waits for what it writes first, and says the line.
+    """
+    tell = 'read -r _ && printf "\\n%s\\n" "$0" >&2; cat >/dev/null'
+    command = ["/bin/sh", "-c", tell, f"Error: {KimiError(message)}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as shell:
+        assert shell.stdin is not None
+        faulthandler.dump_traceback_later(seconds, exit=True, file=shell.stdin)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()

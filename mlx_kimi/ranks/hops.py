@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import faulthandler
-import os
 import threading
 
 import mlx.core as mx
 
 from mlx_kimi.errors import KimiError, in_words
 from mlx_kimi.ranks.control import SILENCE
+from mlx_kimi.ranks.failure import ended_after
 from mlx_kimi.ranks.launched import Launched
 
 SLOWER = 60  # seconds that backends may take to connect which set up more than sockets
@@ -34,17 +33,18 @@ class Hops:
         """
         self.rank = launched.rank
         self.on_device = launched.backend == "nccl" if on_device is None else on_device
-        # `init` waits for the others and lets no other thread run: this ends it if one is lost.
-        with open(os.devnull, "w") as nowhere:
-            limit = SILENCE if launched.backend == "ring" else SLOWER
-            faulthandler.dump_traceback_later(limit, exit=True, file=nowhere)
+        limit = SILENCE if launched.backend == "ring" else SLOWER
+        lost = (
+            f"{launched.name(launched.rank)} waited {limit} seconds for the others to connect by "
+            f"{launched.backend}: one ended or cannot be reached; see what it said, and start all "
+            "ranks again"
+        )
+        with ended_after(limit, lost):
             try:
                 self._group = mx.distributed.init(strict=True, backend=launched.backend)
             except RuntimeError as error:
                 said = in_words(error)
                 raise KimiError(f"the ranks cannot connect by {launched.backend}: {said}") from None
-            finally:
-                faulthandler.cancel_dump_traceback_later()
         self._of_thread = threading.local()  # MLX's streams are of one thread each
         self._sent: mx.array | None = None  # kept until the next: it may be under way
 
