@@ -131,12 +131,14 @@ def test_several_answers_have_seeds_one_after_another() -> None:
         events = running.events(
             CHAT, {"messages": [{"role": "user", "content": "Hi"}], "n": 3, "seed": 7}
         )
+        assert running.chat(n=2, seed=2**64 - 1).status_code == 200
     assert [choice["message"]["content"] for choice in answer["choices"]] == [
         "One.",
         "Two.",
         "Three.",
     ]
     assert [request.sampling.seed for request in engine.requests[:3]] == [7, 8, 9]
+    assert [request.sampling.seed for request in engine.requests[6:]] == [2**64 - 1, 0]
     assert {choice["index"] for event in events for choice in event["choices"]} == {0, 1, 2}
     prompt = pocket_tokenizer().apply_chat_template([{"role": "user", "content": "Hi"}])
     assert answer["usage"]["prompt_tokens"] == len(prompt)

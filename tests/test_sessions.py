@@ -225,6 +225,9 @@ def test_a_chat_in_a_pipe_deletes_nothing(loaded, kept) -> None:
     )
     loop = Loop(chat, Said(), Typed(["hello", "/save mine"]))  # type: ignore[arg-type]
     loop.run()
+    elsewhere = kept.folder.parent / "elsewhere" / "mine"
+    run_command(loop, f"/save {elsewhere}")
+    assert loop.screen.notes[-2:] == ["saved as mine", f"saved as {elsewhere}"]
     with pytest.raises(KimiError, match="is a name of autosaved sessions"):
         run_command(loop, f"/save {autosaved(7)}")
     assert set(names(kept)) == {autosaved(1), autosaved(2), "mine"}

@@ -128,7 +128,7 @@ def edit(loop: Loop, argument: str) -> None:
 def reset(loop: Loop, argument: str) -> None:
     kept = loop.chat.session
     loop.chat.reset()
-    stays = f"; the last one stays as {kept.name}" if kept else ""
+    stays = f"; the last one stays as {loop.chat.sessions.called(kept.folder)}" if kept else ""
     loop.screen.note(f"a new conversation{stays}{loop.leave_all()}")
 
 
@@ -138,7 +138,7 @@ def save(loop: Loop, argument: str) -> None:
     else:
         loop.chat.keep()
     if loop.chat.session and not loop.chat.unsaved:
-        name = loop.chat.session.name
+        name = loop.chat.sessions.called(loop.chat.session.folder)
         may_go = "; without a name it goes when autosaved sessions take too much of the disk"
         is_named = bool(argument) or not is_automatic(loop.chat.session.folder)
         loop.screen.note(f"saved as {name}{'' if is_named else may_go}")
@@ -160,13 +160,14 @@ def stats(loop: Loop, argument: str) -> None:
     state = chat.state
     cache = sum(array.nbytes for array in caches.arrays(state.entries))
     snapshots = counted(len(state.snapshots), "snapshot")
+    kept = chat.session if chat.is_kept else None
     lines = [
         f"context    {loop.used()}",
         f"state      {human_size(cache)}, and {snapshots} to go back to: "
         f"{human_size(state.snapshot_bytes)} of at most {human_size(state.snapshot_memory)}",
         f"memory     {human_size(mx.get_active_memory())} now, "
         f"{human_size(mx.get_peak_memory())} at most",
-        f"session    {chat.session.name if chat.session and chat.is_kept else 'not kept'}",
+        f"session    {chat.sessions.called(kept.folder) if kept else 'not kept'}",
     ]
     if last:
         parts = show.speeds(last).split(" | ")

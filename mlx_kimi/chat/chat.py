@@ -17,6 +17,7 @@ from mlx_kimi.defaults import AUTOSAVE_LIMIT, SNAPSHOT_MEMORY
 from mlx_kimi.errors import KimiError
 from mlx_kimi.generation.answer import Chunk, FinishReason
 from mlx_kimi.generation.generate import PromptIds, stream_generate, text_ids
+from mlx_kimi.generation.sample import later_seed
 from mlx_kimi.generation.token_state import TokenState
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.text.tokenizer import Tokenizer
@@ -154,7 +155,7 @@ class Chat:
     def _seed(self) -> int | None:
         """A given seed makes answers reproducible; another try has another one all the same."""
         seed = self.options.get("seed")
-        return None if seed is None else seed + self._retries
+        return None if seed is None else later_seed(seed, self._retries)
 
     # ----------------------------------------------------------------------------------- going back
     def undo(self) -> str:

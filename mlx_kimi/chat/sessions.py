@@ -58,6 +58,10 @@ class Sessions:
             )
         return self.folder / name
 
+    def called(self, folder: Path) -> str:
+        """What finds a session again: its name, or its path if it is elsewhere."""
+        return folder.name if folder.parent == self.folder else str(folder)
+
     def existing(self, name: str) -> Path:
         """The same, of a session that is there.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from mlx_kimi.constraints.constraint import Matcher
 
 
+SEEDS = 1 << 64
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen of those that may follow. The order is: repetition penalty,
@@ -24,6 +28,9 @@ class Sampling:
 
     `temp` 0 takes the most likely token. `top_k` 0, `top_p` 1, `min_p` 0 and
     `repetition_penalty` 1 leave the distribution as it is. `seed` None takes 32 random bits.
+
+    Raises:
+        OptionError: one is out of its range, or of another type.
     """
 
     temp: float = 0.0
@@ -34,13 +41,21 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "seed" and value is None:
+                continue
+            whole = name in ("top_k", "seed")
+            kind = numbers.Integral if whole else numbers.Real
+            if isinstance(value, bool) or not isinstance(value, kind):
+                rule = f"must be a {'whole number' if whole else 'number'} but is {value!r}"
+                raise OptionError(name, rule)
         rules = (
             ("temp", self.temp == 0 or 1e-3 <= self.temp <= 1e3, "0, or from 0.001 to 1000"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 1e-2 <= self.repetition_penalty <= 1e2, "from 0.01 to 100"),
-            ("seed", self.seed is None or 0 <= self.seed < 1 << 64, "from 0 to 2^64 - 1"),
+            ("seed", self.seed is None or 0 <= self.seed < SEEDS, "from 0 to 2^64 - 1"),
         )
         for name, kept, rule in rules:
             if not kept:
@@ -174,14 +189,22 @@ class BatchSampler:
         return tokens
 
 
+def later_seed(seed: int, number: int) -> int:
+    """The seed of another answer, so many after the one with this; 0 follows the largest."""
+    return (seed + number) % SEEDS if number else seed
+
+
 def chance(seed: int, position: int) -> tuple[float, float]:
-    """Two numbers from [0, 1), of 24 bits each, for one token of an answer.
+    """Two numbers between 0 and 1, neither of which they are, for one token of an answer.
 
     They are words of Philox4x64 (Salmon et al., 2011) under the seed as its key, at `position` as
-    its counter: no token's depend on how the ones before were drawn.
+    its counter: no token's depend on how the ones before were drawn. Odd multiples of 2^-24, which
+    float32 holds, are as far from 0, where the first token would be taken however unlikely it is,
+    as from 1.
     """
     word = int(np.random.Philox(key=seed, counter=position).random_raw())
-    return (word >> 40) * 2.0**-24, (word >> 16 & 0xFFFFFF) * 2.0**-24
+    first, second = word >> 41, word >> 18 & 0x7FFFFF
+    return (first + 0.5) * 2.0**-23, (second + 0.5) * 2.0**-23
 
 
 def drawn(logits: mx.array, chances: mx.array) -> mx.array:

@@ -14,7 +14,7 @@ from starlette.types import Receive
 
 from mlx_kimi.defaults import MAX_TOKENS
 from mlx_kimi.errors import ContextFull, KimiError, OptionError
-from mlx_kimi.generation.sample import Sampling
+from mlx_kimi.generation.sample import Sampling, later_seed
 from mlx_kimi.server.api_errors import ApiError, of_engine, stopping, too_long
 from mlx_kimi.server.engine import Engine, Request, Ticket
 from mlx_kimi.server.exchange import Exchange
@@ -98,7 +98,7 @@ class Service:
         seed = values.pop("seed", None)
         try:
             return [
-                Sampling(**values, seed=None if seed is None else seed + number)
+                Sampling(**values, seed=None if seed is None else later_seed(seed, number))
                 for number in range(count)
             ]
         except OptionError as error:
