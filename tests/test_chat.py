@@ -176,7 +176,7 @@ def test_a_disk_that_fills_up_ends_no_chat(start, talker, folder) -> None:
 
 @pytest.mark.slow
 def test_the_terminal_may_change_its_size(start, talker) -> None:
-    terminal = start(*talker_options(talker, 400), "--temp", "1", "--seed", "2")
+    terminal = start(*talker_options(talker, 400), "--temp", "1", "--top-k", "20")
     terminal.type("a message that is longer than forty columns are wide")
     terminal.wait_for("columns are wide")
     terminal.resize(40, 12)
