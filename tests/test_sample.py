@@ -13,9 +13,9 @@ from mlx_kimi.generation.sample import (
     BatchSampler,
     Sampler,
     Sampling,
-    chance,
-    drawn,
+    categorical,
     later_seed,
+    uniforms,
 )
 
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 1.5], np.float32)
@@ -69,25 +69,25 @@ def test_unlikely_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should
     vocab, each = 163_840, 1e-8
     tail = each * (vocab - 1)
     logits = mx.log(mx.array([1 - tail] + [each] * (vocab - 1)))[None]
-    highest = [0.99 + 0.01 * n / 200 for n in range(200)]  # the tail is the highest 0.16 %
-    tokens = [drawn(logits, mx.array([[x, 0.5]])) for x in highest]
+    high = [0.99 + 0.01 * n / 200 for n in range(200)]  # the tail is the highest 0.16 %
+    tokens = [categorical(logits, mx.array([[x, 0.5]])) for x in high]
     blocks = np.array(mx.concatenate(tokens)) // 512
     # Of what the last 0.16 % of [0, 1) mean: 320 blocks alike, whose shares float32 rounds.
-    expected = [max(0, x - (1 - tail)) / tail * 320 for x in highest]
+    expected = [max(0, x - (1 - tail)) / tail * 320 for x in high]
     assert np.abs(blocks - np.floor(expected)).max() <= 1
     assert blocks.max() > 300
 
 
 @pytest.mark.parametrize("vocab", [2, 511, 512, 1500, 163_840])
-@pytest.mark.parametrize("chances", [(0.0, 0.0), (1 - 2**-24, 1 - 2**-24), (0.0, 1 - 2**-24)])
-def test_what_may_not_follow_is_never_drawn(vocab: int, chances: tuple[float, float]) -> None:
+@pytest.mark.parametrize("u", [(0.0, 0.0), (1 - 2**-24, 1 - 2**-24), (0.0, 1 - 2**-24)])
+def test_what_may_not_follow_is_never_drawn(vocab: int, u: tuple[float, float]) -> None:
     logits = mx.random.normal((4, vocab), key=mx.random.key(vocab)) * 5
     choose = np.random.default_rng(vocab)
     allowed = choose.random((4, vocab)) < [[0.5], [0.01], [0.99], [0.0]]
     allowed[:, [0, -1]] = False
     allowed[np.arange(4), choose.integers(0, vocab, 4)] = True
     logits = mx.where(mx.array(allowed), logits, -mx.inf)
-    tokens = np.array(drawn(logits, mx.array([chances] * 4)))
+    tokens = np.array(categorical(logits, mx.array([u] * 4)))
     assert allowed[np.arange(4), tokens].all()
 
 
@@ -95,7 +95,7 @@ def test_a_seed_means_the_same_tokens_in_later_releases() -> None:
     logits = mx.array(np.linspace(0, 6, 4000, dtype=np.float32))[None]
     sampler = Sampler(Sampling(temp=1.0, seed=7), [], 4000)
     tokens = [int(sampler(logits).item()) for _ in range(8)]
-    assert chance(7, 0) == (0.8720734715461731, 0.35969477891921997)
+    assert uniforms(7, 0) == (0.8720734715461731, 0.35969477891921997)
     assert tokens == [3764, 2495, 1512, 3094, 2171, 3438, 3737, 3283]
 
 
@@ -129,8 +129,8 @@ def test_after_the_largest_seed_comes_the_smallest() -> None:
     assert later_seed(2**64, 0) == 2**64, "whoever gave it is told of it"
 
 
-def test_chances_are_never_0_nor_1_in_float32() -> None:
-    drawn = np.array([chance(5, position) for position in range(3000)])
+def test_uniforms_are_never_0_nor_1_in_float32() -> None:
+    drawn = np.array([uniforms(5, position) for position in range(3000)])
     assert (drawn.astype(np.float32) == drawn).all() and ((0 < drawn) & (drawn < 1)).all()
     assert (drawn * 2**24 % 2 == 1).all()
     # Uniform: the mean of 6,000 numbers errs by 0.289 / 77; five times that.

@@ -62,7 +62,7 @@ class Sampling:
                 raise OptionError(name, f"must be {rule} but is {getattr(self, name)}")
 
 
-BLOCK = 512  # tokens, of which one is chosen after their block
+BLOCK = 512  # tokens, of `categorical`
 
 
 class Draw(NamedTuple):
@@ -109,7 +109,7 @@ class Sampler:
         if s.temp == 0:
             token = mx.argmax(logits, axis=-1)
         else:
-            token = _draw(logits, [s], mx.array([chance(self.seed, self._drawn)]))
+            token = _draw(logits, [s], mx.array([uniforms(self.seed, self._drawn)]))
         self._drawn += 1
         if self._seen is not None:
             self._seen = self._seen | (mx.arange(self._seen.size) == token)
@@ -176,11 +176,11 @@ class BatchSampler:
             less_likely = _penalized(_rows(logits, penalized), seen, options)
             logits = _with_rows(logits, penalized, less_likely)
         tokens = mx.argmax(logits, axis=-1)
-        hot = [row for row, s in enumerate(self._options) if s.temp]
-        if hot:
-            options = [self._options[row] for row in hot]
-            chances = mx.array([chance(self._seeds[row], self._drawn[row]) for row in hot])
-            tokens = _with_rows(tokens, hot, _draw(_rows(logits, hot), options, chances))
+        sampled = [row for row, s in enumerate(self._options) if s.temp]
+        if sampled:
+            options = [self._options[row] for row in sampled]
+            u = mx.array([uniforms(self._seeds[row], self._drawn[row]) for row in sampled])
+            tokens = _with_rows(tokens, sampled, _draw(_rows(logits, sampled), options, u))
         self._drawn = [count + 1 for count in self._drawn]
         for row in penalized:
             before = self._seen[row]
@@ -194,8 +194,8 @@ def later_seed(seed: int, number: int) -> int:
     return (seed + number) % SEEDS if number else seed
 
 
-def chance(seed: int, position: int) -> tuple[float, float]:
-    """Two numbers between 0 and 1, neither of which they are, for one token of an answer.
+def uniforms(seed: int, position: int) -> tuple[float, float]:
+    """Two random numbers between 0 and 1 for the token at this position of an answer.
 
     They are words of Philox4x64 (Salmon et al., 2011) under the seed as its key, at `position` as
     its counter: no token's depend on how the ones before were drawn. Odd multiples of 2^-24, which
@@ -207,31 +207,31 @@ def chance(seed: int, position: int) -> tuple[float, float]:
     return (first + 0.5) * 2.0**-23, (second + 0.5) * 2.0**-23
 
 
-def drawn(logits: mx.array, chances: mx.array) -> mx.array:
-    """logits [B, vocab] float32, `chance`s [B, 2] -> a token of each row [B], by the softmax.
+def categorical(logits: mx.array, u: mx.array) -> mx.array:
+    """logits [B, vocab] float32, `uniforms` [B, 2] -> a token of each row [B], by the softmax.
 
-    A block of tokens is chosen by its share, and a token of it by its share of that. Sums over a
-    whole vocabulary would lose each p below 2^-24 of what came before it. (`mx.random.categorical`
-    loses them, differs between versions of MLX, and takes one key for all rows.)
+    By the inverse of the cumulative distribution: first of blocks of tokens, then of the tokens of
+    the block. Sums over a whole vocabulary would lose each p below 2^-24 of what came before it.
+    (`mx.random.categorical` loses them, differs between versions of MLX, and takes one key for all
+    rows.)
     """
     B, vocab = logits.shape
     p = mx.exp(logits - logits.max(axis=-1, keepdims=True))
     if missing := -vocab % BLOCK:
         p = mx.pad(p, [(0, 0), (0, missing)])
     p = p.reshape(B, -1, BLOCK)
-    block = _first_beyond(p.sum(axis=-1), chances[:, :1])
+    block = _inverse_cdf(p.sum(axis=-1), u[:, :1])
     members = mx.take_along_axis(p, block[..., None], axis=1)[:, 0]
-    return (block * BLOCK + _first_beyond(members, chances[:, 1:]))[:, 0]
+    return (block * BLOCK + _inverse_cdf(members, u[:, 1:]))[:, 0]
 
 
-def _first_beyond(p: mx.array, chance: mx.array) -> mx.array:
-    """p [B, N], chance [B, 1] -> in each row the first [B, 1] up to which more than that share is.
+def _inverse_cdf(p: mx.array, u: mx.array) -> mx.array:
+    """p [B, N] of any sum, u [B, 1] -> in each row the first [B, 1] up to which more than u is.
 
     Never one whose p is 0, wherever rounding makes a sum larger or smaller than the one before.
     """
-    sums = mx.where(p > 0, mx.cumsum(p, axis=-1), 0)
-    share = chance * sums.max(axis=-1, keepdims=True)
-    return mx.argmax(sums > share, axis=-1, keepdims=True)
+    cdf = mx.where(p > 0, mx.cumsum(p, axis=-1), 0)
+    return mx.argmax(cdf > u * cdf.max(axis=-1, keepdims=True), axis=-1, keepdims=True)
 
 
 def masked(logits: mx.array, masks: Sequence[np.ndarray | None]) -> mx.array:
@@ -276,17 +276,17 @@ def _penalized(logits: mx.array, seen: mx.array, options: Sequence[Sampling]) ->
     return mx.where(seen, lower, logits)
 
 
-def _draw(logits: mx.array, options: Sequence[Sampling], chances: mx.array) -> mx.array:
-    """logits [B, vocab] float32 -> a token of each row [B], by its options."""
+def _draw(logits: mx.array, options: Sequence[Sampling], u: mx.array) -> mx.array:
+    """logits [B, vocab] float32, `uniforms` [B, 2] -> a token of each row [B], by its options."""
     logits = logits / _column(s.temp for s in options)
     rows = [row for row, s in enumerate(options) if s.top_k or s.top_p < 1 or s.min_p]
     if not rows:
-        return drawn(logits, chances)
+        return categorical(logits, u)
     those = [options[row] for row in rows]
     order, likely = _likely(_rows(logits, rows), those)
-    place = drawn(likely, _rows(chances, rows))
+    place = categorical(likely, _rows(u, rows))
     tokens = mx.take_along_axis(order, place[:, None], axis=-1)[:, 0]
-    return _with_rows(drawn(logits, chances), rows, tokens)
+    return _with_rows(categorical(logits, u), rows, tokens)
 
 
 def _likely(logits: mx.array, options: Sequence[Sampling]) -> tuple[mx.array, mx.array]:

@@ -218,9 +218,9 @@ class TokenState:
     ) -> tuple[list[int], Draw]:
         """Read a token that has been awaited, and as many of `drafts` as the sampler draws, too.
 
-        Each position is drawn by the chance, and after the tokens, that it would have had one by
-        one: the sampler goes on as if no draft had been. Interrupted meanwhile, tokens and cache
-        stay as they were. Where a kernel fails, the token is read without drafts.
+        Each position is drawn with the random numbers, and after the tokens, that it would have had
+        one by one: the sampler goes on as if no draft had been. Interrupted meanwhile, tokens and
+        cache stay as they were. Where a kernel fails, the token is read without drafts.
 
         Returns:
             What was read, and the draw of the next token, which has been computed.

@@ -171,7 +171,8 @@ class Batch:
     def _read_draft(self, lone: LoneRow, draft: Draft) -> None:
         """Read the latest token, which is told, and as many of a draft as are drawn, too.
 
-        Each is drawn by the chance, and after the tokens, that it would have had one by one.
+        Each is drawn with the random numbers, and after the tokens, that it would have had one by
+        one.
         """
         job, began = lone.job, time.perf_counter()
         ids, steps, before = [job.drawn[-1], *draft.tokens], list[Step](), len(job.drawn)

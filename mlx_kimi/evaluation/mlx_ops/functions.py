@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_kimi.evaluation.mlx_ops.case import Case, Expected, at_random, scale_of, tolerance_of
 from mlx_kimi.evaluation.mlx_ops.float64 import Float64, largest_of_rows, numbers, sigmoid
-from mlx_kimi.generation.sample import Sampler, Sampling, chance, drawn
+from mlx_kimi.generation.sample import Sampler, Sampling, categorical, uniforms
 from mlx_kimi.model.kimi_linear import KimiLinear
 from mlx_kimi.model.layers import RMSNorm
 
@@ -227,13 +227,13 @@ def _draws(vocab: int) -> Iterator[Case]:
     logits = mx.where(mx.arange(vocab) == only, 0.0, -mx.inf)[None]
     highest = mx.full((1, 2), 1 - 2.0**-24)
     mx.eval(logits, highest)
-    draw, sure = partial(drawn, chances=highest), partial(np.argmax, axis=-1)
+    draw, sure = partial(categorical, u=highest), partial(np.argmax, axis=-1)
     yield function("sampling", draw, sure, logits, tolerance=EXACT, how=", one possible")
     logits = mx.broadcast_to(at_random((CHOICES,), mx.float32), (DRAWS, CHOICES))
-    chances = mx.array([chance(0, position) for position in range(DRAWS)])
+    u = mx.array([uniforms(0, position) for position in range(DRAWS)])
 
     def shares() -> mx.array:
-        return (drawn(logits, chances)[:, None] == mx.arange(CHOICES)).mean(axis=0)
+        return (categorical(logits, u)[:, None] == mx.arange(CHOICES)).mean(axis=0)
 
     def expected() -> Expected:
         p = _exact_softmax(numbers(logits[0])) / CHOICES
