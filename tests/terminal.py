@@ -100,6 +100,7 @@ class Terminal:
 
     def wait_for_prompt(self) -> None:
         """Read until an empty prompt is there, with its toolbar below."""
+        self.read(0.05)  # what the program has written by now: the prompt before may be gone
         self.wait_until(self.at_prompt)
 
     def at_prompt(self) -> bool:
