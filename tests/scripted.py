@@ -43,7 +43,7 @@ def scripted(tokenizer: Tokenizer, say: Say) -> Iterator[None]:
         return found
 
     def of_rows(rows: BatchSampler, logits: mx.array) -> mx.array:
-        return mx.concatenate([fed[id(options)](logits) for options in rows._options])
+        return mx.concatenate([fed[id(row.sampling)](logits) for row in rows._rows])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Job, "sampler", of_job)

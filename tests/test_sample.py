@@ -110,11 +110,11 @@ def test_sixteen_rows_take_as_many_launches_as_one() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [
-        ("seed", 1.5, "must be a whole number but is 1.5"),
-        ("seed", True, "must be a whole number but is True"),
+        ("seed", 1.5, "must be an integer but is 1.5"),
+        ("seed", True, "must be an integer but is True"),
         ("seed", 2**64, "must be from 0 to 2^64 - 1 but is 18446744073709551616"),
-        ("top_k", 2.7, "must be a whole number but is 2.7"),
-        ("top_k", None, "must be a whole number but is None"),
+        ("top_k", 2.7, "must be an integer but is 2.7"),
+        ("top_k", None, "must be an integer but is None"),
         ("temp", "1", "must be a number but is '1'"),
         ("min_p", float("nan"), "must be from 0 to 1 but is nan"),
     ],

@@ -154,8 +154,7 @@ class Chat:
 
     def _seed(self) -> int | None:
         """A given seed makes answers reproducible; another try has another one all the same."""
-        seed = self.options.get("seed")
-        return None if seed is None else later_seed(seed, self._retries)
+        return later_seed(self.options.get("seed"), self._retries)
 
     # ----------------------------------------------------------------------------------- going back
     def undo(self) -> str:

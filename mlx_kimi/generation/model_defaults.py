@@ -6,17 +6,17 @@ from pathlib import Path
 
 from mlx_kimi.errors import KimiError, OptionError
 from mlx_kimi.generation.generate import check_lengths
-from mlx_kimi.generation.sample import Sampling
-from mlx_kimi.user_files import read_json_if_there, shown
+from mlx_kimi.generation.sample import Sampling, check_number
+from mlx_kimi.user_files import read_json_if_there
 
 FILE = "generation_config.json"
-KEYS: dict[str, tuple[str, type[int] | type[float]]] = {  # theirs -> ours, and what it is
-    "temperature": ("temp", float),
-    "top_p": ("top_p", float),
-    "top_k": ("top_k", int),
-    "min_p": ("min_p", float),
-    "repetition_penalty": ("repetition_penalty", float),
-    "max_new_tokens": ("max_tokens", int),
+KEYS = {  # theirs -> ours
+    "temperature": "temp",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
 }
 
 
@@ -31,13 +31,10 @@ def model_defaults(folder: Path) -> dict[str, float | int]:
     file = folder / FILE
     values = read_json_if_there(file)
     found: dict[str, float | int] = {}
-    for key, (name, kind) in KEYS.items():
+    for key, name in KEYS.items():
         value = values.get(key)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
-            what = "an integer" if kind is int else "a number"
-            raise KimiError(f"{file}: {key} must be {what} but is {shown(value)}")
         found[name] = value
         try:
             _check(name, value)
@@ -52,6 +49,7 @@ def model_defaults(folder: Path) -> dict[str, float | int]:
 
 def _check(name: str, value: float | int) -> None:
     if name == "max_tokens":
+        check_number(name, value, int)
         check_lengths(int(value), prefill_step=1)
     else:
         Sampling(**{name: value})  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 import secrets
@@ -13,12 +14,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kimi.errors import OptionError
+from mlx_kimi.user_files import shown
 
 if TYPE_CHECKING:
     from mlx_kimi.constraints.constraint import Matcher
 
 
 SEEDS = 1 << 64
+BLOCK = 512  # tokens, of `categorical`
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name == "seed" and value is None:
-                continue
-            whole = name in ("top_k", "seed")
-            kind = numbers.Integral if whole else numbers.Real
-            if isinstance(value, bool) or not isinstance(value, kind):
-                rule = f"must be a {'whole number' if whole else 'number'} but is {value!r}"
-                raise OptionError(name, rule)
+            if (name, value) != ("seed", None):
+                check_number(name, value, int if name in ("top_k", "seed") else float)
         rules = (
             ("temp", self.temp == 0 or 1e-3 <= self.temp <= 1e3, "0, or from 0.001 to 1000"),
             ("top_k", self.top_k >= 0, "at least 0"),
@@ -62,7 +60,12 @@ class Sampling:
                 raise OptionError(name, f"must be {rule} but is {getattr(self, name)}")
 
 
-BLOCK = 512  # tokens, of `categorical`
+def check_number(name: str, value: object, kind: type[int] | type[float]) -> None:
+    """Refuse an option that is no integer, or no number, as `kind` says."""
+    fits = isinstance(value, numbers.Integral if kind is int else numbers.Real)
+    if not fits or isinstance(value, bool):
+        what = "an integer" if kind is int else "a number"
+        raise OptionError(name, f"must be {what} but is {shown(value)}")
 
 
 class Draw(NamedTuple):
@@ -99,21 +102,10 @@ class Sampler:
 
     def __call__(self, logits: mx.array) -> mx.array:
         """logits [1, vocab] -> token [1]; nothing is computed yet."""
-        s = self.sampling
-        logits = logits.astype(mx.float32)
         if self.matcher is not None:
             self.matcher.go_back(self._taken)  # where this is drawn again
             logits = masked(logits, [self.matcher.mask])
-        if self._seen is not None:
-            logits = _penalized(logits, self._seen, [s])
-        if s.temp == 0:
-            token = mx.argmax(logits, axis=-1)
-        else:
-            token = _draw(logits, [s], mx.array([uniforms(self.seed, self._drawn)]))
-        self._drawn += 1
-        if self._seen is not None:
-            self._seen = self._seen | (mx.arange(self._seen.size) == token)
-        return token
+        return _next_tokens(logits, [self])
 
     def take(self, token: int) -> bool:
         """Let what the tokens must obey go on by one; False: it may not follow."""
@@ -141,57 +133,50 @@ class BatchSampler:
 
     def __init__(self, samplers: Sequence[Sampler]) -> None:
         """The rows go on where `samplers` are; those are not changed."""
-        self._options = [sampler.sampling for sampler in samplers]
-        self._seeds = [sampler.seed for sampler in samplers]
-        self._drawn = [sampler._drawn for sampler in samplers]  # tokens, of each row's answer
-        self._seen = [sampler._seen for sampler in samplers]  # of each row [vocab], or None
+        self._rows = [copy.copy(sampler) for sampler in samplers]
 
     def join(self, other: BatchSampler) -> None:
         """Add the other's rows behind these."""
-        self._options += other._options
-        self._seeds += other._seeds
-        self._drawn += other._drawn
-        self._seen += other._seen
+        self._rows += other.copy()._rows
 
     def copy(self) -> BatchSampler:
         """The same rows, which go on by themselves."""
-        other = BatchSampler([])
-        other.join(self)
-        return other
+        return BatchSampler(self._rows)
 
     def take(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order."""
-        self._options = [self._options[row] for row in rows]
-        self._seeds = [self._seeds[row] for row in rows]
-        self._drawn = [self._drawn[row] for row in rows]
-        self._seen = [self._seen[row] for row in rows]
+        self._rows = [self._rows[row] for row in rows]
 
     def __call__(self, logits: mx.array) -> mx.array:
         """logits [B, vocab] -> tokens [B]; nothing is computed yet."""
-        logits = logits.astype(mx.float32)
-        penalized = [row for row, seen in enumerate(self._seen) if seen is not None]
-        if penalized:
-            seen = mx.stack([seen for seen in self._seen if seen is not None])
-            options = [self._options[row] for row in penalized]
-            less_likely = _penalized(_rows(logits, penalized), seen, options)
-            logits = _with_rows(logits, penalized, less_likely)
-        tokens = mx.argmax(logits, axis=-1)
-        sampled = [row for row, s in enumerate(self._options) if s.temp]
-        if sampled:
-            options = [self._options[row] for row in sampled]
-            u = mx.array([uniforms(self._seeds[row], self._drawn[row]) for row in sampled])
-            tokens = _with_rows(tokens, sampled, _draw(_rows(logits, sampled), options, u))
-        self._drawn = [count + 1 for count in self._drawn]
-        for row in penalized:
-            before = self._seen[row]
-            assert before is not None
-            self._seen[row] = before | (mx.arange(before.size) == tokens[row])
-        return tokens
+        return _next_tokens(logits, self._rows)
 
 
-def later_seed(seed: int, number: int) -> int:
+def _next_tokens(logits: mx.array, samplers: Sequence[Sampler]) -> mx.array:
+    """logits [B, vocab] -> the next token of each sampler [B], which goes on behind it."""
+    logits = logits.astype(mx.float32)
+    penalized = [row for row, s in enumerate(samplers) if s._seen is not None]
+    if penalized:
+        seen = mx.stack([s._seen for s in samplers if s._seen is not None])
+        options = [samplers[row].sampling for row in penalized]
+        less_likely = _penalized(_rows(logits, penalized), seen, options)
+        logits = _with_rows(logits, penalized, less_likely)
+    tokens = mx.argmax(logits, axis=-1)
+    sampled = [row for row, s in enumerate(samplers) if s.sampling.temp]
+    if sampled:
+        options = [samplers[row].sampling for row in sampled]
+        u = mx.array([uniforms(samplers[row].seed, samplers[row]._drawn) for row in sampled])
+        tokens = _with_rows(tokens, sampled, _draw(_rows(logits, sampled), options, u))
+    for row, sampler in enumerate(samplers):
+        sampler._drawn += 1
+        if sampler._seen is not None:
+            sampler._seen = sampler._seen | (mx.arange(sampler._seen.size) == tokens[row])
+    return tokens
+
+
+def later_seed(seed: int | None, number: int) -> int | None:
     """The seed of another answer, so many after the one with this; 0 follows the largest."""
-    return (seed + number) % SEEDS if number else seed
+    return (seed + number) % SEEDS if seed is not None and number else seed
 
 
 def uniforms(seed: int, position: int) -> tuple[float, float]:

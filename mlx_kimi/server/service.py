@@ -97,10 +97,7 @@ class Service:
         values = {**ours, **{n: value for n, value in given.items() if value is not None}}
         seed = values.pop("seed", None)
         try:
-            return [
-                Sampling(**values, seed=None if seed is None else later_seed(seed, number))
-                for number in range(count)
-            ]
+            return [Sampling(**values, seed=later_seed(seed, number)) for number in range(count)]
         except OptionError as error:
             name = next(theirs for theirs, ours in SAMPLING.items() if ours == error.name)
             said = f"{name} {error.rule}"
